@@ -24,20 +24,29 @@ Every step is a section of this file, and most have a command that shows the ste
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
 import heapq
+import itertools
 import math
 import mmap
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if sys.platform == "linux":  # glibc: keep freed memory for the next step, instead of returning it to the kernel
+    with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (measured: a sixth of the time)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, ONE_GIB = -1, -3, 1 << 30
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, ONE_GIB)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, ONE_GIB)
 
 import torch
 from torch import nn
@@ -58,51 +67,49 @@ from torch.nn import functional as F
 # frozen: once made, a setting never changes behind our back, and a wrong one is refused here, in
 # words, not later from deep inside torch.
 
-END_OF_TEXT = "<|endoftext|>"
-PRECISIONS = ("auto", "bf16", "fp32")
-POSITIONS = ("learned", "sinusoidal", "rotary")
-
-
 def check(condition, message):
     """Raise `ValueError(message)` unless the condition holds: how every wrong setting is refused."""
     if not condition:
         raise ValueError(message)
 
 
-def check_whole_numbers(settings, names, smallest):
-    for name in names:
-        value = getattr(settings, name)
-        check(type(value) is int and value >= smallest,
-              f"{name} must be a whole number, {smallest} or more, not {value!r}")
+def setting(default, meaning, smallest=None, below=math.inf, among=None):
+    """A field with its limits; `meaning` is also its help text on the command line."""
+    return field(default=default, metadata={"help": meaning, "smallest": smallest, "below": below, "among": among})
 
 
-def setting(default, meaning):
-    """A field of a settings class; its meaning is also the help text of the command line."""
-    return field(default=default, metadata={"help": meaning})
+class Settings:
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, (smallest, below, among) = getattr(self, f.name), (f.metadata[k] for k in ("smallest", "below", "among"))
+            if among:
+                check(value in among, f"{f.name} must be one of {', '.join(among)}, not {value!r}")
+            elif smallest is not None:
+                number = type(value) is int or type(value) is float and f.type is float
+                check(number and smallest <= value < below, f"{f.name} must be a {'whole ' * (f.type is int)}number, "
+                      f"{smallest} or more{f', below {below}' * (below < math.inf)}, not {value!r}")
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Settings):
     """The shape of the model. The defaults are the small model that learns one story in seconds."""
-    vocab_size: int = setting(50257, "how many tokens there are; always taken from the tokenizer in use")
-    context_length: int = setting(32, "how many tokens the model sees at once")
-    emb_dim: int = setting(256, "numbers that stand for one token inside the model: its width")
-    n_heads: int = setting(4, "attention heads, which share the width among them")
-    n_layers: int = setting(2, "transformer blocks, one after the other")
-    drop_rate: float = setting(0.0, "share of values dropped in training; 0 to learn a story by heart")
+    vocab_size: int = setting(50257, "how many tokens there are; always taken from the tokenizer in use", 1)
+    context_length: int = setting(32, "how many tokens the model sees at once", 1)
+    emb_dim: int = setting(256, "numbers that stand for one token inside the model: its width", 1)
+    n_heads: int = setting(4, "attention heads, which share the width among them", 1)
+    n_layers: int = setting(2, "transformer blocks, one after the other", 1)
+    drop_rate: float = setting(0.0, "share of values dropped in training; 0 to learn a story by heart", 0, 1)
     qkv_bias: bool = setting(False, "biases in the query, key and value projections, as in GPT-2")
     tie_weights: bool = setting(False, "one matrix for token embedding and output head, as in GPT-2")
-    position: str = setting("learned", "how tokens know their places: learned, sinusoidal or rotary")
+    position: str = setting("learned", "how tokens know their places: learned, sinusoidal or rotary",
+                            among=("learned", "sinusoidal", "rotary"))
 
     def __post_init__(self):
-        check_whole_numbers(self, ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"), 1)
-        check(self.emb_dim % self.n_heads == 0, f"the width ({self.emb_dim}) must be divisible by the "
-              f"number of heads ({self.n_heads}), for each head gets an equal part of it")
-        check(0 <= self.drop_rate < 1, f"drop_rate must be from 0 to below 1, not {self.drop_rate!r}")
-        check(self.position in POSITIONS, f"position must be one of {POSITIONS}, not {self.position!r}")
-        check(self.position == "learned" or self.emb_dim // self.n_heads % 2 == 0,
-              f"{self.position} positions turn pairs of numbers, so width / heads must be even, "
-              f"not {self.emb_dim // self.n_heads}")
+        super().__post_init__()
+        check(self.emb_dim % self.n_heads == 0, f"the width ({self.emb_dim}) must be divisible by the number of heads "
+              f"({self.n_heads}), for each head gets an equal part of it")
+        check(self.position == "learned" or self.emb_dim // self.n_heads % 2 == 0, f"{self.position} positions go by "
+              f"pairs of numbers, so the width per head must be even, not {self.emb_dim // self.n_heads}")
 
 
 PRESETS = {
@@ -112,31 +119,20 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How the model is trained. An epoch is one reading of the training text."""
-    epochs: int = setting(0, "readings of the text; 0: 24, and more where the text is short")
-    batch_size: int = setting(32, "windows in one step")
-    stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length")
-    learning_rate: float = setting(3e-3, "the highest one: it rises to this at first, then falls")
-    warmup_steps: int = setting(20, "steps of rising")
-    weight_decay: float = setting(0.0, "pull of the weights towards zero: helps to generalise, hinders recall")
-    grad_clip: float = setting(1.0, "the longest gradient that a step follows")
-    openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)")
-    val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation")
-    eval_every: int = setting(25, "steps from one evaluation to the next")
-    precision: str = setting("auto", "bf16, fp32, or auto: what is fast on this machine")
-    seed: int = setting(42, "where all randomness starts: same seed, same model")
-
-    def __post_init__(self):
-        check_whole_numbers(self, ("epochs", "stride", "warmup_steps", "seed"), 0)
-        check_whole_numbers(self, ("batch_size", "eval_every"), 1)
-        for name in ("learning_rate", "grad_clip"):
-            value = getattr(self, name)
-            check(0 < value < math.inf, f"{name} must be a number above 0, not {value!r}")
-        check(0 <= self.weight_decay < math.inf, f"weight_decay must be 0 or more, not {self.weight_decay!r}")
-        check(0 <= self.openings <= 1, f"openings must be a share from 0 to 1, not {self.openings!r}")
-        check(self.precision in PRECISIONS, f"precision must be one of {PRECISIONS}, not {self.precision!r}")
-        check(0 <= self.val_fraction < 1, f"val_fraction must be from 0 to below 1, not {self.val_fraction!r}")
+    epochs: int = setting(0, "readings of the text; 0: as many as usually suffice to know it by heart", 0)
+    batch_size: int = setting(32, "windows in one step", 1)
+    stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length", 0)
+    learning_rate: float = setting(3e-3, "the highest one: it rises to this at first, then falls", 1e-9)
+    warmup_steps: int = setting(20, "steps of rising", 0)
+    weight_decay: float = setting(0.0, "pull of the weights towards zero: helps to generalise, hinders recall", 0)
+    grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
+    openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)", 0, 1)
+    val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation", 0, 1)
+    eval_every: int = setting(25, "steps from one evaluation to the next", 1)
+    precision: str = setting("auto", "bf16, fp32, or auto: what is fast on this machine", among=("auto", "bf16", "fp32"))
+    seed: int = setting(42, "where all randomness starts: same seed, same model", 0)
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
@@ -154,7 +150,7 @@ class TrainConfig:
 # what stands there instead: a line break, two spaces, or nothing at all, which is the piece
 # `<|join|>`. That way the pieces keep the whole text, and joining them gives it back.
 
-JOIN = "<|join|>"
+END_OF_TEXT, UNKNOWN, JOIN = "<|endoftext|>", "<|unk|>", "<|join|>"
 PIECE = re.compile(r"(\s*)(\w+(?:['’]\w+)*|[^\w\s]|\Z)")  # white space, then a word or one other mark
 NO_SPACE_BEFORE = {"", *".,:;!?)]}%”’…-—"}
 NO_SPACE_AFTER = {"", *"([{“‘-—"}
@@ -216,7 +212,7 @@ def join_words(pieces):
 
 def build_vocabulary(text):
     """All different pieces of the text, sorted, and after them the special ones."""
-    return sorted(set(split_words(text)) - {JOIN}) + [JOIN, END_OF_TEXT, WordTokenizer.UNKNOWN]
+    return sorted(set(split_words(text)) - {JOIN}) + [JOIN, END_OF_TEXT, UNKNOWN]
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
@@ -231,13 +227,12 @@ def build_vocabulary(text):
 
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary`: list of distinct pieces; id = place in it."""
-    UNKNOWN = "<|unk|>"
     kind = "word"
 
     def __init__(self, vocabulary):
         self.tokens = list(vocabulary)
         self.ids = {token: i for i, token in enumerate(self.tokens)}
-        check(len(self.ids) == len(self.tokens) and {self.UNKNOWN, END_OF_TEXT, JOIN} <= self.ids.keys(),
+        check(len(self.ids) == len(self.tokens) and {UNKNOWN, END_OF_TEXT, JOIN} <= self.ids.keys(),
               "a word vocabulary needs distinct entries, and the special ones among them")
         self.end_of_text = self.ids[END_OF_TEXT]
 
@@ -247,7 +242,7 @@ class WordTokenizer:
 
     def encode(self, text):
         """Text to token ids. Unknown words become `<|unk|>`, unknown white space the usual one."""
-        unknown = self.ids[self.UNKNOWN]
+        unknown = self.ids[UNKNOWN]
         return [self.ids.get(piece, unknown) for piece in split_words(text)
                 if piece in self.ids or not piece.isspace()]
 
@@ -260,26 +255,25 @@ class WordTokenizer:
 # Step 4: byte-pair encoding
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Words are crude tokens: there are too many of them, and a new one is always `<|unk|>`. GPT-2 cuts
-# finer. It starts from the 256 possible bytes, so no text in the world is unknown, and joins the
-# pair of neighbours that is most frequent into a new token; then again, and again:
+# Words are crude tokens: there are many, and each new one is `<|unk|>`. GPT-2 cuts finer. It starts
+# from the 256 possible bytes, so no text in the world is unknown to it, and joins the most frequent
+# pair of neighbours into a new token; then again, and again:
 #
 #     a b a b c   ->   ab ab c   ->   abab c
 #
-# GPT-2 made 50,000 such merges on the text of the web, and tiktoken, OpenAI's library, applies them.
-# A merge never crosses a word: the text is first split into words, each with the space before it
+# GPT-2 learned 50,000 such merges from the web, and tiktoken, OpenAI's library, applies them fast. A
+# merge never crosses a word: first the text is split into words, each with the space before it
 # (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.2).
 
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-#               's 't 'll ...        word     number  punctuation         space
-FETCH_SECONDS = 10
+#               's 't 'll ...        word     number   punctuation      white space
 
 
 class BPETokenizer:
     """A byte-pair encoding, run by one `tiktoken.Encoding`.
 
-    `tokens`: list of distinct byte strings, all 256 single bytes among them; the place in the list is
-    both the id and the rank: earlier merges are done first. `<|endoftext|>` comes after the last.
+    `tokens`: distinct byte strings, the 256 single bytes among them; the place in the list is the id, and
+    the rank too: earlier entries are merged first. `<|endoftext|>` comes after the last.
     """
 
     def __init__(self, tokens, kind):
@@ -287,133 +281,119 @@ class BPETokenizer:
         self.kind, self.tokens, ranks = kind, list(tokens), {token: rank for rank, token in enumerate(tokens)}
         check(len(ranks) == len(self.tokens) and all(bytes([b]) in ranks for b in range(256)),
               "a byte-pair vocabulary needs distinct entries, and all 256 single bytes among them")
-        self.end_of_text = len(ranks)
+        self.end_of_text, self.vocab_size = len(ranks), len(ranks) + 1
         self.encoding = tiktoken.Encoding(kind, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
                                           special_tokens={END_OF_TEXT: self.end_of_text})
-
-    @property
-    def vocab_size(self):
-        return self.encoding.n_vocab
 
     def encode(self, text):
         """Text to token ids, all of it as plain text: "<|endoftext|>" in a story is just letters."""
         return self.encoding.encode(text, disallowed_special=())
 
     def decode(self, ids):
-        """Token ids to text; bytes that are no whole character become the sign U+FFFD."""
+        """Token ids to text; bytes that make no whole character become the sign U+FFFD."""
         return self.encoding.decode(ids)
 
 
-def load_gpt2_encoding(seconds=FETCH_SECONDS):
-    """GPT-2's own encoding from tiktoken's cache or the network; OSError if that takes too long or fails.
+def load_gpt2_encoding(seconds=10):
+    """GPT-2's own encoding, from tiktoken's cache or the network; OSError if that fails or takes too long.
 
-    tiktoken waits for the network without limit, so it does so in a thread that we can leave behind.
+    tiktoken waits for a silent network for ever, so it waits in a thread that we can leave behind.
     """
-    result = []
+    found = [OSError(f"no answer within {seconds} seconds")]
 
     def fetch():
         try:
             import tiktoken
-            result.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # whatever the network, the disk or a damaged file comes up with
-            result.append(error)
+            found.insert(0, tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # whatever the network, the disk or a damaged cache comes up with
+            found.insert(0, OSError(f"{type(error).__name__}"))
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not result:
-        raise OSError(f"no answer within {seconds} seconds")
-    if isinstance(result[0], Exception):
-        raise OSError(f"{type(result[0]).__name__}") from result[0]
-    return result[0]
+    if isinstance(found[0], OSError):
+        raise found[0]
+    return found[0]
 
 
-# A short story uses few of GPT-2's 50,257 tokens, and the model would spend most of its time on
-# the others. So we keep those that occur, the smaller tokens that they are merged from, and all
-# bytes. In GPT-2's order, these make an encoding that splits the story exactly as GPT-2 does: every
-# merge that happened there is still here, and none is new. Any other text falls into smaller pieces.
+# A short story uses few of GPT-2's 50,257 tokens, and a model would spend most of its time on the
+# others. So we keep the tokens that occur, the smaller ones that they are merged from, and all bytes.
+# In GPT-2's order, these split the story exactly as GPT-2 does: every merge that happened there is
+# still here, and none is new. Any other text falls into smaller pieces, at worst into bytes.
 
 def all_tokens(encoding):
-    """The byte strings of a tiktoken encoding, in the order of their ids, without special tokens."""
+    """The byte strings of a tiktoken encoding in the order of their ids, without the special ones."""
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
 
 
 def keep_needed(encoding, text):
-    """The entries of a tiktoken encoding that `text` needs, as a list of byte strings in its order."""
-    every_rank = {token: rank for rank, token in enumerate(all_tokens(encoding))}
+    """Those of `all_tokens(encoding)` that it takes to split `text` in the same way, in the same order."""
+    ranks = {token: rank for rank, token in enumerate(all_tokens(encoding))}
     needed = {bytes([b]) for b in range(256)}
     waiting = [encoding.decode_single_token_bytes(i) for i in set(encoding.encode_ordinary(text))]
     while waiting:
         token = waiting.pop()
-        if token in needed:
-            continue
-        needed.add(token)
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:  # repeat the merges up to the last, which joins the token's two halves
-            pairs = [every_rank.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
-            best = pairs.index(min(pairs))
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        waiting += parts
-    return sorted(needed, key=every_rank.get)
+        if token not in needed:
+            needed.add(token)
+            parts = [token[i:i + 1] for i in range(len(token))]
+            while len(parts) > 2:  # repeat its merges up to the last one, which joins two halves
+                best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+                parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            waiting += parts
+    return sorted(needed, key=ranks.get)
 
 
-# Without GPT-2's files we learn the merges ourselves, from the story. Recounting all pairs after
-# each merge would be slow, so we note in which words a pair occurs, and touch only those. A heap
-# hands us the most frequent pair; entries whose count has changed since are stale and skipped.
+# Without GPT-2's files we learn the merges ourselves, from the story. Counting all pairs anew after
+# each merge would be slow, so we note which words contain a pair, and recount only those. A heap hands
+# us the most frequent pair; what it holds of counts that have changed since is stale, and skipped.
 
-def learn_byte_pairs(text, vocab_size, log=None):
+def learn_byte_pairs(text, vocab_size, log=lambda first, second, count: None):
     """Learn a byte-pair vocabulary from text: the 256 bytes, then merges, most frequent pair first.
 
-    Returns a list of at most `vocab_size - 1` byte strings (`<|endoftext|>` takes the last id), fewer
-    if no pair occurs twice any more. `log(first, second, count)` is called at each merge.
+    Returns at most `vocab_size - 1` byte strings (`<|endoftext|>` takes the last id), fewer if no pair
+    occurs twice any more. `log` is called at each merge.
     """
     import regex  # comes with tiktoken; unlike re it knows \p{L}, "any letter of any script"
-    check(vocab_size > 256, f"a byte-pair vocabulary needs at least 257 entries "
-          f"(256 bytes and {END_OF_TEXT}), not {vocab_size!r}")
-    counts = Counter(regex.findall(GPT2_SPLIT, text))
-    words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts]
-    counts = list(counts.values())
+    check(vocab_size > 256, f"vocab_size must be 257 or more (256 bytes and {END_OF_TEXT}), not {vocab_size!r}")
+    occurrences = Counter(regex.findall(GPT2_SPLIT, text))
+    times = list(occurrences.values())
+    words = [[bytes([b]) for b in word.encode("utf-8", "replace")] for word in occurrences]
     pair_count, words_with = Counter(), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_count[pair] += counts[i]
+
+    def count_pairs(i, sign):
+        for pair in zip(words[i], words[i][1:]):
+            pair_count[pair] += sign * times[i]
             words_with[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
+            yield pair
+
+    heap = [(-pair_count[pair], pair) for pair in {pair for i in range(len(words)) for pair in count_pairs(i, +1)}]
     heapq.heapify(heap)
-    tokens = {bytes([b]): None for b in range(256)}  # a dictionary: in order, and without doubles
-    while heap and len(tokens) < vocab_size - 1:
+    tokens = {bytes([b]): None for b in range(256)}  # a dictionary: in order, and nothing twice
+    while heap and len(tokens) < vocab_size - 1 and heap[0][0] <= -2:
         count, pair = heapq.heappop(heap)
         if -count != pair_count[pair]:
             continue
-        if -count < 2:
-            break
-        joined = pair[0] + pair[1]
-        tokens[joined] = None
-        if log:
-            log(*pair, -count)
+        log(*pair, -count)
+        tokens[pair[0] + pair[1]] = None
         changed = set()
         for i in words_with.pop(pair):
-            old, new, k = words[i], [], 0
-            while k < len(old):
-                hit = old[k] == pair[0] and k + 1 < len(old) and old[k + 1] == pair[1]
-                new.append(joined if hit else old[k])
-                k += 2 if hit else 1
-            for sign, word in ((-1, old), (1, new)):
-                for neighbours in zip(word, word[1:]):
-                    pair_count[neighbours] += sign * counts[i]
-                    changed.add(neighbours)
-            for neighbours in zip(new, new[1:]):
-                words_with[neighbours].add(i)
-            words[i] = new
-        for neighbours in changed:
-            if pair_count[neighbours] > 0:
-                heapq.heappush(heap, (-pair_count[neighbours], neighbours))
+            changed.update(count_pairs(i, -1))
+            merged = []
+            for part in words[i]:
+                if merged and (merged[-1], part) == pair:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
+            words[i] = merged
+            changed.update(count_pairs(i, +1))
+        for pair in changed:
+            heapq.heappush(heap, (-pair_count[pair], pair))
     return list(tokens)
 
 
 TOKENIZERS = ("auto", "gpt2", "story", "word")
 GPT2_HELP = """\
-GPT-2's encoding could not be loaded ({reason}). tiktoken needs two files once: vocab.bpe and encoder.json, from
+GPT-2's encoding could not be loaded ({}). tiktoken needs two files, vocab.bpe and encoder.json, from
 https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/. Without a network, put them into a folder as
     6d1cbeee0f20b3d9449abfede4726ed8212e3aee   (vocab.bpe)
     6c7ea1a7e38e3a7f062df639a5b80947f075ffe6   (encoder.json)
@@ -421,19 +401,18 @@ and set TIKTOKEN_CACHE_DIR to that folder; or use --tokenizer story, which is le
 
 
 def make_tokenizer(kind, text, train_text, vocab_size=1024, full_vocab=False, log=print):
-    """The tokenizer for a text: `kind` is one of TOKENIZERS. What is learned, is learned from `train_text`."""
-    check(kind in TOKENIZERS, f"the tokenizer must be one of {TOKENIZERS}, not {kind!r}")
-    if kind in ("auto", "gpt2"):
+    """The tokenizer for a text: `kind` is one of TOKENIZERS; what must be learned is learned from `train_text`."""
+    check(kind in TOKENIZERS, f"the tokenizer must be one of {', '.join(TOKENIZERS)}, not {kind!r}")
+    if kind == "word":
+        return WordTokenizer(build_vocabulary(train_text))
+    if kind != "story":
         try:
             encoding = load_gpt2_encoding()
             return BPETokenizer(all_tokens(encoding) if full_vocab else keep_needed(encoding, text), "gpt2")
         except OSError as error:
-            if kind == "gpt2":
-                raise OSError(GPT2_HELP.format(reason=error)) from error
-            log(f"note: GPT-2's encoding is not at hand ({error}), so a byte-pair encoding is learned from the "
-                "story instead; `--tokenizer gpt2` tells how to get GPT-2's.")
-    if kind == "word":
-        return WordTokenizer(build_vocabulary(train_text))
+            check(kind == "auto", GPT2_HELP.format(error))
+            log(f"note: GPT-2's encoding is not at hand ({error}), so a byte-pair encoding is learned from the story; "
+                "how to get GPT-2's: --tokenizer gpt2")
     return BPETokenizer(learn_byte_pairs(train_text, vocab_size), "story")
 
 
@@ -494,17 +473,17 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
 #
 #     attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V
 
-def attention(queries, keys, values):
-    """Causal scaled dot-product attention, written out. All arguments (..., T, D).
+def attention(queries, keys, values, drop_rate=0.0):
+    """Causal scaled dot-product attention, written out: queries (..., T, D), keys and values (..., S, D).
 
-    Returns the context vectors (..., T, D) and the attention weights (..., T, T), each row of which
-    adds up to 1. Training runs the same in one fused call; a test holds the two equal.
+    The queries are those of the last T of S tokens. Returns the context vectors (..., T, D) and the
+    attention weights (..., T, S), each row of which adds up to 1.
     """
-    attention_scores = queries @ keys.transpose(-2, -1)             # (..., T, T): each query with each key
-    attention_scores = attention_scores / math.sqrt(queries.shape[-1])  # else softmax saturates as D grows
-    future = torch.ones(attention_scores.shape[-2:], dtype=torch.bool, device=queries.device).triu(diagonal=1)
+    (T, D), S = queries.shape[-2:], keys.shape[-2]
+    attention_scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)  # (..., T, S); unscaled, softmax would saturate
+    future = torch.ones(T, S, dtype=torch.bool, device=queries.device).triu(diagonal=1 + S - T)
     attention_scores = attention_scores.masked_fill(future, -math.inf)
-    attention_weights = attention_scores.softmax(dim=-1)
+    attention_weights = F.dropout(attention_scores.softmax(dim=-1), drop_rate)
     return attention_weights @ values, attention_weights
 
 
@@ -555,8 +534,11 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:  # (2, B, H, context, D): the keys and values of earlier tokens (step 13)
             cache[:, :, :, start:start + T] = torch.stack([keys, values])
             keys, values = cache[:, :, :, :start + T]
-        context_vectors = F.scaled_dot_product_attention(  # `attention` above, in one fused call
-            queries, keys, values, is_causal=T > 1, dropout_p=self.drop_rate if self.training else 0.0)
+        drop_rate = self.drop_rate if self.training else 0.0
+        if x.is_cuda or queries.dtype == torch.float32:  # the same in one fused call
+            context_vectors = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1, dropout_p=drop_rate)
+        else:                                            # faster here in bfloat16 on a CPU
+            context_vectors, _ = attention(queries, keys, values, drop_rate)
         return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C))  # the heads side by side
 
 
@@ -613,17 +595,19 @@ class GPTModel(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Small random weights, as in GPT-2: then all tokens are about equally likely at first."""
+        """Small random weights: then all tokens are about equally likely at first."""
+        std = 0.02 * math.sqrt(768 / self.config.emb_dim)  # GPT-2's 0.02 at its width; a narrower sum needs larger terms
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:  # what is added to the residual starts smaller, for 2 per block add up
-                into_residual = name.endswith(("out_proj.weight", "layers.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02)
+            if name.endswith(("out_proj.weight", "layers.2.weight")):  # these add to the residual, 2 in each block,
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layers))  # so their sum would grow
+            elif parameter.dim() > 1:
+                nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if self.config.position != "learned":  # a fixed table takes the place of the learned one
             angles = position_angles(*self.pos_emb.weight.shape)
             table = torch.cat([angles.sin(), angles.cos()], dim=-1)
-            scale = 0.02 if self.config.position == "sinusoidal" else 0.0  # no louder than the token embeddings
+            scale = std if self.config.position == "sinusoidal" else 0.0  # no louder than the token embeddings
             self.pos_emb.weight.data = scale * table
             self.pos_emb.weight.requires_grad_(False)
         if self.config.tie_weights:
@@ -723,10 +707,12 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # We measure it on the training text and on the end of the text, which the model never practises on.
 
 def mean_loss(model, token_ids, max_windows=64):
-    """Mean cross-entropy over token_ids (N,), N >= 2, in nats per token.
+    """Mean cross-entropy over token_ids (N,), in nats per token; None if N < 2.
 
     The windows do not overlap; of more than `max_windows`, as many are taken at even distances.
     """
+    if len(token_ids) < 2:
+        return None
     config = model.config
     dataset = SlidingWindowDataset(token_ids, min(config.context_length, len(token_ids) - 1), config.context_length)
     chosen = torch.linspace(0, len(dataset) - 1, min(len(dataset), max_windows)).round().long()
@@ -743,7 +729,7 @@ def mean_loss(model, token_ids, max_windows=64):
 # words alone. That is hard: nothing stands before those words that would show where we are.
 
 SENTENCE_START = re.compile(r"(?:\A\s*|[.!?…][\"'”’)\]]*\s+|\n\s*\n\s*)(?=\S)")
-WORD = re.compile(r"\S+")
+WORD, WORD_START = re.compile(r"\S+"), re.compile(r"(?<!\S)\S")
 
 
 def sentence_starts(text):
@@ -787,30 +773,28 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 # Step 10: training
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-# Now we practise: take a batch of windows, compute the loss, ask for every weight in which direction
-# it makes the loss smaller (the gradient), and let AdamW take a small step that way. A few hundred
-# times, and noise turns into the story.
+# Now the model practises: take a batch of windows, compute the loss, ask for every weight in which
+# direction the loss falls (the gradient), let AdamW take a small step that way. Some hundred times,
+# and the noise turns into the story.
 #
-# Which windows? If they always start at the same places of the text, the model learns to go on
-# from those places, and is lost elsewhere. So an epoch covers the text once, from a new offset each
-# time. And then we practise what will be asked for: a prompt starts with a word, at place 0, with
-# nothing before it, not even the space which that word has inside a text (" king" and "king" are
-# different tokens). So a part of each batch are openings: pieces of text that begin at a sentence or
-# at any word, encoded by themselves, as a prompt is.
+# Which windows? If they always start at the same places, the model learns to go on from there and is
+# lost elsewhere. So an epoch covers the text once, but from a new offset each time. And we practise
+# what will be asked for: a prompt begins at place 0 with a word, nothing before it, not even the
+# space that the word has inside a text (" king" and "king" are different tokens). So half of each
+# batch are openings: the text from a sentence or from any word on, encoded by itself, as a prompt is.
 #
-# Batch number 17 of a seed is always the same, whatever was computed before it. Training that was
-# interrupted can thus go on as if nothing had been.
+# Batch 17 of a seed is always the same, whatever came before it: every random choice has a generator
+# of its own. So training that was interrupted can go on as if nothing had been.
 
-USUAL_EPOCHS = 24     # readings of the text if none are asked for
-FEWEST_STEPS = 160    # and for a text of a few sentences, as many as make this many steps
-SENTENCE_SHARE = 0.7  # of the openings; the others begin at any word
-IGNORED = -100        # as a target, what F.cross_entropy leaves out
+USUAL_EPOCHS = 20     # readings of the text if none are asked for
+FEWEST_STEPS = 150    # a text of a few sentences is read more often, to make this many steps
+SENTENCE_SHARE = 0.8  # of the openings; the others begin at any word
+IGNORED = -100        # as a target: what F.cross_entropy leaves out
 
 
 def random_numbers(*names):
-    """A random generator of its own for each combination of seed, purpose and number."""
-    digest = hashlib.sha256(repr(names).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A generator for each combination of seed, purpose and number, independent of the others."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big"))
 
 
 @functools.lru_cache(maxsize=8)
@@ -819,52 +803,43 @@ def shuffled(count, *names):
 
 
 def deal(count, hand, turn, *names):
-    """The cards 0 to count - 1 are shuffled and dealt `hand` at a time, and then anew: hand number `turn`."""
-    turns = math.ceil(count / hand) if hand else 1
-    deck = shuffled(count, *names, turn // turns)
-    return deck[(turn % turns * hand + torch.arange(hand)) % count]
+    """Shuffle the numbers below `count`, deal `hand` at a time, shuffle anew when all are dealt; gives hand `turn`."""
+    turns = math.ceil(count / max(hand, 1))
+    return shuffled(count, *names, turn // turns)[(turn % turns * hand + torch.arange(hand)) % count]
 
 
 class TrainingBatches:
-    """`batches[step]` is the pair (inputs, targets), (B, T) token ids each, of that step.
+    """`batches[step]` is the pair (inputs, targets) of a step, (B, T) token ids each.
 
-    `token_ids` (N,): the training text; `text` and `tokenizer`: the same as text, for the openings.
+    `token_ids` (N,) and `text`: the training text in both forms; without `text` there are no openings.
     """
 
-    def __init__(self, token_ids, context_length, config, text, tokenizer):
-        self.dataset = SlidingWindowDataset(token_ids, context_length)  # windows at every offset
-        self.stride = min(config.stride or context_length, len(self.dataset))
-        self.windows_per_epoch = math.ceil(len(self.dataset) / self.stride)
-        n_openings = int(config.batch_size * config.openings)
-        self.n_windows = config.batch_size - n_openings or 1
-        self.n_sentences = round(n_openings * SENTENCE_SHARE)
+    def __init__(self, token_ids, context_length, config, text="", tokenizer=None):
+        self.windows = SlidingWindowDataset(token_ids, context_length).windows  # one at every offset
+        self.length, self.seed, self.text, self.tokenizer = context_length + 1, config.seed, text, tokenizer
+        self.stride = min(config.stride or context_length, len(self.windows))
+        self.windows_per_epoch = math.ceil(len(self.windows) / self.stride)
+        n_openings = int(config.batch_size * config.openings) if text else 0
+        self.n_windows, self.n_sentences = config.batch_size - n_openings, round(n_openings * SENTENCE_SHARE)
         self.n_words = n_openings - self.n_sentences
         self.steps_per_epoch = math.ceil(self.windows_per_epoch / self.n_windows)
-        self.context_length, self.seed, self.text, self.tokenizer = context_length, config.seed, text, tokenizer
         self.sentences = torch.tensor(sentence_starts(text) or [0])
 
     def __getitem__(self, step):
-        epoch = step // self.steps_per_epoch
-        offset = torch.randint(self.stride, (1,), generator=random_numbers(self.seed, "offset", epoch))
+        offset = torch.randint(self.stride, (1,), generator=random_numbers(self.seed, "offset", step // self.steps_per_epoch))
         order = deal(self.windows_per_epoch, self.n_windows, step, self.seed, "windows")
-        windows = self.dataset.windows[(order * self.stride + offset) % len(self.dataset)]
+        windows = self.windows[(order * self.stride + offset) % len(self.windows)]
         starts = self.sentences[deal(len(self.sentences), self.n_sentences, step, self.seed, "sentences")].tolist()
-        anywhere = torch.randint(len(self.text), (self.n_words,), generator=random_numbers(self.seed, "words", step))
-        starts += [self.next_word(place) for place in anywhere.tolist()]
-        openings = torch.tensor([self.opening(start) for start in starts], dtype=torch.long)
-        batch = torch.cat([windows, openings.view(-1, windows.shape[1])])
+        anywhere = torch.rand(self.n_words, generator=random_numbers(self.seed, "words", step)) * len(self.text)
+        starts += [match.start() for place in anywhere.tolist() if (match := WORD_START.search(self.text, int(place)))]
+        openings = [self.opening(start) for start in starts]
+        batch = torch.cat([windows, torch.tensor(openings, dtype=windows.dtype).view(-1, self.length)])
         return batch[:, :-1].clamp(min=0), batch[:, 1:]
-
-    def next_word(self, place):
-        """Where the first word begins that starts after `place`; the text's first word if there is none."""
-        match = re.compile(r"(?<=\s)\S").search(self.text, place)
-        return match.start() if match else 0
 
     def opening(self, start):
         """The text from `start` as one window, filled up where the text ends before it."""
-        length = self.context_length + 1
-        ids = self.tokenizer.encode(self.text[start:start + 10 * length])[:length]
-        return ids + [IGNORED] * (length - len(ids))
+        ids = self.tokenizer.encode(self.text[start:start + 10 * self.length])[:self.length]
+        return ids + [IGNORED] * (self.length - len(ids))
 
 
 @dataclass
@@ -873,7 +848,7 @@ class Run:
     model: GPTModel
     tokenizer: WordTokenizer | BPETokenizer
     train_config: TrainConfig
-    total_steps: int
+    steps_per_epoch: int
     fingerprint: str                             # SHA-256 of the text
     step: int = 0                                # steps done
     history: list = field(default_factory=list)  # one dictionary per evaluation
@@ -883,83 +858,83 @@ class Run:
     def config(self):
         return self.model.config
 
-
-def encode_split(text, tokenizer, val_fraction):
-    """(training text, its token ids (N,), the validation ids (M,)); M is 0 where val_fraction is 0."""
-    train_text, val_text = split_text(text, val_fraction)
-    return train_text, torch.tensor(tokenizer.encode(train_text)), torch.tensor(tokenizer.encode(val_text))
-
-
-def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=1024,
-            full_vocab=False, device="cpu", log=print):
-    """An untrained model for a text. `tokenizer`, `vocab_size`, `full_vocab`: as for `make_tokenizer`.
-
-    A text too short for the validation split or the context does without, and `log` gets a line that
-    says so. Raises ValueError if there are fewer than 2 tokens.
-    """
-    made = make_tokenizer(tokenizer, text, split_text(text, train_config.val_fraction)[0] or text,
-                          vocab_size, full_vocab, log)
-    train_text, train_ids, val_ids = encode_split(text, made, train_config.val_fraction)
-    if train_config.val_fraction and len(val_ids) <= config.context_length:
-        log(f"note: the last {train_config.val_fraction:.0%} of the text are less than one window of "
-            f"{config.context_length} tokens, so there is no validation split: the model trains on all of it.")
-        train_config = dataclasses.replace(train_config, val_fraction=0.0)
-        train_text, train_ids, val_ids = encode_split(text, made, 0.0)
-    check(len(train_ids) >= 2, f"the text is too short to learn from ({len(train_ids)} tokens): give five words or more")
-    if len(train_ids) <= config.context_length:
-        log(f"note: the text has only {len(train_ids)} tokens, so the context is {len(train_ids) - 1} tokens "
-            f"instead of {config.context_length}.")
-        config = dataclasses.replace(config, context_length=len(train_ids) - 1)
-    torch.manual_seed(train_config.seed)
-    model = GPTModel(dataclasses.replace(config, vocab_size=made.vocab_size)).to(device)
-    steps_per_epoch = TrainingBatches(train_ids, config.context_length, train_config, train_text, made).steps_per_epoch
-    total_steps = steps_per_epoch * train_config.epochs or max(steps_per_epoch * USUAL_EPOCHS, FEWEST_STEPS)
-    return Run(model, made, train_config, total_steps, hash_text(text))
+    @property
+    def total_steps(self):
+        usual = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS)
+        return self.train_config.epochs * self.steps_per_epoch or usual
 
 
 def hash_text(text):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
-# The size of the steps matters most. Too large at first, and the random weights are thrown about; so
-# it rises over some steps (warm-up). Too large at the end, and the model jumps around the best
-# place; so it falls, along half a cosine, to nothing.
+def encode_split(text, tokenizer, val_fraction):
+    """(training text, its token ids (N,), the validation ids (M,)); M is 0 where val_fraction is 0."""
+    train_text, val_text = split_text(text, val_fraction)
+    return train_text, *(torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in (train_text, val_text))
+
+
+def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=1024,
+            full_vocab=False, device="cpu", log=print):
+    """An untrained model for a text. `tokenizer`, `vocab_size`, `full_vocab`: as for `make_tokenizer`.
+
+    A text too short for a validation split, or for the context, does without or gets a smaller one, and
+    `log` a line that says so. Raises ValueError if there are fewer than 2 tokens.
+    """
+    tokenizer = make_tokenizer(tokenizer, text, split_text(text, train_config.val_fraction)[0] or text,
+                               vocab_size, full_vocab, log)
+    train_text, train_ids, val_ids = encode_split(text, tokenizer, train_config.val_fraction)
+    if train_config.val_fraction and len(val_ids) <= config.context_length:
+        log(f"note: the last {train_config.val_fraction:.0%} of the text do not fill one window of {config.context_length} "
+            "tokens, so there is no validation split: the model trains on the whole text")
+        train_config = dataclasses.replace(train_config, val_fraction=0.0)
+        train_text, train_ids, _ = encode_split(text, tokenizer, 0.0)
+    check(len(train_ids) > 1, f"the text is too short to learn from (tokens: {len(train_ids)}): give five words or more")
+    if len(train_ids) <= config.context_length:
+        log(f"note: the text has only {len(train_ids)} tokens, so the context is not {config.context_length} "
+            f"but {len(train_ids) - 1} tokens")
+        config = dataclasses.replace(config, context_length=len(train_ids) - 1)
+    torch.manual_seed(train_config.seed)
+    model = GPTModel(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)).to(device)
+    batches = TrainingBatches(train_ids, config.context_length, train_config, train_text, tokenizer)
+    return Run(model, tokenizer, train_config, batches.steps_per_epoch, hash_text(text))
+
+
+# How large a step? Too large at first, and the random weights are thrown about; so the learning rate
+# rises over some steps (warm-up). Too large at the end, and the model jumps around the best place; so
+# it falls, along half a cosine, to nothing.
 
 def learning_rate(step, total_steps, config):
     """The learning rate of a step, 0 <= step < total_steps."""
     warmup = min(config.warmup_steps, total_steps // 5)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
 
 def autocast(device, precision):
-    """Within this, matrix products run in bfloat16, at half the memory and twice the speed, where the
-    precision is "bf16", or "auto" and the machine is made for it. The weights stay in float32."""
-    if precision == "auto":
-        able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        fast = device.type == "cuda" or able.get("avx512_bf16") or able.get("amx_bf16")
-    else:
-        fast = precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+    """Within this, matrix products run in bfloat16 if `precision` is "bf16", or if it is "auto" and the machine
+    has instructions for it: twice as fast, and exact enough, for the weights stay in float32."""
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {"cuda": device.type == "cuda"}
+    fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and fast)
 
 
 def new_optimizer(model, config):
-    """AdamW (Loshchilov & Hutter 2019): each weight moves by a running mean of its gradient, divided
-    by the root of a running mean of its square; weight decay pulls on the matrices only."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+    """AdamW: each weight moves by the mean of its last gradients, divided by their usual size, and is
+    pulled towards zero by `weight_decay`, if it is part of a matrix (Loshchilov & Hutter 2019)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None):
     """Train `run` on `text` from `run.step` to `run.total_steps`, or until `stop()` is true after a step.
 
-    Every `eval_every` steps and at the end, losses and a continuation of `prompt` (default: the first
-    words of the text) go to `run.history` and, as lines, to `log`; then `save(run)` is called, but never
-    so often that it takes more than about 2 % of the time. Raises ValueError if the loss is not finite.
+    Every `eval_every` steps and at the end, the losses and a continuation of `prompt` (the text's first
+    words) are added to `run.history` and told to `log`. `save(run)` is called at the end and at those
+    times, but not so often as to take over 2 % of the time. Raises ValueError if the loss is not finite.
     """
     model, config, device = run.model, run.train_config, run.model.out_head.weight.device
     train_text, train_ids, val_ids = encode_split(text, run.tokenizer, config.val_fraction)
@@ -969,22 +944,23 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
     model.train()
-    seconds, timed_steps, next_save = 0.0, 0, 0.0
+    seconds, steps_timed, next_save = 0.0, 0, 0.0
     while True:
-        finished = run.step >= run.total_steps
-        if (finished or run.step % config.eval_every == 0) and [run.step] != [h["step"] for h in run.history[-1:]]:
+        last = run.step >= run.total_steps
+        if (last or run.step % config.eval_every == 0) and run.step not in [entry["step"] for entry in run.history]:
             with autocast(device, config.precision):
-                entry = {"step": run.step, "epoch": run.step / batches.steps_per_epoch,
-                         "tokens": run.step * config.batch_size * run.config.context_length,
-                         "train_loss": mean_loss(model, train_ids), "val_loss": mean_loss(model, val_ids) if len(val_ids) else None}
-            entry["sample"] = "".join(generate_text(model, run.tokenizer, prompt, 24))
-            run.history.append(entry)
-            log_progress(run, prompt, seconds / max(timed_steps, 1), log)
-        if run.step and (finished or stop() or time.perf_counter() > next_save and run.history[-1]["step"] == run.step):
-            run.optimizer_state, began = optimizer.state_dict(), time.perf_counter()
+                losses = {"train_loss": mean_loss(model, train_ids), "val_loss": mean_loss(model, val_ids)}
+            run.history.append({"step": run.step, "epoch": run.step / run.steps_per_epoch, **losses,
+                                "tokens": run.step * config.batch_size * run.config.context_length,
+                                "sample": "".join(generate_text(model, run.tokenizer, prompt, 24))})
+            log_progress(run, prompt, seconds / max(steps_timed, 1), log)
+            due = time.perf_counter() >= next_save
+        last = last or stop()
+        if run.step and (last or due):
+            began, run.optimizer_state = time.perf_counter(), optimizer.state_dict()
             save(run)
-            next_save = time.perf_counter() + 50 * (time.perf_counter() - began)
-        if finished or stop():
+            next_save, due = time.perf_counter() + 50 * (time.perf_counter() - began), False
+        if last:
             return
         began = time.perf_counter()
         inputs, targets = (ids.to(device) for ids in batches[run.step])
@@ -993,33 +969,32 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
             group["lr"] = learning_rate(run.step, run.total_steps, config)
         with autocast(device, config.precision):
             loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        check(math.isfinite(loss.item()), f"the loss is {loss.item()} at step {run.step}, so training stops here; the last "
-              "checkpoint is not touched. Try a smaller --learning-rate, or --precision fp32")
+        check(math.isfinite(loss.item()), f"the loss became {loss.item()} at step {run.step}; training stops, and the last "
+              "checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        run.step += 1
-        seconds, timed_steps = seconds + time.perf_counter() - began, timed_steps + 1
+        run.step, seconds, steps_timed = run.step + 1, seconds + time.perf_counter() - began, steps_timed + 1
 
 
 def log_progress(run, prompt, seconds_per_step, log):
-    """The lines on an evaluation, which is the last entry of the history."""
-    history, new = run.history, run.history[-1]
-    line = f"Ep {int(new['epoch']) + 1} (Step {new['step']:06d}): Train loss {new['train_loss']:.3f}"
-    if new["val_loss"] is not None:
-        line += f", Val loss {new['val_loss']:.3f}"
+    """Tell `log` about the last entry of the history."""
+    *before, now = run.history
+    line = f"Ep {min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}"
+    if now["val_loss"] is not None:
+        line += f", Val loss {now['val_loss']:.3f}"
     if seconds_per_step:
-        speed = run.train_config.batch_size * run.config.context_length / seconds_per_step
-        left = (run.total_steps - run.step) * seconds_per_step
-        line += f" | {speed:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left"
+        left = round((run.total_steps - run.step) * seconds_per_step)
+        tokens = run.train_config.batch_size * run.config.context_length / seconds_per_step
+        line += f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
     log(line)
-    log("    " + " ".join(f"{prompt}[{new['sample']}]".split()))
-    rising = [b["val_loss"] > a["val_loss"] and b["train_loss"] < a["train_loss"]
-              for a, b in zip(history, history[1:]) if b["val_loss"] is not None]
-    if rising and rising[-1] and not any(rising[:-1]):
-        log("    (Validation loss rises while training loss falls: the model is memorising. With one short story that is "
-            "normal, and wanted here:\n     there is too little text to learn the language from, but enough to know it by heart.)")
+    log("    " + " ".join(f"{prompt} ...{now['sample']}".split()))
+    if now["val_loss"] is not None and len(before) > 1:
+        rises = [b["val_loss"] > a["val_loss"] and b["train_loss"] < a["train_loss"] for a, b in zip(run.history, run.history[1:])]
+        if rises[-1] and not any(rises[:-1]):
+            log("    Validation loss rises while training loss falls: the model is memorising. That is normal, and wanted, with\n"
+                "    one short story: too little text to learn the language from, but enough to know it by heart.")
 
 
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
@@ -1044,7 +1019,7 @@ def save_checkpoint(path, run):
              "train_config": dataclasses.asdict(run.train_config),
              "tokenizer": {"kind": run.tokenizer.kind, "tokens": [
                  t if isinstance(t, str) else t.decode("latin-1") for t in run.tokenizer.tokens]},
-             "model": run.model.state_dict(), "optimizer": run.optimizer_state, "total_steps": run.total_steps,
+             "model": run.model.state_dict(), "optimizer": run.optimizer_state, "steps_per_epoch": run.steps_per_epoch,
              "step": run.step, "history": run.history, "fingerprint": run.fingerprint}
     try:
         with open(temporary, "w+b") as file:
@@ -1087,7 +1062,7 @@ def load_checkpoint(path, device="cpu"):
     with torch.device("meta"):  # the shape without the memory; the saved weights then take their places
         model = GPTModel(GPTConfig(**state["config"]))
     model.load_state_dict(state["model"], assign=True)
-    return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["total_steps"],
+    return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
                state["fingerprint"], state["step"], state["history"], state["optimizer"])
 
 
@@ -1183,36 +1158,35 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
 # The command line
 # ═════════════════════════════════════════════════════════════════════════════════════════════════
 #
-# One function per command; each calls the parts of its step and prints what they return. Results go
-# to stdout, notes to stderr.
+# One function per command. Each calls the parts of its step and prints what they return: results on
+# stdout, notes on stderr. The table at the end says which command takes which options.
 
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
+DEFAULT_TEXT = Path(__file__).with_name("Short_Story.txt")
+
+
+def log(message="", **options):
+    print(message, flush=True, **options)
 
 
 def note(message):
-    print(message, file=sys.stderr, flush=True)
+    log(message, file=sys.stderr)
 
 
-def log(message):
-    print(message, flush=True)
-
-
-def settings(cls, args, base=None):
-    """A settings object from the command line; what was not given there comes from `base`."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if getattr(args, f.name, None) is not None}
-    return dataclasses.replace(base or cls(), **given)
+def given(settings_class, args):
+    """The settings of a class that were given on the command line."""
+    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings_class)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def untrained_run(args, text):
-    return new_run(text, settings(GPTConfig, args, PRESETS[args.preset]), settings(TrainConfig, args),
+    return new_run(text, dataclasses.replace(PRESETS[args.preset], **given(GPTConfig, args)), TrainConfig(**given(TrainConfig, args)),
                    args.tokenizer, args.vocab_size, args.full_vocab, args.device, note)
 
 
-def open_run(args, text):
-    """The saved model, or an untrained one if none was saved yet or --untrained is given."""
+def saved_or_untrained_run(args, text):
     if args.untrained or not Path(args.model).exists():
-        if not args.untrained:
-            note(f"note: there is no model at {args.model} yet, so this is an untrained one")
+        note(f"note: this is an untrained model{'' if args.untrained else f', for there is none at {args.model} yet'}")
         return untrained_run(args, text)
     run = load_checkpoint(args.model, args.device)
     if run.fingerprint != hash_text(text):
@@ -1220,130 +1194,180 @@ def open_run(args, text):
     return run
 
 
+def resumed_run(args, text):
+    """The saved run, to go on with; refused if text or settings are others than it was begun with."""
+    run = load_checkpoint(args.model, args.device)
+    check(run.fingerprint == hash_text(text), f"{args.model} was trained on another text than {args.text}: "
+          "give that text with --text, or train anew without --resume")
+    check(args.tokenizer in ("auto", run.tokenizer.kind), f"{args.model} has the {run.tokenizer.kind} tokenizer, "
+          f"not {args.tokenizer}: leave out --tokenizer, or train anew without --resume")
+    wanted = {**given(GPTConfig, args), **given(TrainConfig, args)}
+    begun = {**dataclasses.asdict(run.config), **dataclasses.asdict(run.train_config)}
+    for name in wanted.keys() - {"epochs", "eval_every"}:
+        check(wanted[name] == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {wanted[name]}: "
+              f"leave out --{name.replace('_', '-')}, or train anew without --resume")
+    run.train_config = dataclasses.replace(run.train_config, **{k: wanted[k] for k in {"epochs", "eval_every"} & wanted.keys()})
+    return run
+
+
 def show_pieces(tokenizer, ids):
-    """[15496 'Hello'] [11 ','] ..."""
-    return " ".join(f"[{i} {tokenizer.decode([i])!r}]" for i in ids)
+    return " ".join(f"{tokenizer.decode([i])!r}:{i}" for i in ids)
 
 
 def command_overview(args):
-    log(__doc__)
+    log(__doc__.strip())
 
 
 def command_words(args):
     text = load_text(args.text)
     train_text, val_text = split_text(text, TrainConfig().val_fraction)
     pieces, tokenizer = split_words(train_text), WordTokenizer(build_vocabulary(train_text))
-    log(f"{args.text}: {len(text):,} characters, {len(train_text):,} to train on, {len(val_text):,} for validation")
-    log(f"words and punctuation of the training text: {len(pieces):,}\nthe first of them: {pieces[:16]}")
-    log(f"different ones, which are the vocabulary: {tokenizer.vocab_size:,}\nsome of them: "
-        f"{tokenizer.tokens[::max(tokenizer.vocab_size // 12, 1)]}")
-    log(f"there and back gives the same text: {tokenizer.decode(tokenizer.encode(train_text)) == train_text}")
-    for sentence in (args.prompt or " ".join(train_text.split()[:8]), "Once upon a time there was a <|endoftext|> laptop."):
+    log(f"{len(text):,} characters, {len(train_text):,} of them to train on, {len(val_text):,} for validation\n"
+        f"{len(pieces):,} words and punctuation marks to train on; they begin: {pieces[:12]}\n"
+        f"{tokenizer.vocab_size:,} different ones, the vocabulary; every so often one: "
+        f"{tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}")
+    for sentence in (args.prompt or " ".join(train_text.split()[:8]), "Thamarai bought a laptop <|endoftext|>"):
         ids = tokenizer.encode(sentence)
-        log(f"\n{sentence}\n  -> {ids}\n  -> {tokenizer.decode(ids)}")
+        log(f"\n{sentence}\n  encoded: {ids}\n  decoded: {tokenizer.decode(ids)}")
+    log(f"\nencoding and decoding the whole training text gives it back: {tokenizer.decode(tokenizer.encode(train_text)) == train_text}")
 
 
 def command_bpe(args):
     text = load_text(args.text)
     train_text, _ = split_text(text, TrainConfig().val_fraction)
     tokenizer = make_tokenizer(args.tokenizer, text, train_text, args.vocab_size, args.full_vocab, note)
-    ids, sentence = tokenizer.encode(text), args.prompt or " ".join(train_text.split()[:12])
     if tokenizer.kind == "story":
-        log("the first merges:")
-        merges = []
-        learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: merges.append((a, b, count)))
-        for first, second, count in merges:
-            show = [part.decode("utf-8", "replace") for part in (first, second, first + second)]
-            log(f"  {show[0]!r:>8} + {show[1]!r:<8} -> {show[2]!r:<10} {count:,} times")
-    log(f"{args.text} in tokens of its words: {len(split_words(text)):,}; of the {tokenizer.kind} tokenizer: {len(ids):,}")
-    log(f"vocabulary: {tokenizer.vocab_size:,}, of which the text uses {len(set(ids)):,}; characters per token: "
-        f"{len(text) / len(ids):.2f}; there and back gives the same text: {tokenizer.decode(ids) == text}")
-    for sentence in (sentence, "Hello, I am unhappyish."):
-        log(f"\n{sentence}\n  -> {show_pieces(tokenizer, tokenizer.encode(sentence))}")
+        log("the first merges, as they are learned:")
+        learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: log(f"  {a.decode('latin-1')!r:>6} + {b.decode('latin-1')!r:<6} {count:,} times"))
+    ids = tokenizer.encode(text)
+    log(f"the text has {len(split_words(text)):,} words and punctuation marks, and {len(ids):,} tokens of the {tokenizer.kind} tokenizer\n"
+        f"the vocabulary has {tokenizer.vocab_size:,} entries; the text uses {len(set(ids)):,}\n"
+        f"encoding and decoding the whole text gives it back: {tokenizer.decode(ids) == text}")
+    for sentence in (args.prompt or " ".join(train_text.split()[:12]), "Thamarai bought a laptop <|endoftext|>"):
+        log(f"\n{sentence}\n  {show_pieces(tokenizer, tokenizer.encode(sentence))}")
 
 
 def command_windows(args):
-    run = untrained_run(args, load_text(args.text))
-    _, token_ids, _ = encode_split(load_text(args.text), run.tokenizer, run.train_config.val_fraction)
+    text = load_text(args.text)
+    run = untrained_run(args, text)
+    _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     length, stride = run.config.context_length, run.train_config.stride or run.config.context_length
     windows = SlidingWindowDataset(token_ids, length, stride)
-    log(f"{len(token_ids):,} tokens make {len(windows):,} windows of {length} tokens, {stride} apart; the first tokens of some:")
+    log(f"{len(token_ids):,} tokens make {len(windows):,} windows of {length} tokens, {stride} tokens apart")
     for i in range(min(3, len(windows))):
-        for name, ids in zip(("input ", "target"), windows[i]):
-            log(f"  {name} {' '.join(f'{run.tokenizer.decode([t])!r:<11}' for t in ids[:7].tolist())}")
-        log("")
+        log(f"\nwindow {i}, the first tokens:")
+        for name, ids in zip(("input", "target"), windows[i]):
+            log(f"  {name:<8}" + "".join(f"{run.tokenizer.decode([t])!r:<13}" for t in ids[:6].tolist()))
 
 
 def command_model(args):
     text = load_text(args.text)
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
-    batch, _ = SlidingWindowDataset(token_ids, run.config.context_length)[torch.arange(2) % (len(token_ids) - run.config.context_length)]
-    log(f"{run.config}\n\na batch on its way through the untrained model:")
-    for name, shape in trace_shapes(run.model, batch.to(args.device)):
-        log(f"  {name:<22} {shape}")
-    log("\nnumbers to learn:")
+    batch = token_ids[:run.config.context_length].expand(2, -1).to(args.device)
+    log(f"{run.config}\n\ntwo windows on their way through the untrained model:")
+    for name, shape in trace_shapes(run.model, batch):
+        log(f"  {name:<14}{shape}")
     counts = count_parameters(run.model)
-    for name, count in [*counts.items(), ("all together", sum(counts.values()))]:
-        log(f"  {name:<22} {count:>12,}")
-
-
-def command_evaluate(args):
-    text = load_text(args.text)
-    run = open_run(args, text)
-    train_text, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
-    log(f"after {run.step} of {run.total_steps} training steps:")
-    log(f"  Train loss {mean_loss(run.model, train_ids):.3f}")
-    if len(val_ids) > 1:
-        log(f"  Val loss   {mean_loss(run.model, val_ids):.3f}")
-    log(f"  blind guess among {run.config.vocab_size:,} tokens: ln({run.config.vocab_size}) = {math.log(run.config.vocab_size):.3f}")
-    log_recall(run, train_text)
+    log("\nnumbers to learn:")
+    for name, count in [*counts.items(), ("altogether", sum(counts.values()))]:
+        log(f"  {name:<14}{count:>12,}")
 
 
 def log_recall(run, train_text):
     exercises = len(recall_exercises(train_text))
-    recall = measure_recall(run.model, run.tokenizer, train_text)
-    log(f"Recall {recall:.1%}: {round(recall * exercises)} of {exercises} sentences are continued word for word from their first five words"
-        if exercises else "Recall: not measured, for no sentence of the training text has 8 words")
+    recall = measure_recall(run.model, run.tokenizer, train_text) if exercises else 0
+    log(f"Recall {recall:.1%}: {round(recall * exercises)} of {exercises} sentences continued to the letter from their first five words"
+        if exercises else "Recall: not measured, since no sentence has 8 words")
+
+
+def command_evaluate(args):
+    text = load_text(args.text)
+    run = saved_or_untrained_run(args, text)
+    train_text, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
+    log(f"after {run.step} of {run.total_steps} steps of training:\n  Train loss {mean_loss(run.model, train_ids):.3f}")
+    if len(val_ids) > 1:
+        log(f"  Val loss   {mean_loss(run.model, val_ids):.3f}")
+    log(f"  blind guess {math.log(run.config.vocab_size):.3f} = ln({run.config.vocab_size})")
+    log_recall(run, train_text)
 
 
 def command_train(args):
     text = load_text(args.text)
-    run = untrained_run(args, text)
-    log(f"{args.text}: {run.tokenizer.kind} tokenizer, {run.config.vocab_size:,} tokens; "
-        f"{sum(count_parameters(run.model).values()):,} parameters; {run.total_steps} steps; "
-        f"blind guess: loss {math.log(run.config.vocab_size):.3f}")
-    began = time.perf_counter()
-    train(run, text, log, lambda run: save_checkpoint(args.model, run), prompt=args.prompt or (DEFAULT_PROMPT if DEFAULT_PROMPT in text else None))
-    log(f"trained in {time.perf_counter() - began:.1f} s")
+    run = (resumed_run if args.resume else untrained_run)(args, text)
+    log(f"{args.text}: {run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}, {sum(count_parameters(run.model).values()):,} "
+        f"parameters, {run.total_steps} steps; a blind guess has loss {math.log(run.config.vocab_size):.3f}")
+    prompt = args.prompt or (DEFAULT_PROMPT if DEFAULT_PROMPT in text else None)
+    with ctrl_c_asks() as asked:
+        train(run, text, log, lambda run: save_checkpoint(args.model, run), asked, prompt)
+    if run.step < run.total_steps:
+        note(f"stopped after step {run.step}, saved in {args.model}; to go on: python story_llm.py {' '.join(sys.argv[1:])} --resume")
+        raise KeyboardInterrupt
     log_recall(run, split_text(text, run.train_config.val_fraction)[0])
     log(f"saved {args.model}")
-    command_plot(args)
+    command_plot(args, run)
 
 
-def command_plot(args):
-    run = load_checkpoint(args.model)
+def command_plot(args, run=None):
+    run = run or load_checkpoint(args.model)
     plot_losses(run.history, args.plot, run.config.vocab_size)
     log(f"drew {args.plot}")
 
 
 def command_generate(args):
     run = untrained_run(args, load_text(args.text)) if args.untrained else load_checkpoint(args.model, args.device)
-    print(args.prompt or DEFAULT_PROMPT, end="", flush=True)
-    for piece in generate_text(run.model, run.tokenizer, args.prompt or DEFAULT_PROMPT, args.max_new_tokens, args.temperature, args.top_k, args.seed or 0):
-        print(piece, end="", flush=True)
-    print()
+    pieces = generate_text(run.model, run.tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed or 0)
+    for piece in itertools.chain([args.prompt], pieces):
+        log(piece, end="")
+    log()
 
 
+@contextlib.contextmanager
+def ctrl_c_asks():
+    """Within this, the first Ctrl-C only asks to stop, the second stops at once. Yields "was it asked?"."""
+    asked = threading.Event()
+
+    def ask(signum, frame):
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+OPTIONS = {
+    "--text": dict(default=DEFAULT_TEXT, metavar="FILE", help="the story, a UTF-8 text file (Short_Story.txt)"),
+    "--model": dict(default="story_llm.pt", metavar="FILE", help="the checkpoint (story_llm.pt)"),
+    "--plot": dict(default="loss.png", metavar="FILE", help="the picture to draw: .png, .svg or .pdf (loss.png)"),
+    "--prompt": dict(default=DEFAULT_PROMPT, help=f"the first words ({DEFAULT_PROMPT})"),
+    "--sample": dict(metavar="PROMPT", dest="prompt", help="what to continue while it learns or shows (the first words)"),
+    "--max-new-tokens": dict(type=int, default=100, metavar="N", help="how many tokens to write (100)"),
+    "--temperature": dict(type=float, default=0.0, help="0: always the likeliest token; more: more chance (0)"),
+    "--top-k": dict(type=int, metavar="K", help="choose among the K likeliest tokens only"),
+    "--seed": dict(type=int, default=0, help="another seed, another choice (0)"),
+    "--untrained": dict(action="store_true", help="take an untrained model"),
+    "--resume": dict(action="store_true", help="go on from the checkpoint; --epochs may be more than before"),
+    "--tokenizer": dict(choices=TOKENIZERS, default="auto", help="auto: gpt2 if at hand, else story, which is learned"),
+    "--vocab-size": dict(type=int, default=1024, metavar="N", help="entries of the story tokenizer (1024)"),
+    "--full-vocab": dict(action="store_true", help="all of GPT-2's 50,257 entries, not only those that the story needs"),
+    "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from"),
+    "--device": dict(default="cpu", help="cpu or cuda (cpu)"),
+}
+TOKENIZER_OPTIONS = "--tokenizer --vocab-size --full-vocab "
+UNTRAINED_OPTIONS = "--text " + TOKENIZER_OPTIONS + "--preset --device GPTConfig TrainConfig "
 COMMANDS = {
-    "words": (command_words, "steps 2-3: the text as words, and as ids"),
-    "bpe": (command_bpe, "step 4: the text as byte-pair tokens"),
-    "windows": (command_windows, "step 5: inputs and targets"),
-    "model": (command_model, "steps 6-7: the model's shapes and sizes"),
-    "evaluate": (command_evaluate, "step 9: losses and recall, before or after training"),
-    "train": (command_train, "steps 10-12: train, save, draw the loss"),
-    "plot": (command_plot, "step 12: draw the loss curves of a saved model"),
-    "generate": (command_generate, "steps 8 and 13: continue a prompt"),
+    "words": (command_words, "--text --sample", "steps 2 and 3: the text as words, the words as numbers"),
+    "bpe": (command_bpe, "--text --sample " + TOKENIZER_OPTIONS, "step 4: the text as byte-pair tokens"),
+    "windows": (command_windows, UNTRAINED_OPTIONS, "step 5: windows, inputs and targets"),
+    "model": (command_model, UNTRAINED_OPTIONS, "steps 6 and 7: shapes and sizes of the model"),
+    "evaluate": (command_evaluate, UNTRAINED_OPTIONS + "--model --untrained", "step 9: losses and recall, before training or after"),
+    "train": (command_train, UNTRAINED_OPTIONS + "--model --resume --plot --sample", "steps 10 to 12: train, save, draw the loss"),
+    "plot": (command_plot, "--model --plot", "step 12: draw the loss curves again"),
+    "generate": (command_generate, "--prompt --max-new-tokens --temperature --top-k --model --untrained " + UNTRAINED_OPTIONS,
+                 "steps 8 and 13: continue a prompt"),
 }
 
 
@@ -1351,38 +1375,30 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="story_llm.py", description="How a language model works, on your own story.")
     parser.set_defaults(handler=command_overview)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (handler, meaning) in COMMANDS.items():
+    for name, (handler, options, meaning) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.set_defaults(handler=handler)
-        add = command.add_argument
-        add("--text", default=str(Path(__file__).with_name("Short_Story.txt")), help="a UTF-8 text file")
-        add("--model", default="story_llm.pt")
-        add("--plot", default="loss.png")
-        add("--prompt")
-        add("--tokenizer", choices=TOKENIZERS, default="auto")
-        add("--vocab-size", type=int, default=1024)
-        add("--full-vocab", action="store_true")
-        add("--untrained", action="store_true")
-        add("--device", default="cpu")
-        add("--preset", choices=PRESETS, default="story")
-        add("--max-new-tokens", type=int, default=100)
-        add("--temperature", type=float, default=0.0)
-        add("--top-k", type=int)
-        for cls in (GPTConfig, TrainConfig):
-            for f in dataclasses.fields(cls):
+        for option in options.split():
+            if option.startswith("--"):
+                command.add_argument(option, **OPTIONS[option])
+                continue
+            for f in dataclasses.fields(globals()[option]):
                 if f.name != "vocab_size":
-                    kind = {"action": "store_true", "default": None} if f.type is bool else {"type": f.type}
-                    add("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} ({f.default})", **kind)
+                    value = dict(action="store_true", default=None) if f.type is bool else dict(type=f.type, metavar="N")
+                    command.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} ({f.default})", **value)
     return parser
 
 
 def main(argv=None):
+    """Run the program; returns the exit status: 0, 1 for a user's mistake, 130 after Ctrl-C (2, for usage, is argparse's)."""
     args = make_parser().parse_args(argv)
     try:
         args.handler(args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        note(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
