@@ -44,18 +44,15 @@ from pathlib import Path
 
 if sys.platform == "linux":  # glibc: keep freed memory for the next step, instead of returning it to the kernel
     with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (measured: a sixth of the time)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, ONE_GIB = -1, -3, 1 << 30
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, ONE_GIB)
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, ONE_GIB)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 1: what to install, and the settings
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 1: what to install, and the settings ═══════════════════════════════════════════════════
 # `pip install -r requirements.txt` brings three packages: torch does the arithmetic, tiktoken runs
 # byte-pair encodings, matplotlib draws the loss curves. The last two are imported where they are
 # first needed, so nobody waits for what is not used.
@@ -81,7 +78,7 @@ def setting(default, meaning, smallest=None, below=math.inf, among=None):
 class Settings:
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            value, (smallest, below, among) = getattr(self, f.name), (f.metadata[k] for k in ("smallest", "below", "among"))
+            value, (_, smallest, below, among) = getattr(self, f.name), f.metadata.values()
             if among:
                 check(value in among, f"{f.name} must be one of {', '.join(among)}, not {value!r}")
             elif smallest is not None:
@@ -112,10 +109,8 @@ class GPTConfig(Settings):
               f"pairs of numbers, so the width per head must be even, not {self.emb_dim // self.n_heads}")
 
 
-PRESETS = {
-    "story": GPTConfig(),
-    "gpt2-small": GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1),
-}
+GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1)
+PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
 
 
 @dataclass(frozen=True)
@@ -131,14 +126,11 @@ class TrainConfig(Settings):
     openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)", 0, 1)
     val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation", 0, 1)
     eval_every: int = setting(25, "steps from one evaluation to the next", 1)
-    precision: str = setting("auto", "bf16, fp32, or auto: what is fast on this machine", among=("auto", "bf16", "fp32"))
+    precision: str = setting("auto", "bf16, fp32, or auto: what is fast here", among=("auto", "bf16", "fp32"))
     seed: int = setting(42, "where all randomness starts: same seed, same model", 0)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 2: load the text and split it into words
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 2: load the text and split it into words ═══════════════════════════════════════════════
 # A model calculates, so text must become numbers. The plainest way: cut the text into words and
 # punctuation marks, list every different piece once, and use its place in the list as its number.
 #
@@ -215,10 +207,7 @@ def build_vocabulary(text):
     return sorted(set(split_words(text)) - {JOIN}) + [JOIN, END_OF_TEXT, UNKNOWN]
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 3: a tokenizer of words
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 3: a tokenizer of words ════════════════════════════════════════════════════════════════
 # A tokenizer goes both ways: `encode` turns text into token ids, `decode` turns ids into text.
 # With the vocabulary of step 2 it is a dictionary look-up. It fails on the first word that the
 # story does not contain, hence the token `<|unk|>` for "unknown": the word is lost, but we go on.
@@ -234,11 +223,7 @@ class WordTokenizer:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         check(len(self.ids) == len(self.tokens) and {UNKNOWN, END_OF_TEXT, JOIN} <= self.ids.keys(),
               "a word vocabulary needs distinct entries, and the special ones among them")
-        self.end_of_text = self.ids[END_OF_TEXT]
-
-    @property
-    def vocab_size(self):
-        return len(self.tokens)
+        self.end_of_text, self.vocab_size = self.ids[END_OF_TEXT], len(self.tokens)
 
     def encode(self, text):
         """Text to token ids. Unknown words become `<|unk|>`, unknown white space the usual one."""
@@ -251,10 +236,7 @@ class WordTokenizer:
         return join_words(self.tokens[i] for i in ids)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 4: byte-pair encoding
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 4: byte-pair encoding ══════════════════════════════════════════════════════════════════
 # Words are crude tokens: there are many, and each new one is `<|unk|>`. GPT-2 cuts finer. It starts
 # from the 256 possible bytes, so no text in the world is unknown to it, and joins the most frequent
 # pair of neighbours into a new token; then again, and again:
@@ -416,10 +398,7 @@ def make_tokenizer(kind, text, train_text, vocab_size=1024, full_vocab=False, lo
     return BPETokenizer(learn_byte_pairs(train_text, vocab_size), "story")
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 5: sliding windows
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 5: sliding windows ═════════════════════════════════════════════════════════════════════
 # What does the model practise? Guessing the next token. A window of the text is a row of such
 # exercises: the input is the window, the target is the same window one token later.
 #
@@ -451,10 +430,7 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
         return window[..., :-1], window[..., 1:]
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 6: attention and the GPT model
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 6: attention and the GPT model ═════════════════════════════════════════════════════════
 # Inside the model every token is a vector, a row of numbers. At first the vector says only which
 # token this is and where it stands. Then, block by block, each token looks at the tokens before it
 # and takes over what it needs from them (attention), and thinks about what it has gathered (the
@@ -536,7 +512,7 @@ class MultiHeadAttention(nn.Module):
             keys, values = cache[:, :, :, :start + T]
         drop_rate = self.drop_rate if self.training else 0.0
         if x.is_cuda or queries.dtype == torch.float32:  # the same in one fused call
-            context_vectors = F.scaled_dot_product_attention(queries, keys, values, is_causal=T > 1, dropout_p=drop_rate)
+            context_vectors = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
         else:                                            # faster here in bfloat16 on a CPU
             context_vectors, _ = attention(queries, keys, values, drop_rate)
         return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C))  # the heads side by side
@@ -596,7 +572,7 @@ class GPTModel(nn.Module):
 
     def initialize(self):
         """Small random weights: then all tokens are about equally likely at first."""
-        std = 0.02 * math.sqrt(768 / self.config.emb_dim)  # GPT-2's 0.02 at its width; a narrower sum needs larger terms
+        std = 0.02 * math.sqrt(768 / self.config.emb_dim)  # GPT-2's 0.02 at its width, 768; more if narrower
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "layers.2.weight")):  # these add to the residual, 2 in each block,
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.n_layers))  # so their sum would grow
@@ -632,22 +608,18 @@ class GPTModel(nn.Module):
                            config.emb_dim // config.n_heads, dtype=weight.dtype, device=weight.device)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 7: a batch through the untrained model
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 7: a batch through the untrained model ═════════════════════════════════════════════════
 # Before we train anything, we push one batch through and look at what becomes of it: from (B, T)
 # numbers to (B, T, C) vectors, which keep that shape through all the blocks, to (B, T, vocabulary)
 # scores. And we count the weights, part by part, to see where a model is large.
 
 def trace_shapes(model, token_ids):
-    """Run token_ids (B, T) through the model; returns [(name of the part, shape of its output), ...]."""
-    shapes = [("token ids", tuple(token_ids.shape))]
-    parts = [("tok_emb", model.tok_emb), ("pos_emb", model.pos_emb)]
-    parts += [(f"trf_blocks.{i}", block) for i, block in enumerate(model.trf_blocks)]
-    parts += [("final_norm", model.final_norm), ("out_head: the logits", model.out_head)]
-    hooks = [part.register_forward_hook(lambda _, __, out, name=name: shapes.append((name, tuple(out.shape))))
-             for name, part in parts]
+    """Run token_ids (B, T) through the model; returns [(name of a part, shape of its output), ...] on the way."""
+    shapes, parts = [("token_ids", tuple(token_ids.shape))], dict(model.named_children())
+    del parts["trf_blocks"], parts["drop_emb"]
+    parts.update((f"trf_blocks.{i}", block) for i, block in enumerate(model.trf_blocks))
+    hooks = [part.register_forward_hook(lambda _, __, output, name=name: shapes.append((name, tuple(output.shape))))
+             for name, part in parts.items()]
     with inference(model):
         model(token_ids)
     for hook in hooks:
@@ -665,10 +637,7 @@ def count_parameters(model):
     return counts
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 8: greedy generation
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 8: greedy generation ═══════════════════════════════════════════════════════════════════
 # To write, we ask for the likeliest next token, append it, and ask again. That is all. The untrained
 # model answers with noise, but it answers. (Step 13 does the same faster, and with some chance.)
 
@@ -695,10 +664,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     return idx
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 9: the loss before training, and recall
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 9: the loss before training, and recall ════════════════════════════════════════════════
 # How wrong is the model? For each exercise we take the probability p that it gave to the token that
 # really came, and note -ln(p): 0 for a sure hit, more for a surprise. The mean is the cross-entropy
 # loss. Who guesses blindly among V tokens gives each 1/V and has a loss of ln(V); an untrained
@@ -769,10 +735,7 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
     return hits / max(len(exercises), 1)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 10: training
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 10: training ═══════════════════════════════════════════════════════════════════════════
 # Now the model practises: take a batch of windows, compute the loss, ask for every weight in which
 # direction the loss falls (the gradient), let AdamW take a small step that way. Some hundred times,
 # and the noise turns into the story.
@@ -826,7 +789,8 @@ class TrainingBatches:
         self.sentences = torch.tensor(sentence_starts(text) or [0])
 
     def __getitem__(self, step):
-        offset = torch.randint(self.stride, (1,), generator=random_numbers(self.seed, "offset", step // self.steps_per_epoch))
+        epoch = step // self.steps_per_epoch
+        offset = torch.randint(self.stride, (1,), generator=random_numbers(self.seed, "offset", epoch))
         order = deal(self.windows_per_epoch, self.n_windows, step, self.seed, "windows")
         windows = self.windows[(order * self.stride + offset) % len(self.windows)]
         starts = self.sentences[deal(len(self.sentences), self.n_sentences, step, self.seed, "sentences")].tolist()
@@ -885,11 +849,11 @@ def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer
                                vocab_size, full_vocab, log)
     train_text, train_ids, val_ids = encode_split(text, tokenizer, train_config.val_fraction)
     if train_config.val_fraction and len(val_ids) <= config.context_length:
-        log(f"note: the last {train_config.val_fraction:.0%} of the text do not fill one window of {config.context_length} "
-            "tokens, so there is no validation split: the model trains on the whole text")
+        log(f"note: the last {train_config.val_fraction:.0%} of the text do not fill one window of "
+            f"{config.context_length} tokens, so there is no validation split: the model trains on the whole text")
         train_config = dataclasses.replace(train_config, val_fraction=0.0)
         train_text, train_ids, _ = encode_split(text, tokenizer, 0.0)
-    check(len(train_ids) > 1, f"the text is too short to learn from (tokens: {len(train_ids)}): give five words or more")
+    check(len(train_ids) > 1, f"the text is too short, only {len(train_ids)} tokens: give five words or more")
     if len(train_ids) <= config.context_length:
         log(f"note: the text has only {len(train_ids)} tokens, so the context is not {config.context_length} "
             f"but {len(train_ids) - 1} tokens")
@@ -944,7 +908,7 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
     model.train()
-    seconds, steps_timed, next_save = 0.0, 0, 0.0
+    seconds, steps_timed, next_save, due = 0.0, 0, 0.0, False
     while True:
         last = run.step >= run.total_steps
         if (last or run.step % config.eval_every == 0) and run.step not in [entry["step"] for entry in run.history]:
@@ -969,8 +933,8 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
             group["lr"] = learning_rate(run.step, run.total_steps, config)
         with autocast(device, config.precision):
             loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        check(math.isfinite(loss.item()), f"the loss became {loss.item()} at step {run.step}; training stops, and the last "
-              "checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
+        check(math.isfinite(loss.item()), f"the loss became {loss.item()} at step {run.step}, so training stops; the "
+              "last checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
@@ -980,8 +944,8 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
 
 def log_progress(run, prompt, seconds_per_step, log):
     """Tell `log` about the last entry of the history."""
-    *before, now = run.history
-    line = f"Ep {min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}"
+    now, epoch = run.history[-1], min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1
+    line = f"Ep {epoch} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}"
     if now["val_loss"] is not None:
         line += f", Val loss {now['val_loss']:.3f}"
     if seconds_per_step:
@@ -990,37 +954,31 @@ def log_progress(run, prompt, seconds_per_step, log):
         line += f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
     log(line)
     log("    " + " ".join(f"{prompt} ...{now['sample']}".split()))
-    if now["val_loss"] is not None and len(before) > 1:
-        rises = [b["val_loss"] > a["val_loss"] and b["train_loss"] < a["train_loss"] for a, b in zip(run.history, run.history[1:])]
-        if rises[-1] and not any(rises[:-1]):
-            log("    Validation loss rises while training loss falls: the model is memorising. That is normal, and wanted, with\n"
-                "    one short story: too little text to learn the language from, but enough to know it by heart.")
+    rises = [now["val_loss"] > before["val_loss"] and now["train_loss"] < before["train_loss"]
+             for before, now in itertools.pairwise(run.history) if now["val_loss"] is not None]
+    if rises and rises[-1] and not any(rises[:-1]):
+        log("    Validation loss rises while training loss falls: the model is memorising. With one short story that\n"
+            "    is normal, and wanted: too little text to learn the language from, but enough to know it by heart.")
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 11: save and load
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 11: save and load ══════════════════════════════════════════════════════════════════════
 # All that the run is goes into one file: settings, tokenizer, weights, the optimizer's memory, the
-# history. Nothing else is needed to generate, not even the story. The file is written beside the
-# old one and takes its place only when it is whole, so a crash at any moment leaves a good one. Its
-# last 32 bytes are the SHA-256 of the others: a damaged file is recognised, not believed. And it is
-# read with `weights_only`, which builds tensors and plain values and never runs code from the file.
+# history. Nothing else is needed to generate, not even the story. The file is written beside the old
+# one and takes its place when it is whole, so a crash at any moment leaves a good one behind. Its last
+# 32 bytes are the SHA-256 of the others, so a damaged file is recognised, not believed. It is read
+# with `weights_only`: that makes tensors and plain values, and never runs code from the file.
 
-FORMAT = 1
-DIGEST_BYTES = 32
+FORMAT, DIGEST_BYTES = 1, 32
 
 
 def save_checkpoint(path, run):
-    """Write `run` to `path`, atomically. Raises OSError; then the file that was there is still there."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    state = {"format": FORMAT, "config": dataclasses.asdict(run.config),
-             "train_config": dataclasses.asdict(run.train_config),
-             "tokenizer": {"kind": run.tokenizer.kind, "tokens": [
-                 t if isinstance(t, str) else t.decode("latin-1") for t in run.tokenizer.tokens]},
-             "model": run.model.state_dict(), "optimizer": run.optimizer_state, "steps_per_epoch": run.steps_per_epoch,
-             "step": run.step, "history": run.history, "fingerprint": run.fingerprint}
+    """Write `run` to `path` in one go: if that fails, OSError is raised and the old file is still there."""
+    temporary, tokens = Path(f"{path}.tmp"), run.tokenizer.tokens
+    state = {"format": FORMAT, "config": dataclasses.asdict(run.config), "kind": run.tokenizer.kind,
+             "tokens": [token if isinstance(token, str) else token.decode("latin-1") for token in tokens],
+             "train_config": dataclasses.asdict(run.train_config), "steps_per_epoch": run.steps_per_epoch,
+             "fingerprint": run.fingerprint, "step": run.step, "history": run.history,
+             "model": run.model.state_dict(), "optimizer_state": run.optimizer_state}
     try:
         with open(temporary, "w+b") as file:
             torch.save(state, file)
@@ -1029,47 +987,47 @@ def save_checkpoint(path, run):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError if torch comes upon it
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise OSError(f"{path} could not be written ({error}); free some space or give another --model") from error
-
-
-def digest_matches(file):
-    """Whether the last 32 bytes of a file are the SHA-256 of the bytes before them."""
-    if os.fstat(file.fileno()).st_size <= DIGEST_BYTES:
-        return False
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents, memoryview(contents) as view:
-        return hashlib.sha256(view[:-DIGEST_BYTES]).digest() == view[-DIGEST_BYTES:]
+        raise OSError(f"{path} could not be written ({error}): make room, or give another --model") from error
 
 
 def load_checkpoint(path, device="cpu"):
-    """The `Run` saved at `path`, with `.model` (in eval mode), `.tokenizer`, `.config`, `.step`, `.history`.
+    """The `Run` saved at `path`, its `.model` in eval mode.
 
     Raises OSError if there is no such file, ValueError if it is damaged or not one of ours.
     """
-    path = Path(path)
-    if not path.exists():
-        raise OSError(f"there is no model at {path}: train one first (python story_llm.py train)")
-    check(path.is_file(), f"{path} is not a file: give the path of a checkpoint")
-    with open(path, "rb") as file:
-        check(digest_matches(file), f"{path} is damaged or not a checkpoint of story_llm: train again, or give another --model")
-        state = torch.load(file, map_location=device, weights_only=True)
-    check(state["format"] == FORMAT, f"{path} has format {state['format']}, and this program reads {FORMAT}: "
-          "use the version that wrote it, or train again")
-    kind, tokens = state["tokenizer"]["kind"], state["tokenizer"]["tokens"]
-    tokenizer = WordTokenizer(tokens) if kind == "word" else BPETokenizer([t.encode("latin-1") for t in tokens], kind)
-    with torch.device("meta"):  # the shape without the memory; the saved weights then take their places
-        model = GPTModel(GPTConfig(**state["config"]))
-    model.load_state_dict(state["model"], assign=True)
-    return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
-               state["fingerprint"], state["step"], state["history"], state["optimizer"])
+    check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a checkpoint with --model")
+    try:
+        with open(path, "rb") as file:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents, memoryview(contents) as view:
+                whole = hashlib.sha256(view[:-DIGEST_BYTES]).digest() == view[-DIGEST_BYTES:]
+            check(whole, "its checksum is wrong")
+            state = torch.load(file, map_location=device, weights_only=True)
+        check(state["format"] == FORMAT, f"it has format {state['format']}, and this program reads format {FORMAT}")
+        tokens, config, weights = state["tokens"], GPTConfig(**state["config"]), state["model"]
+        tokenizer = (WordTokenizer(tokens) if state["kind"] == "word" else
+                     BPETokenizer([token.encode("latin-1") for token in tokens], state["kind"]))
+        check(config.vocab_size == tokenizer.vocab_size and config.n_layers < len(weights), "its parts do not fit")
+        with torch.device("meta"):  # the shapes that the settings call for, without the memory
+            shapes = {name: tensor.shape for name, tensor in GPTModel(config).state_dict().items()}
+        check(shapes == {name: tensor.shape for name, tensor in weights.items()}, "its weights do not fit its settings")
+        model = GPTModel(config).to(device)
+        model.load_state_dict(weights)
+        return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
+                   state["fingerprint"], state["step"], state["history"], state["optimizer_state"])
+    except FileNotFoundError as error:
+        raise OSError(f"there is no model at {path}: train one first (python story_llm.py train)") from error
+    except OSError:
+        raise
+    except Exception as error:  # a file that is not ours may break anything in here
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or no checkpoint of story_llm ({reason}): train again, or give another "
+                         "--model") from error
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 12: loss curves
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 12: loss curves ════════════════════════════════════════════════════════════════════════
 # Two curves tell what happened. Both fall: the model learns. Training falls and validation rises: it
 # learns this text by heart. Both stay near ln(vocabulary): it learns nothing.
 
@@ -1095,10 +1053,7 @@ def plot_losses(history, path, vocab_size):
     figure.savefig(path, dpi=150)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# Step 13: inference from the saved file
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ Step 13: inference from the saved file ══════════════════════════════════════════════════════
 # `generate_text_simple` reads the whole text again for each new token. But the keys and values of
 # earlier tokens never change, since no token looks ahead. So we keep them in a cache and feed only
 # the new token. When the context is full, the window slides, every token gets a new place, and
@@ -1154,15 +1109,11 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
             shown = tokenizer.decode(recent)
 
 
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-# The command line
-# ═════════════════════════════════════════════════════════════════════════════════════════════════
-#
+# ═══ The command line ════════════════════════════════════════════════════════════════════════════
 # One function per command. Each calls the parts of its step and prints what they return: results on
-# stdout, notes on stderr. The table at the end says which command takes which options.
+# stdout, notes on stderr. The tables at the end say which command has which options.
 
-DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
-DEFAULT_TEXT = Path(__file__).with_name("Short_Story.txt")
+DEFAULT_TEXT, DEFAULT_PROMPT = Path(__file__).with_name("Short_Story.txt"), "Once Aadhan renounced his kingdom"
 
 
 def log(message="", **options):
@@ -1174,44 +1125,38 @@ def note(message):
 
 
 def given(settings_class, args):
-    """The settings of a class that were given on the command line."""
+    """Those settings of a class that were given on the command line."""
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings_class)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def untrained_run(args, text):
-    return new_run(text, dataclasses.replace(PRESETS[args.preset], **given(GPTConfig, args)), TrainConfig(**given(TrainConfig, args)),
-                   args.tokenizer, args.vocab_size, args.full_vocab, args.device, note)
-
-
-def saved_or_untrained_run(args, text):
-    if args.untrained or not Path(args.model).exists():
-        note(f"note: this is an untrained model{'' if args.untrained else f', for there is none at {args.model} yet'}")
-        return untrained_run(args, text)
-    run = load_checkpoint(args.model, args.device)
-    if run.fingerprint != hash_text(text):
-        note(f"note: {args.model} was trained on another text than {args.text}")
-    return run
+    config = dataclasses.replace(PRESETS[args.preset], **given(GPTConfig, args))
+    return new_run(text, config, TrainConfig(**given(TrainConfig, args)), args.tokenizer, args.entries,
+                   args.full_vocab, args.device, note)
 
 
 def resumed_run(args, text):
-    """The saved run, to go on with; refused if text or settings are others than it was begun with."""
+    """The saved run, to go on with; ValueError if text or settings are not those that it was begun with."""
     run = load_checkpoint(args.model, args.device)
-    check(run.fingerprint == hash_text(text), f"{args.model} was trained on another text than {args.text}: "
-          "give that text with --text, or train anew without --resume")
-    check(args.tokenizer in ("auto", run.tokenizer.kind), f"{args.model} has the {run.tokenizer.kind} tokenizer, "
-          f"not {args.tokenizer}: leave out --tokenizer, or train anew without --resume")
-    wanted = {**given(GPTConfig, args), **given(TrainConfig, args)}
-    begun = {**dataclasses.asdict(run.config), **dataclasses.asdict(run.train_config)}
-    for name in wanted.keys() - {"epochs", "eval_every"}:
-        check(wanted[name] == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {wanted[name]}: "
-              f"leave out --{name.replace('_', '-')}, or train anew without --resume")
-    run.train_config = dataclasses.replace(run.train_config, **{k: wanted[k] for k in {"epochs", "eval_every"} & wanted.keys()})
+    begun = {"text": run.fingerprint[:12], "tokenizer": run.tokenizer.kind,
+             **dataclasses.asdict(run.config), **dataclasses.asdict(run.train_config)}
+    wanted = {"text": hash_text(text)[:12], **given(GPTConfig, args), **given(TrainConfig, args)}
+    if args.tokenizer != "auto":
+        wanted["tokenizer"] = args.tokenizer
+    changes = {name: wanted.pop(name) for name in ("epochs", "eval_every") if name in wanted}  # these may change
+    for name, value in wanted.items():
+        check(value == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {value}: "
+              f"give the same --{name.replace('_', '-')} as then, or train anew without --resume")
+    run.train_config = dataclasses.replace(run.train_config, **changes)
     return run
 
 
-def show_pieces(tokenizer, ids):
-    return " ".join(f"{tokenizer.decode([i])!r}:{i}" for i in ids)
+def log_recall(run, train_text):
+    total = len(recall_exercises(train_text))
+    share = measure_recall(run.model, run.tokenizer, train_text)
+    log(f"Recall {share:.1%}: {round(share * total)} of {total} sentences continued to the letter after five words"
+        if total else "Recall: not measured, for no sentence of the text has 8 words")
 
 
 def command_overview(args):
@@ -1222,29 +1167,31 @@ def command_words(args):
     text = load_text(args.text)
     train_text, val_text = split_text(text, TrainConfig().val_fraction)
     pieces, tokenizer = split_words(train_text), WordTokenizer(build_vocabulary(train_text))
-    log(f"{len(text):,} characters, {len(train_text):,} of them to train on, {len(val_text):,} for validation\n"
-        f"{len(pieces):,} words and punctuation marks to train on; they begin: {pieces[:12]}\n"
-        f"{tokenizer.vocab_size:,} different ones, the vocabulary; every so often one: "
+    log(f"{len(text):,} characters: {len(train_text):,} to train on, {len(val_text):,} for validation\n"
+        f"{len(pieces):,} words and punctuation marks to train on, the first of them: {pieces[:12]}\n"
+        f"{tokenizer.vocab_size:,} different ones make the vocabulary, for example "
         f"{tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}")
     for sentence in (args.prompt or " ".join(train_text.split()[:8]), "Thamarai bought a laptop <|endoftext|>"):
         ids = tokenizer.encode(sentence)
         log(f"\n{sentence}\n  encoded: {ids}\n  decoded: {tokenizer.decode(ids)}")
-    log(f"\nencoding and decoding the whole training text gives it back: {tokenizer.decode(tokenizer.encode(train_text)) == train_text}")
+    same = tokenizer.decode(tokenizer.encode(train_text)) == train_text
+    log(f"\nthe training text, encoded and decoded, is the same again: {same}")
 
 
 def command_bpe(args):
     text = load_text(args.text)
     train_text, _ = split_text(text, TrainConfig().val_fraction)
-    tokenizer = make_tokenizer(args.tokenizer, text, train_text, args.vocab_size, args.full_vocab, note)
+    tokenizer = make_tokenizer(args.tokenizer, text, train_text, args.entries, args.full_vocab, note)
     if tokenizer.kind == "story":
-        log("the first merges, as they are learned:")
-        learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: log(f"  {a.decode('latin-1')!r:>6} + {b.decode('latin-1')!r:<6} {count:,} times"))
+        log("the first merges, as they happen:")
+        learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: log(
+            f"  {a.decode('latin-1')!r:>6} + {b.decode('latin-1')!r:<6} {count:,} times"))
     ids = tokenizer.encode(text)
-    log(f"the text has {len(split_words(text)):,} words and punctuation marks, and {len(ids):,} tokens of the {tokenizer.kind} tokenizer\n"
-        f"the vocabulary has {tokenizer.vocab_size:,} entries; the text uses {len(set(ids)):,}\n"
-        f"encoding and decoding the whole text gives it back: {tokenizer.decode(ids) == text}")
+    log(f"the text: {len(split_words(text)):,} words and punctuation marks; {len(ids):,} {tokenizer.kind} tokens\n"
+        f"the vocabulary: {tokenizer.vocab_size:,} entries, of which the text uses {len(set(ids)):,}\n"
+        f"the text, encoded and decoded, is the same again: {tokenizer.decode(ids) == text}")
     for sentence in (args.prompt or " ".join(train_text.split()[:12]), "Thamarai bought a laptop <|endoftext|>"):
-        log(f"\n{sentence}\n  {show_pieces(tokenizer, tokenizer.encode(sentence))}")
+        log(f"\n{sentence}\n  {' '.join(f'{tokenizer.decode([i])!r}:{i}' for i in tokenizer.encode(sentence))}")
 
 
 def command_windows(args):
@@ -1255,53 +1202,59 @@ def command_windows(args):
     windows = SlidingWindowDataset(token_ids, length, stride)
     log(f"{len(token_ids):,} tokens make {len(windows):,} windows of {length} tokens, {stride} tokens apart")
     for i in range(min(3, len(windows))):
-        log(f"\nwindow {i}, the first tokens:")
+        log(f"\nwindow {i}, its first tokens:")
         for name, ids in zip(("input", "target"), windows[i]):
-            log(f"  {name:<8}" + "".join(f"{run.tokenizer.decode([t])!r:<13}" for t in ids[:6].tolist()))
+            log(f"  {name:<8}" + "".join(f"{run.tokenizer.decode([t])!r:<13}" for t in ids[:6].tolist()).rstrip())
 
 
 def command_model(args):
     text = load_text(args.text)
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
-    batch = token_ids[:run.config.context_length].expand(2, -1).to(args.device)
     log(f"{run.config}\n\ntwo windows on their way through the untrained model:")
-    for name, shape in trace_shapes(run.model, batch):
-        log(f"  {name:<14}{shape}")
+    for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].expand(2, -1).to(args.device)):
+        log(f"  {name:<14} {shape}")
     counts = count_parameters(run.model)
     log("\nnumbers to learn:")
     for name, count in [*counts.items(), ("altogether", sum(counts.values()))]:
-        log(f"  {name:<14}{count:>12,}")
-
-
-def log_recall(run, train_text):
-    exercises = len(recall_exercises(train_text))
-    recall = measure_recall(run.model, run.tokenizer, train_text) if exercises else 0
-    log(f"Recall {recall:.1%}: {round(recall * exercises)} of {exercises} sentences continued to the letter from their first five words"
-        if exercises else "Recall: not measured, since no sentence has 8 words")
+        log(f"  {name:<14} {count:>12,}")
 
 
 def command_evaluate(args):
-    text = load_text(args.text)
-    run = saved_or_untrained_run(args, text)
+    text, saved = load_text(args.text), Path(args.model).exists() and not args.untrained
+    run = load_checkpoint(args.model, args.device) if saved else untrained_run(args, text)
+    if saved and run.fingerprint != hash_text(text):
+        note(f"note: {args.model} was trained on another text than {args.text}")
     train_text, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
-    log(f"after {run.step} of {run.total_steps} steps of training:\n  Train loss {mean_loss(run.model, train_ids):.3f}")
-    if len(val_ids) > 1:
-        log(f"  Val loss   {mean_loss(run.model, val_ids):.3f}")
-    log(f"  blind guess {math.log(run.config.vocab_size):.3f} = ln({run.config.vocab_size})")
+    log(f"{f'{args.model}, after {run.step} steps of training' if saved else 'an untrained model'}:")
+    for name, loss in (("Train loss", mean_loss(run.model, train_ids)), ("Val loss", mean_loss(run.model, val_ids)),
+                       (f"ln({run.config.vocab_size}), a blind guess", math.log(run.config.vocab_size))):
+        if loss is not None:
+            log(f"  {name:<24} {loss:.3f}")
     log_recall(run, train_text)
 
 
 def command_train(args):
     text = load_text(args.text)
     run = (resumed_run if args.resume else untrained_run)(args, text)
-    log(f"{args.text}: {run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}, {sum(count_parameters(run.model).values()):,} "
-        f"parameters, {run.total_steps} steps; a blind guess has loss {math.log(run.config.vocab_size):.3f}")
+    log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
+        f"{sum(count_parameters(run.model).values()):,} parameters; {run.total_steps} steps; "
+        f"loss of a blind guess {math.log(run.config.vocab_size):.3f}")
     prompt = args.prompt or (DEFAULT_PROMPT if DEFAULT_PROMPT in text else None)
-    with ctrl_c_asks() as asked:
-        train(run, text, log, lambda run: save_checkpoint(args.model, run), asked, prompt)
+    asked = threading.Event()
+
+    def ask(signum, frame):  # the first Ctrl-C asks to stop after this step, a second one stops at once
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        train(run, text, log, lambda run: save_checkpoint(args.model, run), asked.is_set, prompt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     if run.step < run.total_steps:
-        note(f"stopped after step {run.step}, saved in {args.model}; to go on: python story_llm.py {' '.join(sys.argv[1:])} --resume")
+        note(f"stopped after step {run.step} of {run.total_steps}, saved {args.model}; "
+             "the same command with --resume goes on")
         raise KeyboardInterrupt
     log_recall(run, split_text(text, run.train_config.val_fraction)[0])
     log(f"saved {args.model}")
@@ -1316,58 +1269,41 @@ def command_plot(args, run=None):
 
 def command_generate(args):
     run = untrained_run(args, load_text(args.text)) if args.untrained else load_checkpoint(args.model, args.device)
-    pieces = generate_text(run.model, run.tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed or 0)
-    for piece in itertools.chain([args.prompt], pieces):
+    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    for piece in itertools.chain([prompt], generate_text(
+            run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed or 0)):
         log(piece, end="")
     log()
-
-
-@contextlib.contextmanager
-def ctrl_c_asks():
-    """Within this, the first Ctrl-C only asks to stop, the second stops at once. Yields "was it asked?"."""
-    asked = threading.Event()
-
-    def ask(signum, frame):
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 OPTIONS = {
     "--text": dict(default=DEFAULT_TEXT, metavar="FILE", help="the story, a UTF-8 text file (Short_Story.txt)"),
     "--model": dict(default="story_llm.pt", metavar="FILE", help="the checkpoint (story_llm.pt)"),
     "--plot": dict(default="loss.png", metavar="FILE", help="the picture to draw: .png, .svg or .pdf (loss.png)"),
-    "--prompt": dict(default=DEFAULT_PROMPT, help=f"the first words ({DEFAULT_PROMPT})"),
-    "--sample": dict(metavar="PROMPT", dest="prompt", help="what to continue while it learns or shows (the first words)"),
+    "--prompt": dict(metavar="WORDS", help=f"the first words, to be continued ({DEFAULT_PROMPT})"),
     "--max-new-tokens": dict(type=int, default=100, metavar="N", help="how many tokens to write (100)"),
-    "--temperature": dict(type=float, default=0.0, help="0: always the likeliest token; more: more chance (0)"),
-    "--top-k": dict(type=int, metavar="K", help="choose among the K likeliest tokens only"),
-    "--seed": dict(type=int, default=0, help="another seed, another choice (0)"),
+    "--temperature": dict(type=float, default=0.0, metavar="T", help="0: the likeliest token; more: more chance (0)"),
+    "--top-k": dict(type=int, metavar="K", help="choose among the K likeliest tokens only (all)"),
     "--untrained": dict(action="store_true", help="take an untrained model"),
     "--resume": dict(action="store_true", help="go on from the checkpoint; --epochs may be more than before"),
-    "--tokenizer": dict(choices=TOKENIZERS, default="auto", help="auto: gpt2 if at hand, else story, which is learned"),
-    "--vocab-size": dict(type=int, default=1024, metavar="N", help="entries of the story tokenizer (1024)"),
-    "--full-vocab": dict(action="store_true", help="all of GPT-2's 50,257 entries, not only those that the story needs"),
-    "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from"),
+    "--tokenizer": dict(choices=TOKENIZERS, default="auto", help="auto: gpt2 if at hand, else story (auto)"),
+    "--vocab-size": dict(type=int, default=1024, dest="entries", metavar="N", help="size of the story tokenizer (1024)"),
+    "--full-vocab": dict(action="store_true", help="all 50,257 entries of GPT-2, not only those needed"),
+    "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from (story)"),
     "--device": dict(default="cpu", help="cpu or cuda (cpu)"),
 }
-TOKENIZER_OPTIONS = "--tokenizer --vocab-size --full-vocab "
-UNTRAINED_OPTIONS = "--text " + TOKENIZER_OPTIONS + "--preset --device GPTConfig TrainConfig "
+TOKENIZER_OPTIONS = "--text --tokenizer --vocab-size --full-vocab "
+ALL_SETTINGS = TOKENIZER_OPTIONS + "--preset --device GPTConfig TrainConfig "
 COMMANDS = {
-    "words": (command_words, "--text --sample", "steps 2 and 3: the text as words, the words as numbers"),
-    "bpe": (command_bpe, "--text --sample " + TOKENIZER_OPTIONS, "step 4: the text as byte-pair tokens"),
-    "windows": (command_windows, UNTRAINED_OPTIONS, "step 5: windows, inputs and targets"),
-    "model": (command_model, UNTRAINED_OPTIONS, "steps 6 and 7: shapes and sizes of the model"),
-    "evaluate": (command_evaluate, UNTRAINED_OPTIONS + "--model --untrained", "step 9: losses and recall, before training or after"),
-    "train": (command_train, UNTRAINED_OPTIONS + "--model --resume --plot --sample", "steps 10 to 12: train, save, draw the loss"),
-    "plot": (command_plot, "--model --plot", "step 12: draw the loss curves again"),
-    "generate": (command_generate, "--prompt --max-new-tokens --temperature --top-k --model --untrained " + UNTRAINED_OPTIONS,
-                 "steps 8 and 13: continue a prompt"),
+    "words": (command_words, "steps 2 and 3: the text as words, the words as numbers", "--text --prompt"),
+    "bpe": (command_bpe, "step 4: the text as byte-pair tokens", TOKENIZER_OPTIONS + "--prompt"),
+    "windows": (command_windows, "step 5: windows, inputs and targets", ALL_SETTINGS),
+    "model": (command_model, "steps 6 and 7: shapes and sizes of the model", ALL_SETTINGS),
+    "evaluate": (command_evaluate, "step 9: losses and recall of a model", ALL_SETTINGS + "--model --untrained"),
+    "train": (command_train, "steps 10 to 12: train and save", ALL_SETTINGS + "--prompt --model --resume --plot"),
+    "plot": (command_plot, "step 12: draw the loss curves of a saved model", "--model --plot"),
+    "generate": (command_generate, "steps 8 and 13: continue a prompt", ALL_SETTINGS +
+                 "--model --untrained --prompt --max-new-tokens --temperature --top-k"),
 }
 
 
@@ -1375,22 +1311,23 @@ def make_parser():
     parser = argparse.ArgumentParser(prog="story_llm.py", description="How a language model works, on your own story.")
     parser.set_defaults(handler=command_overview)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (handler, options, meaning) in COMMANDS.items():
+    for name, (handler, meaning, options) in COMMANDS.items():
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.set_defaults(handler=handler)
         for option in options.split():
             if option.startswith("--"):
                 command.add_argument(option, **OPTIONS[option])
                 continue
-            for f in dataclasses.fields(globals()[option]):
+            for f in dataclasses.fields(globals()[option]):  # a settings class: an option for each field
+                value = dict(action="store_true", default=None) if f.type is bool else dict(type=f.type, metavar="N")
                 if f.name != "vocab_size":
-                    value = dict(action="store_true", default=None) if f.type is bool else dict(type=f.type, metavar="N")
-                    command.add_argument("--" + f.name.replace("_", "-"), help=f"{f.metadata['help']} ({f.default})", **value)
+                    meaning = f"{f.metadata['help']} ({f.default})"
+                    command.add_argument("--" + f.name.replace("_", "-"), help=meaning, **value)
     return parser
 
 
 def main(argv=None):
-    """Run the program; returns the exit status: 0, 1 for a user's mistake, 130 after Ctrl-C (2, for usage, is argparse's)."""
+    """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C (argparse exits with 2)."""
     args = make_parser().parse_args(argv)
     try:
         args.handler(args)

@@ -1,0 +1,139 @@
+"""Training speed at equal configuration: story_llm, its peers, and what the machine's matrix products allow.
+
+    python benchmarks/throughput.py --nanogpt PATH
+    python benchmarks/throughput.py --sizes small --rounds 5
+
+A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
+clips, AdamW. Same vocabulary, context, width, depth and dropout (that of story_llm's presets, or --dropout) for
+all; each project has its own optimizer settings. nanoGPT and Hugging Face share one matrix between embedding
+and head, so their AdamW has less to do. "bf16 weights": no fp32 copy is kept, as in LLMs-from-scratch's
+ch05/10_llm-training-speed. Figures are medians of the rounds, in each the median of the steps.
+
+The ceiling: a large matrix product of the same type, as GFLOP/s, over the products that a token needs,
+6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).
+"""
+
+import argparse
+import statistics
+import time
+
+import common
+
+SIZES = {  # name: shape, batch, steps timed
+    "gpt2-small-2x256": (common.GPT2_SMALL, 2, 4),
+    "gpt2-small-8x256": (common.GPT2_SMALL, 8, 2),
+    "small-16x64": (common.Shape(2600, 64, 256, 4, 2, 0.0), 16, 100),
+}
+CONTENDERS = {
+    "story_llm": "story_llm",
+    "reference:fp32": "LLMs-from-scratch, chapter 5, fp32",
+    "optimized:bf16-weights": "LLMs-from-scratch, optimized, bf16 weights",
+    "nanogpt:fp32": "nanoGPT, fp32",
+    "nanogpt:bf16-autocast": "nanoGPT, bf16 autocast",
+    "huggingface:fp32": "Hugging Face, fp32",
+    "huggingface:bf16-autocast": "Hugging Face, bf16 autocast",
+}
+CEILINGS = {"matmul:fp32": "float32", "matmul:bf16": "bfloat16"}
+
+
+def matmul_ceiling(dtype, size=4096):
+    """GFLOP/s of the fastest of some square products."""
+    import torch
+    a, b, c = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(3))
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        torch.mm(a, b, out=c)
+        times.append(time.perf_counter() - began)
+    return {"gflops": 2 * size ** 3 / min(times) / 1e9}
+
+
+def training_speed(contender, shape, batch_size, steps, options):
+    """Tokens per second of one contender, and the type of its products."""
+    import torch
+    from torch.nn import functional as F
+    project, _, precision = contender.partition(":")
+    torch.manual_seed(0)
+    model = common.make_model(project, shape, options).train()
+    autocast, clip = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"), 1.0
+    if project == "story_llm":
+        import story_llm
+        config = story_llm.TrainConfig()
+        autocast, clip = story_llm.autocast(torch.device("cpu"), config.precision), config.grad_clip
+        optimizer = story_llm.new_optimizer(model, config)
+    elif project == "nanogpt":
+        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type="cpu")
+    else:
+        model, clip = model.to(torch.bfloat16 if precision == "bf16-weights" else None), 1.0 * (project == "huggingface")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=project != "reference" or None)
+    times = []
+    for _ in range(steps + 2):  # the first two warm up
+        tokens = torch.randint(shape.vocab_size, (batch_size, shape.context_length + 1))
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        began = time.perf_counter()
+        with autocast:
+            dtype = (inputs.new_ones(1, 1, dtype=model_dtype(model)) @ inputs.new_ones(1, 1, dtype=model_dtype(model))).dtype
+            if project == "nanogpt":
+                loss = model(inputs, targets)[1]
+            elif project == "huggingface":
+                loss = model(inputs, labels=inputs).loss
+            else:
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        times.append(time.perf_counter() - began)
+    return {"tokens": batch_size * shape.context_length / statistics.median(times[2:]), "dtype": str(dtype)[len("torch."):]}
+
+
+def model_dtype(model):
+    return next(model.parameters()).dtype
+
+
+def print_size(size, results, shape):
+    """The table of one size."""
+    gflops = {dtype: common.median(results[name], "gflops") for name, dtype in CEILINGS.items()}
+    flops = 6 * common.matmul_weights(shape) + 12 * shape.n_layers * shape.emb_dim * shape.context_length
+    speeds = {name: common.median(results[name], "tokens") for name in CONTENDERS if "tokens" in results[name][0]}
+    rows = []
+    for name, title in CONTENDERS.items():
+        if name not in speeds:
+            rows.append([title, results[name][0]["absent"]])
+            continue
+        dtype = results[name][0]["dtype"]
+        against = [f"{speeds[name] / speeds[other]:.2f}" if other in speeds else "?" for other in ("reference:fp32",)]
+        ours = f"{speeds['story_llm'] / speeds[name]:.2f}" if "story_llm" in speeds else "?"
+        rows.append([title, f"{speeds[name]:,.0f}", common.spread(results[name], "tokens"), *against, ours,
+                     f"{speeds[name] * flops / gflops[dtype] / 1e9:.0%} of {dtype}", f"{common.median(results[name], 'peak_mb'):,.0f}"])
+    rows += [[f"ceiling, {dtype}: {g:,.0f} GFLOP/s", f"{g * 1e9 / flops:,.0f}"] for dtype, g in gflops.items()]
+    print(f"\nTraining, {size}: {shape}, {flops / 1e6:,.1f} MFLOP per token\n")
+    common.print_table(["", "tokens/s", "of the rounds", "/ reference", "story_llm / this", "of the ceiling", "peak MB"], rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="steps timed in each round, after two that are not")
+    parser.add_argument("--dropout", type=float, help="for all contenders, instead of the preset's")
+    parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender in CEILINGS:
+        return common.answer(matmul_ceiling, CEILINGS[options.contender])
+    if not options.contender:
+        print(f"{common.machine()}; {options.rounds} rounds")
+    for size in [options.size] if options.contender else options.sizes:
+        shape, batch_size, steps = SIZES[size]
+        shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
+        if options.contender:
+            return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
+        print_size(size, common.take_turns([*CONTENDERS, *CEILINGS], options.rounds, ["--size", size]), shape)
+
+
+if __name__ == "__main__":
+    main()
