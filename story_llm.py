@@ -34,10 +34,12 @@ import math
 import mmap
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,11 +92,11 @@ class Settings:
 @dataclass(frozen=True)
 class GPTConfig(Settings):
     """The shape of the model. The defaults are the small model that learns one story in seconds."""
-    vocab_size: int = setting(50257, "how many tokens there are; always taken from the tokenizer in use", 1)
-    context_length: int = setting(32, "how many tokens the model sees at once", 1)
-    emb_dim: int = setting(256, "numbers that stand for one token inside the model: its width", 1)
-    n_heads: int = setting(4, "attention heads, which share the width among them", 1)
-    n_layers: int = setting(2, "transformer blocks, one after the other", 1)
+    vocab_size: int = setting(50257, "how many tokens there are; always taken from the tokenizer in use", 1, 1 << 24)
+    context_length: int = setting(32, "how many tokens the model sees at once", 1, 1 << 20)
+    emb_dim: int = setting(256, "numbers that stand for one token inside the model: its width", 1, 1 << 16)
+    n_heads: int = setting(4, "attention heads, which share the width among them", 1, 1 << 16)
+    n_layers: int = setting(2, "transformer blocks, one after the other", 1, 1 << 10)
     drop_rate: float = setting(0.0, "share of values dropped in training; 0 to learn a story by heart", 0, 1)
     qkv_bias: bool = setting(False, "biases in the query, key and value projections, as in GPT-2")
     tie_weights: bool = setting(False, "one matrix for token embedding and output head, as in GPT-2")
@@ -117,7 +119,7 @@ PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
 class TrainConfig(Settings):
     """How the model is trained. An epoch is one reading of the training text."""
     epochs: int = setting(0, "readings of the text; 0: as many as usually suffice to know it by heart", 0)
-    batch_size: int = setting(32, "windows in one step", 1)
+    batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length", 0)
     learning_rate: float = setting(3e-3, "the highest one: it rises to this at first, then falls", 1e-9)
     warmup_steps: int = setting(20, "steps of rising", 0)
@@ -127,14 +129,14 @@ class TrainConfig(Settings):
     val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation", 0, 1)
     eval_every: int = setting(25, "steps from one evaluation to the next", 1)
     precision: str = setting("auto", "bf16, fp32, or auto: what is fast here", among=("auto", "bf16", "fp32"))
-    seed: int = setting(42, "where all randomness starts: same seed, same model", 0)
+    seed: int = setting(42, "where all randomness starts: same seed, same model", 0, 1 << 63)
 
 
 # ═══ Step 2: load the text and split it into words ═══════════════════════════════════════════════
 # A model calculates, so text must become numbers. The plainest way: cut the text into words and
 # punctuation marks, list every different piece once, and use its place in the list as its number.
 #
-#     "Yes," said the king.   ->   "  Yes  ,  "  said  the  king  .
+#     Yes, said the king.   ->   Yes  ,  said  the  king  .
 #
 # One regular expression does the cutting. What about the spaces? Most stand where anybody would
 # put them: between two words, after a comma, not before one. Such a space we leave out, and put it
@@ -153,22 +155,24 @@ def load_text(path):
 
     Raises OSError if the file cannot be read, ValueError if it is empty or not UTF-8.
     """
+    check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a text file with --text")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Convert it first, "
             f"for example: iconv -f WINDOWS-1252 -t UTF-8 {path} > story_utf8.txt") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub("\r\n?", "\n", text)
     check(text.strip(), f"{path} is empty: there is nothing to learn from. Give a text of five words or more.")
     return text
 
 
 def split_text(text, val_fraction):
     """Cut the text in two, between words: the first part to train on, the end for validation."""
-    cut = len(text) - int(len(text) * val_fraction)
-    while 0 < cut < len(text) and not text[cut].isspace():
-        cut -= 1
+    cut = between = len(text) - int(len(text) * val_fraction)
+    while 0 < between < len(text) and not text[between].isspace():
+        between -= 1
+    cut = between or cut  # a text that is one long word is cut all the same
     return text[:cut], text[cut:]
 
 
@@ -511,9 +515,9 @@ class MultiHeadAttention(nn.Module):
             cache[:, :, :, start:start + T] = torch.stack([keys, values])
             keys, values = cache[:, :, :, :start + T]
         drop_rate = self.drop_rate if self.training else 0.0
-        if x.is_cuda or queries.dtype == torch.float32:  # the same in one fused call
+        if (x.is_cuda or queries.dtype == torch.float32) and (T == 1 or start == 0):  # the same in one fused call
             context_vectors = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
-        else:                                            # faster here in bfloat16 on a CPU
+        else:  # in bfloat16 on a CPU, written out is faster than fused
             context_vectors, _ = attention(queries, keys, values, drop_rate)
         return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C))  # the heads side by side
 
@@ -795,15 +799,19 @@ class TrainingBatches:
         windows = self.windows[(order * self.stride + offset) % len(self.windows)]
         starts = self.sentences[deal(len(self.sentences), self.n_sentences, step, self.seed, "sentences")].tolist()
         anywhere = torch.rand(self.n_words, generator=random_numbers(self.seed, "words", step)) * len(self.text)
-        starts += [match.start() for place in anywhere.tolist() if (match := WORD_START.search(self.text, int(place)))]
+        starts += [(WORD_START.search(self.text, int(place)) or WORD_START.search(self.text)).start()
+                   for place in anywhere.tolist()]
         openings = [self.opening(start) for start in starts]
         batch = torch.cat([windows, torch.tensor(openings, dtype=windows.dtype).view(-1, self.length)])
         return batch[:, :-1].clamp(min=0), batch[:, 1:]
 
     def opening(self, start):
         """The text from `start` as one window, filled up where the text ends before it."""
-        ids = self.tokenizer.encode(self.text[start:start + 10 * self.length])[:self.length]
-        return ids + [IGNORED] * (self.length - len(ids))
+        ids, end = [], start
+        while len(ids) <= self.length and end < len(self.text):  # one token more, for the last may be cut in two
+            end = start + max(2 * (end - start), 8 * self.length)
+            ids = self.tokenizer.encode(self.text[start:end])
+        return ids[:self.length] + [IGNORED] * (self.length - len(ids))
 
 
 @dataclass
@@ -828,6 +836,12 @@ class Run:
         return self.train_config.epochs * self.steps_per_epoch or usual
 
 
+def memory_gigabytes():
+    """The memory of this machine, infinite where we cannot ask."""
+    pages = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names and os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9 if pages else math.inf
+
+
 def hash_text(text):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
@@ -839,7 +853,7 @@ def encode_split(text, tokenizer, val_fraction):
 
 
 def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=1024,
-            full_vocab=False, device="cpu", log=print):
+            full_vocab=False, device="auto", log=print):
     """An untrained model for a text. `tokenizer`, `vocab_size`, `full_vocab`: as for `make_tokenizer`.
 
     A text too short for a validation split, or for the context, does without or gets a smaller one, and
@@ -858,8 +872,13 @@ def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer
         log(f"note: the text has only {len(train_ids)} tokens, so the context is not {config.context_length} "
             f"but {len(train_ids) - 1} tokens")
         config = dataclasses.replace(config, context_length=len(train_ids) - 1)
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    with torch.device("meta"):  # the shapes without the memory
+        gigabytes = 16 * sum(count_parameters(GPTModel(config)).values()) / 1e9  # weight, gradient, AdamW's two means
+    check(gigabytes < memory_gigabytes(), f"this model takes {gigabytes:,.1f} GB of memory to train, and the machine "
+          f"has {memory_gigabytes():,.1f}: make it smaller by --emb-dim, --n-layers or --context-length")
     torch.manual_seed(train_config.seed)
-    model = GPTModel(dataclasses.replace(config, vocab_size=tokenizer.vocab_size)).to(device)
+    model = GPTModel(config).to(choose_device(device))
     batches = TrainingBatches(train_ids, config.context_length, train_config, train_text, tokenizer)
     return Run(model, tokenizer, train_config, batches.steps_per_epoch, hash_text(text))
 
@@ -884,6 +903,16 @@ def autocast(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and fast)
 
 
+def choose_device(name="auto"):
+    """A torch.device: "cpu", "cuda", "mps", or for "auto" CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    check(name in ("cpu", "cuda", "mps"), f"the device must be auto, cpu, cuda or mps, not {name!r}")
+    check(name == "cpu" or getattr(torch.backends, name).is_built() and getattr(torch, name).is_available(),
+          f"there is no {name} device on this machine: leave out --device, or give cpu")
+    return torch.device(name)
+
+
 def new_optimizer(model, config):
     """AdamW: each weight moves by the mean of its last gradients, divided by their usual size, and is
     pulled towards zero by `weight_decay`, if it is part of a matrix (Loshchilov & Hutter 2019)."""
@@ -891,6 +920,11 @@ def new_optimizer(model, config):
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+
+
+def check_finite(number, step):
+    check(math.isfinite(number), f"loss or gradient became {number} at step {step}, so training stops; the last "
+          "checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
 
 
 def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None):
@@ -914,13 +948,14 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
         if (last or run.step % config.eval_every == 0) and run.step not in [entry["step"] for entry in run.history]:
             with autocast(device, config.precision):
                 losses = {"train_loss": mean_loss(model, train_ids), "val_loss": mean_loss(model, val_ids)}
+            check_finite(losses["train_loss"], run.step)
             run.history.append({"step": run.step, "epoch": run.step / run.steps_per_epoch, **losses,
                                 "tokens": run.step * config.batch_size * run.config.context_length,
                                 "sample": "".join(generate_text(model, run.tokenizer, prompt, 24))})
             log_progress(run, prompt, seconds / max(steps_timed, 1), log)
-            due = time.perf_counter() >= next_save
+            due = run.step > 0 and time.perf_counter() >= next_save
         last = last or stop()
-        if run.step and (last or due):
+        if last or due:
             began, run.optimizer_state = time.perf_counter(), optimizer.state_dict()
             save(run)
             next_save, due = time.perf_counter() + 50 * (time.perf_counter() - began), False
@@ -933,10 +968,9 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
             group["lr"] = learning_rate(run.step, run.total_steps, config)
         with autocast(device, config.precision):
             loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        check(math.isfinite(loss.item()), f"the loss became {loss.item()} at step {run.step}, so training stops; the "
-              "last checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
+        check_finite(loss.item(), run.step)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        check_finite(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item(), run.step)
         optimizer.step()
         optimizer.zero_grad()
         run.step, seconds, steps_timed = run.step + 1, seconds + time.perf_counter() - began, steps_timed + 1
@@ -993,6 +1027,19 @@ def save_checkpoint(path, run):
         raise OSError(f"{path} could not be written ({error}): make room, or give another --model") from error
 
 
+def check_room(path, run):
+    """Notice before the training, not after it, that a checkpoint cannot be written. Raises OSError, ValueError."""
+    needed = 12 * sum(count_parameters(run.model).values())  # the weights and AdamW's two means, 4 bytes each
+    try:
+        with open(f"{path}.tmp", "wb"):
+            free = shutil.disk_usage(Path(path).absolute().parent).free
+        os.remove(f"{path}.tmp")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): give another --model") from error
+    check(free > needed, f"{path} takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: make room, "
+          "or give another --model")
+
+
 def load_checkpoint(path, device="cpu"):
     """The `Run` saved at `path`, its `.model` in eval mode.
 
@@ -1004,16 +1051,22 @@ def load_checkpoint(path, device="cpu"):
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents, memoryview(contents) as view:
                 whole = hashlib.sha256(view[:-DIGEST_BYTES]).digest() == view[-DIGEST_BYTES:]
             check(whole, "its checksum is wrong")
-            state = torch.load(file, map_location=device, weights_only=True)
+            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
+            check(unpacked <= os.fstat(file.fileno()).st_size, "it is packed, which ours never are")
+            file.seek(0)
+            state = torch.load(file, map_location=choose_device(device), weights_only=True)
         check(state["format"] == FORMAT, f"it has format {state['format']}, and this program reads format {FORMAT}")
         tokens, config, weights = state["tokens"], GPTConfig(**state["config"]), state["model"]
         tokenizer = (WordTokenizer(tokens) if state["kind"] == "word" else
                      BPETokenizer([token.encode("latin-1") for token in tokens], state["kind"]))
         check(config.vocab_size == tokenizer.vocab_size and config.n_layers < len(weights), "its parts do not fit")
         with torch.device("meta"):  # the shapes that the settings call for, without the memory
-            shapes = {name: tensor.shape for name, tensor in GPTModel(config).state_dict().items()}
-        check(shapes == {name: tensor.shape for name, tensor in weights.items()}, "its weights do not fit its settings")
-        model = GPTModel(config).to(device)
+            shapes = {name: (t.shape, t.dtype) for name, t in GPTModel(config).state_dict().items()}
+        check(shapes == {name: (t.shape, t.dtype) for name, t in weights.items()}, "its weights are not as its settings")
+        check(all(type(count) is int and count >= 0 for count in (state["step"], state["steps_per_epoch"] - 1)) and
+              all({"step", "epoch", "tokens", "train_loss", "val_loss", "sample"} <= h.keys() for h in state["history"]),
+              "its counts or its history are not right")
+        model = GPTModel(config).to(choose_device(device))
         model.load_state_dict(weights)
         return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
                    state["fingerprint"], state["step"], state["history"], state["optimizer_state"])
@@ -1031,9 +1084,15 @@ def load_checkpoint(path, device="cpu"):
 # Two curves tell what happened. Both fall: the model learns. Training falls and validation rises: it
 # learns this text by heart. Both stay near ln(vocabulary): it learns nothing.
 
+def check_picture(path):
+    check(Path(path).suffix in (".png", ".svg", ".pdf"), f"a picture ends in .png, .svg or .pdf, not like {path}")
+    check(Path(path).absolute().parent.is_dir(), f"there is no folder for the picture {path}")
+
+
 def plot_losses(history, path, vocab_size):
     """Draw the losses of a history to `path` (.png, .svg, .pdf); epochs below, tokens seen above."""
     from matplotlib.figure import Figure
+    check_picture(path)
     check(len(history) > 0, "there is no history to draw: train first")
     epochs, tokens = [h["epoch"] for h in history], [h["tokens"] for h in history]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -1093,8 +1152,11 @@ def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, gene
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top_k=None, seed=0):
     """Continue a prompt; yields pieces of text as they come, never half a character."""
+    check(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    check(0 <= temperature < math.inf, f"temperature must be a number, 0 or more, not {temperature}")
+    check(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
     ids = tokenizer.encode(prompt)
-    check(ids, "the prompt is empty: give the first words of what the model is to write")
+    check(ids, f"the prompt {prompt!r} is empty: give the first words of what the model is to write")
     device = model.out_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     recent, shown = ids, tokenizer.decode(ids)  # what may still grow into text, and what of it is out
@@ -1116,8 +1178,12 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
 DEFAULT_TEXT, DEFAULT_PROMPT = Path(__file__).with_name("Short_Story.txt"), "Once Aadhan renounced his kingdom"
 
 
-def log(message="", **options):
-    print(message, flush=True, **options)
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a terminal's cursor, colour or title
+
+
+def log(message="", file=None, **options):
+    file = file or sys.stdout
+    print(CONTROL.sub("\ufffd", str(message)) if file.isatty() else message, flush=True, file=file, **options)
 
 
 def note(message):
@@ -1211,8 +1277,9 @@ def command_model(args):
     text = load_text(args.text)
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
+    device = run.model.out_head.weight.device
     log(f"{run.config}\n\ntwo windows on their way through the untrained model:")
-    for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].expand(2, -1).to(args.device)):
+    for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].expand(2, -1).to(device)):
         log(f"  {name:<14} {shape}")
     counts = count_parameters(run.model)
     log("\nnumbers to learn:")
@@ -1241,6 +1308,8 @@ def command_train(args):
         f"{sum(count_parameters(run.model).values()):,} parameters; {run.total_steps} steps; "
         f"loss of a blind guess {math.log(run.config.vocab_size):.3f}")
     prompt = args.prompt or (DEFAULT_PROMPT if DEFAULT_PROMPT in text else None)
+    check_room(args.model, run)
+    check_picture(args.plot)
     asked = threading.Event()
 
     def ask(signum, frame):  # the first Ctrl-C asks to stop after this step, a second one stops at once
@@ -1258,7 +1327,10 @@ def command_train(args):
         raise KeyboardInterrupt
     log_recall(run, split_text(text, run.train_config.val_fraction)[0])
     log(f"saved {args.model}")
-    command_plot(args, run)
+    try:
+        command_plot(args, run)
+    except Exception as error:  # the model is saved; a picture is not worth an error
+        note(f"note: {args.plot} could not be drawn: {error}")
 
 
 def command_plot(args, run=None):
@@ -1269,9 +1341,10 @@ def command_plot(args, run=None):
 
 def command_generate(args):
     run = untrained_run(args, load_text(args.text)) if args.untrained else load_checkpoint(args.model, args.device)
+    seed = TrainConfig(**given(TrainConfig, args)).seed
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     for piece in itertools.chain([prompt], generate_text(
-            run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed or 0)):
+            run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, seed)):
         log(piece, end="")
     log()
 
@@ -1287,10 +1360,10 @@ OPTIONS = {
     "--untrained": dict(action="store_true", help="take an untrained model"),
     "--resume": dict(action="store_true", help="go on from the checkpoint; --epochs may be more than before"),
     "--tokenizer": dict(choices=TOKENIZERS, default="auto", help="auto: gpt2 if at hand, else story (auto)"),
-    "--vocab-size": dict(type=int, default=1024, dest="entries", metavar="N", help="size of the story tokenizer (1024)"),
+    "--vocab-size": dict(type=int, default=1024, dest="entries", metavar="N", help="entries of a learned one (1024)"),
     "--full-vocab": dict(action="store_true", help="all 50,257 entries of GPT-2, not only those needed"),
     "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from (story)"),
-    "--device": dict(default="cpu", help="cpu or cuda (cpu)"),
+    "--device": dict(default="auto", metavar="NAME", help="cpu, cuda, mps, or auto: cuda if there is one (auto)"),
 }
 TOKENIZER_OPTIONS = "--text --tokenizer --vocab-size --full-vocab "
 ALL_SETTINGS = TOKENIZER_OPTIONS + "--preset --device GPTConfig TrainConfig "
@@ -1329,6 +1402,9 @@ def make_parser():
 def main(argv=None):
     """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C (argparse exits with 2)."""
     args = make_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # in a notebook or a test it may be something else
+            stream.reconfigure(errors="replace")   # a terminal that lacks a character shows "?"
     try:
         args.handler(args)
     except (ValueError, OSError) as error:

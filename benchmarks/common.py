@@ -46,6 +46,12 @@ def make_model(project, shape, options):
     if project == "optimized":  # the model of ch05/10_llm-training-speed/01_opt_single_gpu.py
         from llms_from_scratch.ch04 import GPTModelFast
         return GPTModelFast({**shape._asdict(), "qkv_bias": False})
+    if project == "cached":  # ch04/03_kv-cache; that of the package (1.0.19) cannot take a second token
+        if not options.llms_from_scratch:
+            raise Absent("give --llms-from-scratch PATH, a checkout of github.com/rasbt/LLMs-from-scratch")
+        sys.path.insert(0, str(Path(options.llms_from_scratch, "ch04", "03_kv-cache")))
+        from gpt_with_kv_cache_optimized import GPTModel
+        return GPTModel({**shape._asdict(), "qkv_bias": False})
     vocabulary, context, width, heads, layers, drop = shape
     if project == "nanogpt":
         if not options.nanogpt:
@@ -64,8 +70,8 @@ def finish(command, cwd=None):
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=err, cwd=cwd)
-        _, status, usage = os.wait4(process.pid, 0)  # counts from the size of the process that starts it: keep ours small
-        seconds = time.perf_counter() - began
+        _, status, usage = os.wait4(process.pid, 0)  # Linux counts from the size of the process that starts it,
+        seconds = time.perf_counter() - began        # so the benchmarks themselves never import torch
         process.returncode = os.waitstatus_to_exitcode(status)
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
         out.seek(0), err.seek(0)
@@ -99,6 +105,12 @@ def answer(function, *arguments):
     print("\n" + json.dumps(result))
 
 
+def missing_of(results, titles):
+    """{title: why} of the contenders that did not run."""
+    why = {name: [each["absent"] for each in results[name] if "absent" in each] for name in titles}
+    return {titles[name]: reasons[0] for name, reasons in why.items() if reasons}
+
+
 def median(results, key):
     return statistics.median(result[key] for result in results)
 
@@ -110,18 +122,25 @@ def spread(results, key, form="{:,.0f}"):
 
 
 def machine():
-    """One line about where and when this was measured."""
+    """Where and when this is measured; call it before measuring."""
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
-    return ", ".join([names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores", *bf16,
-                      f"torch {metadata.version('torch')}", f"Python {platform.python_version()}", time.strftime("%Y-%m-%d")])
+    parts = [names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores", *bf16,
+             f"torch {metadata.version('torch')}", f"Python {platform.python_version()}", time.strftime("%Y-%m-%d")]
+    busy = os.getloadavg()[0]
+    warning = f"\n**The machine is busy with something else (load {busy:.1f}): do not trust these figures.**"
+    return ", ".join(parts) + warning * (busy > 0.5)
 
 
-def print_table(header, rows):
-    """A markdown table, its columns aligned for the eye; the first is text, the others are figures."""
-    rows = [header, *([str(cell) for cell in row] + [""] * (len(header) - len(row)) for row in rows)]
+def print_table(header, rows, missing=()):
+    """A markdown table; below it, why each of the `missing` contenders ({title: why}) has no figures."""
+    rows = [[*row, *[""] * (len(header) - len(row))] for row in
+            [header, *rows, *([title, missing[title].partition(":")[0]] for title in missing)]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
-    for row in rows:
-        print("| " + " | ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) + " |")
+    for first, *others in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        print(f"| {' | '.join(cells)} |")
+    for title in missing:
+        print(f"\n{title}: {missing[title]}")

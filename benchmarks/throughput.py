@@ -1,7 +1,7 @@
 """Training speed at equal configuration: story_llm, its peers, and what the machine's matrix products allow.
 
-    python benchmarks/throughput.py --nanogpt PATH
-    python benchmarks/throughput.py --sizes small --rounds 5
+    python benchmarks/throughput.py --nanogpt PATH                  (about half an hour on two cores)
+    python benchmarks/throughput.py --sizes small-16x64 --rounds 5
 
 A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
 clips, AdamW. Same vocabulary, context, width, depth and dropout (that of story_llm's presets, or --dropout) for
@@ -9,11 +9,12 @@ all; each project has its own optimizer settings. nanoGPT and Hugging Face share
 and head, so their AdamW has less to do. "bf16 weights": no fp32 copy is kept, as in LLMs-from-scratch's
 ch05/10_llm-training-speed. Figures are medians of the rounds, in each the median of the steps.
 
-The ceiling: a large matrix product of the same type, as GFLOP/s, over the products that a token needs,
+The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
 6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 import argparse
+import math
 import statistics
 import time
 
@@ -49,30 +50,34 @@ def matmul_ceiling(dtype, size=4096):
 
 
 def training_speed(contender, shape, batch_size, steps, options):
-    """Tokens per second of one contender, and the type of its products."""
+    """Tokens per second of one contender, and the type in which it multiplies."""
     import torch
     from torch.nn import functional as F
     project, _, precision = contender.partition(":")
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).train()
-    autocast, clip = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"), 1.0
+    autocast, grad_clip = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"), 1.0
     if project == "story_llm":
         import story_llm
         config = story_llm.TrainConfig()
-        autocast, clip = story_llm.autocast(torch.device("cpu"), config.precision), config.grad_clip
         optimizer = story_llm.new_optimizer(model, config)
+        autocast, grad_clip = story_llm.autocast(torch.device("cpu"), config.precision), config.grad_clip
     elif project == "nanogpt":
-        optimizer = model.configure_optimizers(weight_decay=0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type="cpu")
+        optimizer = model.configure_optimizers(0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type="cpu")
+    elif project == "huggingface":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
+    elif project == "optimized":
+        model, grad_clip = model.to(torch.bfloat16), None
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
     else:
-        model, clip = model.to(torch.bfloat16 if precision == "bf16-weights" else None), 1.0 * (project == "huggingface")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=project != "reference" or None)
+        optimizer, grad_clip = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1), None
     times = []
-    for _ in range(steps + 2):  # the first two warm up
+    for _ in range(2 + steps):  # the first two warm up
         tokens = torch.randint(shape.vocab_size, (batch_size, shape.context_length + 1))
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         began = time.perf_counter()
         with autocast:
-            dtype = (inputs.new_ones(1, 1, dtype=model_dtype(model)) @ inputs.new_ones(1, 1, dtype=model_dtype(model))).dtype
+            bf16 = torch.is_autocast_enabled("cpu") or precision == "bf16-weights"
             if project == "nanogpt":
                 loss = model(inputs, targets)[1]
             elif project == "huggingface":
@@ -80,37 +85,34 @@ def training_speed(contender, shape, batch_size, steps, options):
             else:
                 loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
-        if clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
         times.append(time.perf_counter() - began)
-    return {"tokens": batch_size * shape.context_length / statistics.median(times[2:]), "dtype": str(dtype)[len("torch."):]}
-
-
-def model_dtype(model):
-    return next(model.parameters()).dtype
+    return {"tokens": batch_size * shape.context_length / statistics.median(times[2:]),
+            "dtype": "bfloat16" if bf16 else "float32"}
 
 
 def print_size(size, results, shape):
     """The table of one size."""
-    gflops = {dtype: common.median(results[name], "gflops") for name, dtype in CEILINGS.items()}
+    gflops = {dtype: max(each["gflops"] for each in results[name]) for name, dtype in CEILINGS.items()}
     flops = 6 * common.matmul_weights(shape) + 12 * shape.n_layers * shape.emb_dim * shape.context_length
-    speeds = {name: common.median(results[name], "tokens") for name in CONTENDERS if "tokens" in results[name][0]}
+    missing = common.missing_of(results, CONTENDERS)
+    speeds = {name: common.median(results[name], "tokens") for name in CONTENDERS if CONTENDERS[name] not in missing}
+    reference, ours = speeds.get("reference:fp32", math.nan), speeds.get("story_llm", math.nan)
     rows = []
-    for name, title in CONTENDERS.items():
-        if name not in speeds:
-            rows.append([title, results[name][0]["absent"]])
-            continue
+    for name, speed in speeds.items():
         dtype = results[name][0]["dtype"]
-        against = [f"{speeds[name] / speeds[other]:.2f}" if other in speeds else "?" for other in ("reference:fp32",)]
-        ours = f"{speeds['story_llm'] / speeds[name]:.2f}" if "story_llm" in speeds else "?"
-        rows.append([title, f"{speeds[name]:,.0f}", common.spread(results[name], "tokens"), *against, ours,
-                     f"{speeds[name] * flops / gflops[dtype] / 1e9:.0%} of {dtype}", f"{common.median(results[name], 'peak_mb'):,.0f}"])
+        rows.append([CONTENDERS[name], f"{speed:,.0f}", common.spread(results[name], "tokens"),
+                     f"{speed / reference:.2f}", f"{ours / speed:.2f}",
+                     f"{speed * flops / gflops[dtype] / 1e9:.0%} of {dtype}",
+                     f"{common.median(results[name], 'peak_mb'):,.0f}"])
     rows += [[f"ceiling, {dtype}: {g:,.0f} GFLOP/s", f"{g * 1e9 / flops:,.0f}"] for dtype, g in gflops.items()]
     print(f"\nTraining, {size}: {shape}, {flops / 1e6:,.1f} MFLOP per token\n")
-    common.print_table(["", "tokens/s", "of the rounds", "/ reference", "story_llm / this", "of the ceiling", "peak MB"], rows)
+    header = ["", "tokens/s", "of the rounds", "/ reference", "story_llm / this", "of the ceiling", "peak MB"]
+    common.print_table(header, rows, missing)
 
 
 def main():
@@ -126,13 +128,14 @@ def main():
     if options.contender in CEILINGS:
         return common.answer(matmul_ceiling, CEILINGS[options.contender])
     if not options.contender:
-        print(f"{common.machine()}; {options.rounds} rounds")
+        print(f"{common.machine()}\n{options.rounds} rounds")
     for size in [options.size] if options.contender else options.sizes:
         shape, batch_size, steps = SIZES[size]
         shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
         if options.contender:
             return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
-        print_size(size, common.take_turns([*CONTENDERS, *CEILINGS], options.rounds, ["--size", size]), shape)
+        results = common.take_turns([*CONTENDERS, *CEILINGS], options.rounds, ["--size", size])
+        print_size(size, results, shape)
 
 
 if __name__ == "__main__":
