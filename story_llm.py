@@ -121,7 +121,7 @@ class TrainConfig(Settings):
     epochs: int = setting(0, "readings of the text; 0: as many as usually suffice to know it by heart", 0)
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length", 0)
-    learning_rate: float = setting(3e-3, "the highest one: it rises to this at first, then falls", 1e-9)
+    learning_rate: float = setting(2e-3, "the highest one: it rises to this at first, then falls", 1e-9)
     warmup_steps: int = setting(20, "steps of rising", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero: helps to generalise, hinders recall", 0)
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
@@ -169,10 +169,10 @@ def load_text(path):
 
 def split_text(text, val_fraction):
     """Cut the text in two, between words: the first part to train on, the end for validation."""
-    cut = between = len(text) - int(len(text) * val_fraction)
-    while 0 < between < len(text) and not text[between].isspace():
-        between -= 1
-    cut = between or cut  # a text that is one long word is cut all the same
+    cut = len(text) - int(len(text) * val_fraction)
+    ends = [match.start() for match in re.finditer(r"\s", text[max(cut - 50, 0):cut + 1])]  # some scripts have none
+    if ends and cut < len(text):
+        cut = max(cut - 50, 0) + ends[-1]
     return text[:cut], text[cut:]
 
 
@@ -729,7 +729,7 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
         same_length[len(ids)].append((ids, tokenizer.decode(ids), continuation))
     for group in same_length.values():  # prompts of one length make a batch
         rows = [list(ids) for ids, _, _ in group]
-        for column in generate(model, torch.tensor(rows), max_new_tokens=320):
+        for column in generate(model, torch.tensor(rows, device=model.out_head.weight.device), max_new_tokens=320):
             for row, token in zip(rows, column.tolist()):
                 row.append(token)
             texts = [tokenizer.decode(row)[len(prompt):] for row, (_, prompt, _) in zip(rows, group)]
@@ -960,6 +960,7 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
             save(run)
             next_save, due = time.perf_counter() + 50 * (time.perf_counter() - began), False
         if last:
+            model.eval()
             return
         began = time.perf_counter()
         inputs, targets = (ids.to(device) for ids in batches[run.step])
@@ -1022,13 +1023,15 @@ def save_checkpoint(path, run):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError if torch comes upon it
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OSError(f"{path} could not be written ({error}): make room, or give another --model") from error
+    finally:
+        with contextlib.suppress(OSError):  # there is none any more if all went well
+            temporary.unlink()
 
 
 def check_room(path, run):
     """Notice before the training, not after it, that a checkpoint cannot be written. Raises OSError, ValueError."""
+    check(not Path(path).is_dir(), f"{path} is a folder: give the path of a file with --model")
     needed = 12 * sum(count_parameters(run.model).values())  # the weights and AdamW's two means, 4 bytes each
     try:
         with open(f"{path}.tmp", "wb"):
@@ -1062,9 +1065,10 @@ def load_checkpoint(path, device="cpu"):
         check(config.vocab_size == tokenizer.vocab_size and config.n_layers < len(weights), "its parts do not fit")
         with torch.device("meta"):  # the shapes that the settings call for, without the memory
             shapes = {name: (t.shape, t.dtype) for name, t in GPTModel(config).state_dict().items()}
-        check(shapes == {name: (t.shape, t.dtype) for name, t in weights.items()}, "its weights are not as its settings")
+        found = {name: (t.shape, t.dtype) for name, t in weights.items()}
+        check(shapes == found, "its weights are not those of its settings")
         check(all(type(count) is int and count >= 0 for count in (state["step"], state["steps_per_epoch"] - 1)) and
-              all({"step", "epoch", "tokens", "train_loss", "val_loss", "sample"} <= h.keys() for h in state["history"]),
+              all({"step", "epoch", "tokens", "train_loss", "val_loss", "sample"} == {*h} for h in state["history"]),
               "its counts or its history are not right")
         model = GPTModel(config).to(choose_device(device))
         model.load_state_dict(weights)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from conftest import STORY, TEXT, some_text
-from story_llm import WordTokenizer, build_vocabulary, join_words, load_text, split_text, split_words
+from story_llm import JOIN, WordTokenizer, build_vocabulary, join_words, load_text, split_text, split_words
 
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfOne.\nTwo.\n", b"One.\r\nTwo.\r\n", b"One.\rTwo.\r",
@@ -40,11 +40,18 @@ def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
 
 
 @given(some_text, st.floats(0, 1, exclude_max=True))
-def test_the_two_parts_of_a_text_are_the_text_and_no_word_is_cut(text, fraction):
+def test_the_two_parts_of_a_text_are_the_text_and_no_word_is_cut_but_a_very_long_one(text, fraction):
     train_text, val_text = split_text(text, fraction)
     assert train_text + val_text == text
-    assert not train_text or not val_text or train_text[-1].isspace() or val_text[0].isspace()
+    if train_text and val_text and not train_text[-1].isspace() and not val_text[0].isspace():
+        assert not any(character.isspace() for character in train_text[1:][-50:])
     assert fraction or not val_text
+
+
+@pytest.mark.parametrize("title", ["", "A title\n"])
+def test_a_text_in_a_script_without_spaces_is_not_all_kept_for_validation(title):
+    train_text, val_text = split_text(title + "天地玄黄宇宙洪荒" * 500, 0.1)
+    assert len(train_text) > 3000 and len(val_text) > 300
 
 
 def test_the_validation_part_is_about_as_large_as_asked_for():
@@ -62,7 +69,9 @@ def test_words_and_marks_are_pieces_and_usual_spaces_are_not():
 
 
 def test_the_example_of_step_2_is_true():
-    assert split_words('"Yes," said the king.') == ['"', "Yes", ",", '"', "said", "the", "king", "."]
+    assert split_words("Yes, said the king.") == ["Yes", ",", "said", "the", "king", "."]
+    assert split_words("a\n\nb  c-d") == ["a", "\n\n", "b", "  ", "c", "-", "d"]
+    assert split_words("so(on") == ["so", JOIN, "(", "on"]
 
 
 def test_the_vocabulary_is_every_different_piece_once_sorted_with_the_special_ones_last():
