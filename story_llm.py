@@ -71,11 +71,9 @@ def check(condition, message):
     if not condition:
         raise ValueError(message)
 
-
 def setting(default, meaning, smallest=None, below=math.inf, among=None):
     """A field with its limits; `meaning` is also its help text on the command line."""
     return field(default=default, metadata={"help": meaning, "smallest": smallest, "below": below, "among": among})
-
 
 class Settings:
     def __post_init__(self):
@@ -87,7 +85,6 @@ class Settings:
                 number = type(value) is int or type(value) is float and f.type is float
                 check(number and smallest <= value < below, f"{f.name} must be a {'whole ' * (f.type is int)}number, "
                       f"{smallest} or more{f', below {below}' * (below < math.inf)}, not {value!r}")
-
 
 @dataclass(frozen=True)
 class GPTConfig(Settings):
@@ -110,10 +107,8 @@ class GPTConfig(Settings):
         check(self.position == "learned" or self.emb_dim // self.n_heads % 2 == 0, f"{self.position} positions go by "
               f"pairs of numbers, so the width per head must be even, not {self.emb_dim // self.n_heads}")
 
-
 GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1)
 PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
-
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -149,7 +144,6 @@ PIECE = re.compile(r"(\s*)(\w+(?:['’]\w+)*|[^\w\s]|\Z)")  # white space, then 
 NO_SPACE_BEFORE = {"", *".,:;!?)]}%”’…-—"}
 NO_SPACE_AFTER = {"", *"([{“‘-—"}
 
-
 def load_text(path):
     """Read a UTF-8 text file, with or without a byte order mark; every line then ends in a plain \\n.
 
@@ -166,7 +160,6 @@ def load_text(path):
     check(text.strip(), f"{path} is empty: there is nothing to learn from. Give a text of five words or more.")
     return text
 
-
 def split_text(text, val_fraction):
     """Cut the text in two, between words: the first part to train on, the end for validation."""
     cut = len(text) - int(len(text) * val_fraction)
@@ -175,11 +168,9 @@ def split_text(text, val_fraction):
         cut = max(cut - 50, 0) + ends[-1]
     return text[:cut], text[cut:]
 
-
 def usual_space(left, right):
     """The white space that usually stands between two pieces of a text."""
     return "" if left in NO_SPACE_AFTER or right in NO_SPACE_BEFORE else " "
-
 
 def split_words(text):
     """Text to a list of words, punctuation marks, and the white space that is not as usual."""
@@ -192,7 +183,6 @@ def split_words(text):
         previous = piece
     return pieces
 
-
 def join_words(pieces):
     """The way back: `join_words(split_words(text)) == text`."""
     text, previous = [], ""
@@ -204,7 +194,6 @@ def join_words(pieces):
             text.append(usual_space(previous, piece) + piece)
             previous = piece
     return "".join(text)
-
 
 def build_vocabulary(text):
     """All different pieces of the text, sorted, and after them the special ones."""
@@ -254,7 +243,6 @@ class WordTokenizer:
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 #               's 't 'll ...        word     number   punctuation      white space
 
-
 class BPETokenizer:
     """A byte-pair encoding, run by one `tiktoken.Encoding`.
 
@@ -279,7 +267,6 @@ class BPETokenizer:
         """Token ids to text; bytes that make no whole character become the sign U+FFFD."""
         return self.encoding.decode(ids)
 
-
 def load_gpt2_encoding(seconds=10):
     """GPT-2's own encoding, from tiktoken's cache or the network; OSError if that fails or takes too long.
 
@@ -301,7 +288,6 @@ def load_gpt2_encoding(seconds=10):
         raise found[0]
     return found[0]
 
-
 # A short story uses few of GPT-2's 50,257 tokens, and a model would spend most of its time on the
 # others. So we keep the tokens that occur, the smaller ones that they are merged from, and all bytes.
 # In GPT-2's order, these split the story exactly as GPT-2 does: every merge that happened there is
@@ -310,7 +296,6 @@ def load_gpt2_encoding(seconds=10):
 def all_tokens(encoding):
     """The byte strings of a tiktoken encoding in the order of their ids, without the special ones."""
     return [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-
 
 def keep_needed(encoding, text):
     """Those of `all_tokens(encoding)` that it takes to split `text` in the same way, in the same order."""
@@ -327,7 +312,6 @@ def keep_needed(encoding, text):
                 parts[best:best + 2] = [parts[best] + parts[best + 1]]
             waiting += parts
     return sorted(needed, key=ranks.get)
-
 
 # Without GPT-2's files we learn the merges ourselves, from the story. Counting all pairs anew after
 # each merge would be slow, so we note which words contain a pair, and recount only those. A heap hands
@@ -376,7 +360,6 @@ def learn_byte_pairs(text, vocab_size, log=lambda first, second, count: None):
             heapq.heappush(heap, (-pair_count[pair], pair))
     return list(tokens)
 
-
 TOKENIZERS = ("auto", "gpt2", "story", "word")
 GPT2_HELP = """\
 GPT-2's encoding could not be loaded ({}). tiktoken needs two files, vocab.bpe and encoder.json, from
@@ -385,8 +368,7 @@ https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/. Without a netw
     6c7ea1a7e38e3a7f062df639a5b80947f075ffe6   (encoder.json)
 and set TIKTOKEN_CACHE_DIR to that folder; or use --tokenizer story, which is learned from the text itself"""
 
-
-def make_tokenizer(kind, text, train_text, vocab_size=1024, full_vocab=False, log=print):
+def make_tokenizer(kind, text, train_text, vocab_size=2048, full_vocab=False, log=print):
     """The tokenizer for a text: `kind` is one of TOKENIZERS; what must be learned is learned from `train_text`."""
     check(kind in TOKENIZERS, f"the tokenizer must be one of {', '.join(TOKENIZERS)}, not {kind!r}")
     if kind == "word":
@@ -466,7 +448,6 @@ def attention(queries, keys, values, drop_rate=0.0):
     attention_weights = F.dropout(attention_scores.softmax(dim=-1), drop_rate)
     return attention_weights @ values, attention_weights
 
-
 # Attention does not see order: shuffle the tokens and the same products come out. So their places
 # must be told. Three ways are usual. "learned": one trained vector per place, added to the token's
 # (GPT-2). "sinusoidal": the same with fixed vectors of sines and cosines (Vaswani, section 3.5).
@@ -478,13 +459,11 @@ def position_angles(context_length, dim):
     frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     return torch.arange(context_length)[:, None] * frequencies
 
-
 def rotate(x, angles):
     """Turn the pairs (x[i], x[i + D/2]) of x (..., T, D) by angles (T, D/2)."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
-
 
 class MultiHeadAttention(nn.Module):
     """H attentions side by side, each on its own D of the C numbers: (B, T, C) -> (B, T, C)."""
@@ -499,28 +478,24 @@ class MultiHeadAttention(nn.Module):
         self.register_buffer("angles", angles, persistent=False)
 
     def queries_keys_values(self, x, start=0):
-        """x (B, T, C), whose first token stands at place `start`, to three tensors (B, H, T, D)."""
+        """x (B, T, C), whose first token stands at place `start`, to one tensor (3, B, H, T, D)."""
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
-        if self.rotary:
-            angles = self.angles[start:start + T]
-            queries, keys = rotate(queries, angles), rotate(keys, angles)
-        return queries, keys, values
+        qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
+        return torch.cat([rotate(qkv[:2], self.angles[start:start + T]), qkv[2:]]) if self.rotary else qkv
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
-        queries, keys, values = self.queries_keys_values(x, start)
+        qkv = self.queries_keys_values(x, start)
+        queries, keys, values = qkv
         if cache is not None:  # (2, B, H, context, D): the keys and values of earlier tokens (step 13)
-            cache[:, :, :, start:start + T] = torch.stack([keys, values])
+            cache[:, :, :, start:start + T] = qkv[1:]
             keys, values = cache[:, :, :, :start + T]
         drop_rate = self.drop_rate if self.training else 0.0
-        if (x.is_cuda or queries.dtype == torch.float32) and (T == 1 or start == 0):  # the same in one fused call
+        if T == 1 or start == 0 and (x.is_cuda or qkv.dtype == torch.float32):  # the same in one fused call
             context_vectors = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
         else:  # in bfloat16 on a CPU, written out is faster than fused
             context_vectors, _ = attention(queries, keys, values, drop_rate)
         return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C))  # the heads side by side
-
 
 class FeedForward(nn.Module):
     """Each token by itself: widen fourfold, GELU, narrow. (B, T, C) -> (B, T, C).
@@ -536,7 +511,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
-
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what was there (the residual): (B, T, C) -> (B, T, C).
@@ -555,7 +529,6 @@ class TransformerBlock(nn.Module):
     def forward(self, x, cache=None, start=0):
         x = x + self.dropout(self.att(self.norm1(x), cache, start))
         return x + self.dropout(self.ff(self.norm2(x)))
-
 
 class GPTModel(nn.Module):
     """Token ids (B, T) to logits (B, T, vocabulary): for every place, a score for each next token.
@@ -630,7 +603,6 @@ def trace_shapes(model, token_ids):
         hook.remove()
     return shapes
 
-
 def count_parameters(model):
     """How many numbers each part of the model has to learn: {name: count}; shared ones count once."""
     counts, seen = {}, set()
@@ -649,13 +621,14 @@ def count_parameters(model):
 def inference(model):
     """Within this, no gradients are kept and nothing is dropped; after it, the model is as it was."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
-
+        if was_training:
+            model.train()
 
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` greedily chosen tokens to idx (B, T); the model sees the last `context_size`."""
@@ -693,7 +666,6 @@ def mean_loss(model, token_ids, max_windows=64):
             total += F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item() * len(part)
     return total / len(chosen)
 
-
 # The loss does not tell what we came for: can the model go on with the story? So we try. Recall is
 # the share of sentences that it continues to the letter, for 80 characters, from the first five
 # words alone. That is hard: nothing stands before those words that would show where we are.
@@ -701,11 +673,9 @@ def mean_loss(model, token_ids, max_windows=64):
 SENTENCE_START = re.compile(r"(?:\A\s*|[.!?…][\"'”’)\]]*\s+|\n\s*\n\s*)(?=\S)")
 WORD, WORD_START = re.compile(r"\S+"), re.compile(r"(?<!\S)\S")
 
-
 def sentence_starts(text):
     """The places in the text where a sentence begins."""
     return [match.end() for match in SENTENCE_START.finditer(text)]
-
 
 def recall_exercises(text, max_sentences=1000):
     """[(first five words, the 80 characters that follow)] of the sentences that have 8 words or more."""
@@ -713,10 +683,9 @@ def recall_exercises(text, max_sentences=1000):
     for start, end in zip(starts, starts[1:] + [len(text)]):
         words = [match.end() for match in WORD.finditer(text, start, end)]
         if len(words) >= 8:
-            exercises.append((text[start:words[4]], text[words[4]:words[4] + 80].rstrip()))
+            exercises.append((text[start:words[4]], text[words[4]:words[4] + 80]))
     every = math.ceil(len(exercises) / max_sentences) or 1
     return exercises[::every]
-
 
 def measure_recall(model, tokenizer, text, max_sentences=1000):
     """The share, 0 to 1, of the sentences of `text` that greedy generation continues verbatim for 80
@@ -747,7 +716,7 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 # Which windows? If they always start at the same places, the model learns to go on from there and is
 # lost elsewhere. So an epoch covers the text once, but from a new offset each time. And we practise
 # what will be asked for: a prompt begins at place 0 with a word, nothing before it, not even the
-# space that the word has inside a text (" king" and "king" are different tokens). So half of each
+# space that the word has inside a text (" king" and "king" are different tokens). So a part of each
 # batch are openings: the text from a sentence or from any word on, encoded by itself, as a prompt is.
 #
 # Batch 17 of a seed is always the same, whatever came before it: every random choice has a generator
@@ -758,22 +727,18 @@ FEWEST_STEPS = 150    # a text of a few sentences is read more often, to make th
 SENTENCE_SHARE = 0.8  # of the openings; the others begin at any word
 IGNORED = -100        # as a target: what F.cross_entropy leaves out
 
-
 def random_numbers(*names):
     """A generator for each combination of seed, purpose and number, independent of the others."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big"))
-
 
 @functools.lru_cache(maxsize=8)
 def shuffled(count, *names):
     return torch.randperm(count, generator=random_numbers(*names))
 
-
 def deal(count, hand, turn, *names):
     """Shuffle the numbers below `count`, deal `hand` at a time, shuffle anew when all are dealt; gives hand `turn`."""
     turns = math.ceil(count / max(hand, 1))
     return shuffled(count, *names, turn // turns)[(turn % turns * hand + torch.arange(hand)) % count]
-
 
 class TrainingBatches:
     """`batches[step]` is the pair (inputs, targets) of a step, (B, T) token ids each.
@@ -813,7 +778,6 @@ class TrainingBatches:
             ids = self.tokenizer.encode(self.text[start:end])
         return ids[:self.length] + [IGNORED] * (self.length - len(ids))
 
-
 @dataclass
 class Run:
     """A model with all that belongs to it: what training works on and a checkpoint holds."""
@@ -835,24 +799,20 @@ class Run:
         usual = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS)
         return self.train_config.epochs * self.steps_per_epoch or usual
 
-
 def memory_gigabytes():
     """The memory of this machine, infinite where we cannot ask."""
     pages = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names and os.sysconf("SC_PHYS_PAGES")
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9 if pages else math.inf
 
-
 def hash_text(text):
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-
 
 def encode_split(text, tokenizer, val_fraction):
     """(training text, its token ids (N,), the validation ids (M,)); M is 0 where val_fraction is 0."""
     train_text, val_text = split_text(text, val_fraction)
     return train_text, *(torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in (train_text, val_text))
 
-
-def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=1024,
+def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=2048,
             full_vocab=False, device="auto", log=print):
     """An untrained model for a text. `tokenizer`, `vocab_size`, `full_vocab`: as for `make_tokenizer`.
 
@@ -882,7 +842,6 @@ def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer
     batches = TrainingBatches(train_ids, config.context_length, train_config, train_text, tokenizer)
     return Run(model, tokenizer, train_config, batches.steps_per_epoch, hash_text(text))
 
-
 # How large a step? Too large at first, and the random weights are thrown about; so the learning rate
 # rises over some steps (warm-up). Too large at the end, and the model jumps around the best place; so
 # it falls, along half a cosine, to nothing.
@@ -894,24 +853,24 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
-
-def autocast(device, precision):
-    """Within this, matrix products run in bfloat16 if `precision` is "bf16", or if it is "auto" and the machine
-    has instructions for it: twice as fast, and exact enough, for the weights stay in float32."""
+def use_bf16(device, precision):
+    """Whether to calculate in bfloat16, with 8 bits of precision instead of 24: for precision "auto", if the
+    machine has instructions for it, which makes it much faster."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {"cuda": device.type == "cuda"}
     fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda"))
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and fast)
+    return precision == "bf16" or precision == "auto" and fast
 
+def autocast(device, precision):
+    """Within this, matrix products run in bfloat16 if `use_bf16` says so, while the weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device, precision))
 
 def choose_device(name="auto"):
     """A torch.device: "cpu", "cuda", "mps", or for "auto" CUDA where there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     check(name in ("cpu", "cuda", "mps"), f"the device must be auto, cpu, cuda or mps, not {name!r}")
     check(name == "cpu" or getattr(torch.backends, name).is_built() and getattr(torch, name).is_available(),
           f"there is no {name} device on this machine: leave out --device, or give cpu")
     return torch.device(name)
-
 
 def new_optimizer(model, config):
     """AdamW: each weight moves by the mean of its last gradients, divided by their usual size, and is
@@ -921,11 +880,9 @@ def new_optimizer(model, config):
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
-
 def check_finite(number, step):
     check(math.isfinite(number), f"loss or gradient became {number} at step {step}, so training stops; the last "
           "checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
-
 
 def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None):
     """Train `run` on `text` from `run.step` to `run.total_steps`, or until `stop()` is true after a step.
@@ -976,7 +933,6 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
         optimizer.zero_grad()
         run.step, seconds, steps_timed = run.step + 1, seconds + time.perf_counter() - began, steps_timed + 1
 
-
 def log_progress(run, prompt, seconds_per_step, log):
     """Tell `log` about the last entry of the history."""
     now, epoch = run.history[-1], min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1
@@ -1005,7 +961,6 @@ def log_progress(run, prompt, seconds_per_step, log):
 
 FORMAT, DIGEST_BYTES = 1, 32
 
-
 def save_checkpoint(path, run):
     """Write `run` to `path` in one go: if that fails, OSError is raised and the old file is still there."""
     temporary, tokens = Path(f"{path}.tmp"), run.tokenizer.tokens
@@ -1028,7 +983,6 @@ def save_checkpoint(path, run):
         with contextlib.suppress(OSError):  # there is none any more if all went well
             temporary.unlink()
 
-
 def check_room(path, run):
     """Notice before the training, not after it, that a checkpoint cannot be written. Raises OSError, ValueError."""
     check(not Path(path).is_dir(), f"{path} is a folder: give the path of a file with --model")
@@ -1041,7 +995,6 @@ def check_room(path, run):
         raise OSError(f"{path} cannot be written ({error}): give another --model") from error
     check(free > needed, f"{path} takes {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: make room, "
           "or give another --model")
-
 
 def load_checkpoint(path, device="cpu"):
     """The `Run` saved at `path`, its `.model` in eval mode.
@@ -1092,7 +1045,6 @@ def check_picture(path):
     check(Path(path).suffix in (".png", ".svg", ".pdf"), f"a picture ends in .png, .svg or .pdf, not like {path}")
     check(Path(path).absolute().parent.is_dir(), f"there is no folder for the picture {path}")
 
-
 def plot_losses(history, path, vocab_size):
     """Draw the losses of a history to `path` (.png, .svg, .pdf); epochs below, tokens seen above."""
     from matplotlib.figure import Figure
@@ -1136,7 +1088,6 @@ def choose_token(logits, temperature=0.0, top_k=None, generator=None):
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
-
 def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, generator=None):
     """Continue token_ids (B, T), T >= 1; yields one tensor (B,) of new tokens at a time.
 
@@ -1152,7 +1103,6 @@ def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, gene
         window = torch.cat([window, token[:, None]], dim=1)[:, -context_length:]
         cached = start + new.shape[1]
         start, new = (cached, token[:, None]) if cached < context_length else (0, window)
-
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top_k=None, seed=0):
     """Continue a prompt; yields pieces of text as they come, never half a character."""
@@ -1181,30 +1131,24 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
 
 DEFAULT_TEXT, DEFAULT_PROMPT = Path(__file__).with_name("Short_Story.txt"), "Once Aadhan renounced his kingdom"
 
-
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a terminal's cursor, colour or title
-
 
 def log(message="", file=None, **options):
     file = file or sys.stdout
     print(CONTROL.sub("\ufffd", str(message)) if file.isatty() else message, flush=True, file=file, **options)
 
-
 def note(message):
     log(message, file=sys.stderr)
-
 
 def given(settings_class, args):
     """Those settings of a class that were given on the command line."""
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings_class)}
     return {name: value for name, value in values.items() if value is not None}
 
-
 def untrained_run(args, text):
     config = dataclasses.replace(PRESETS[args.preset], **given(GPTConfig, args))
     return new_run(text, config, TrainConfig(**given(TrainConfig, args)), args.tokenizer, args.entries,
                    args.full_vocab, args.device, note)
-
 
 def resumed_run(args, text):
     """The saved run, to go on with; ValueError if text or settings are not those that it was begun with."""
@@ -1221,17 +1165,14 @@ def resumed_run(args, text):
     run.train_config = dataclasses.replace(run.train_config, **changes)
     return run
 
-
 def log_recall(run, train_text):
     total = len(recall_exercises(train_text))
     share = measure_recall(run.model, run.tokenizer, train_text)
     log(f"Recall {share:.1%}: {round(share * total)} of {total} sentences continued to the letter after five words"
         if total else "Recall: not measured, for no sentence of the text has 8 words")
 
-
 def command_overview(args):
     log(__doc__.strip())
-
 
 def command_words(args):
     text = load_text(args.text)
@@ -1246,7 +1187,6 @@ def command_words(args):
         log(f"\n{sentence}\n  encoded: {ids}\n  decoded: {tokenizer.decode(ids)}")
     same = tokenizer.decode(tokenizer.encode(train_text)) == train_text
     log(f"\nthe training text, encoded and decoded, is the same again: {same}")
-
 
 def command_bpe(args):
     text = load_text(args.text)
@@ -1263,7 +1203,6 @@ def command_bpe(args):
     for sentence in (args.prompt or " ".join(train_text.split()[:12]), "Thamarai bought a laptop <|endoftext|>"):
         log(f"\n{sentence}\n  {' '.join(f'{tokenizer.decode([i])!r}:{i}' for i in tokenizer.encode(sentence))}")
 
-
 def command_windows(args):
     text = load_text(args.text)
     run = untrained_run(args, text)
@@ -1275,7 +1214,6 @@ def command_windows(args):
         log(f"\nwindow {i}, its first tokens:")
         for name, ids in zip(("input", "target"), windows[i]):
             log(f"  {name:<8}" + "".join(f"{run.tokenizer.decode([t])!r:<13}" for t in ids[:6].tolist()).rstrip())
-
 
 def command_model(args):
     text = load_text(args.text)
@@ -1290,7 +1228,6 @@ def command_model(args):
     for name, count in [*counts.items(), ("altogether", sum(counts.values()))]:
         log(f"  {name:<14} {count:>12,}")
 
-
 def command_evaluate(args):
     text, saved = load_text(args.text), Path(args.model).exists() and not args.untrained
     run = load_checkpoint(args.model, args.device) if saved else untrained_run(args, text)
@@ -1303,7 +1240,6 @@ def command_evaluate(args):
         if loss is not None:
             log(f"  {name:<24} {loss:.3f}")
     log_recall(run, train_text)
-
 
 def command_train(args):
     text = load_text(args.text)
@@ -1336,22 +1272,22 @@ def command_train(args):
     except Exception as error:  # the model is saved; a picture is not worth an error
         note(f"note: {args.plot} could not be drawn: {error}")
 
-
 def command_plot(args, run=None):
     run = run or load_checkpoint(args.model)
     plot_losses(run.history, args.plot, run.config.vocab_size)
     log(f"drew {args.plot}")
 
-
 def command_generate(args):
     run = untrained_run(args, load_text(args.text)) if args.untrained else load_checkpoint(args.model, args.device)
-    seed = TrainConfig(**given(TrainConfig, args)).seed
+    settings = TrainConfig(**given(TrainConfig, args))
+    large = sum(count_parameters(run.model).values()) > 50e6  # then reading the weights takes the time, and bfloat16
+    if large and use_bf16(run.model.out_head.weight.device, settings.precision):  # halves them
+        run.model.to(torch.bfloat16)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     for piece in itertools.chain([prompt], generate_text(
-            run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, seed)):
+            run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, settings.seed)):
         log(piece, end="")
     log()
-
 
 OPTIONS = {
     "--text": dict(default=DEFAULT_TEXT, metavar="FILE", help="the story, a UTF-8 text file (Short_Story.txt)"),
@@ -1364,7 +1300,7 @@ OPTIONS = {
     "--untrained": dict(action="store_true", help="take an untrained model"),
     "--resume": dict(action="store_true", help="go on from the checkpoint; --epochs may be more than before"),
     "--tokenizer": dict(choices=TOKENIZERS, default="auto", help="auto: gpt2 if at hand, else story (auto)"),
-    "--vocab-size": dict(type=int, default=1024, dest="entries", metavar="N", help="entries of a learned one (1024)"),
+    "--vocab-size": dict(type=int, default=2048, dest="entries", metavar="N", help="entries of a learned one (2048)"),
     "--full-vocab": dict(action="store_true", help="all 50,257 entries of GPT-2, not only those needed"),
     "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from (story)"),
     "--device": dict(default="auto", metavar="NAME", help="cpu, cuda, mps, or auto: cuda if there is one (auto)"),
@@ -1382,7 +1318,6 @@ COMMANDS = {
     "generate": (command_generate, "steps 8 and 13: continue a prompt", ALL_SETTINGS +
                  "--model --untrained --prompt --max-new-tokens --temperature --top-k"),
 }
-
 
 def make_parser():
     parser = argparse.ArgumentParser(prog="story_llm.py", description="How a language model works, on your own story.")
@@ -1402,7 +1337,6 @@ def make_parser():
                     command.add_argument("--" + f.name.replace("_", "-"), help=meaning, **value)
     return parser
 
-
 def main(argv=None):
     """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C (argparse exits with 2)."""
     args = make_parser().parse_args(argv)
@@ -1417,7 +1351,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -385,3 +385,25 @@ def test_importing_runs_and_prints_nothing_and_needs_no_matplotlib(folder):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
                           env=bare_environment(folder, closed_port()))
     assert (done.stdout, done.stderr, done.returncode) == ("False False\n", "", 0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_text_cannot_send_control_sequences_and_in_a_pipe_it_is_left_alone():
+    evil = "a\x1b[31mred\x1b]0;title\x07\x9b2J\r\x08b\tc\nd"
+    terminal, pipe = Terminal(), io.StringIO()
+    story_llm.log(evil, file=terminal)
+    story_llm.log(evil, file=pipe)
+    assert not set(terminal.getvalue()) & {chr(i) for i in (*range(32), *range(127, 160))} - {"\t", "\n"}
+    assert re.sub("[\ufffd]", "", terminal.getvalue()) == "a[31mred]0;title2Jb\tc\nd\n"
+    assert pipe.getvalue() == evil + "\n"
+
+
+def test_text_that_the_terminal_cannot_show_is_no_traceback(folder):
+    (folder / "story.txt").write_text("“Thāmarai — 天地 😀,” said the king to the old one.\n" * 3, encoding="utf-8")
+    done = subprocess.run([sys.executable, story_llm.__file__, "words", "--text", "story.txt"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=folder)
+    assert done.returncode == 0 and b"king" in done.stdout and b"Traceback" not in done.stderr
