@@ -58,7 +58,7 @@ def test_an_exercise_is_five_words_and_the_80_characters_that_follow_in_the_text
             assert prompt + continuation in text and len(prompt.split()) == 5 and not prompt[0].isspace()
             assert 20 < len(continuation) <= 80 and continuation[0].isspace()
             rest = text[text.index(prompt + continuation) + len(prompt):]
-            assert continuation == rest[:80].rstrip()
+            assert continuation == rest[:80]
 
 
 def test_every_long_enough_sentence_of_the_tiny_text_is_an_exercise():
