@@ -34,6 +34,7 @@ import math
 import mmap
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -106,6 +107,12 @@ class GPTConfig(Settings):
               f"({self.n_heads}), for each head gets an equal part of it")
         check(self.position == "learned" or self.emb_dim // self.n_heads % 2 == 0, f"{self.position} positions go by "
               f"pairs of numbers, so the width per head must be even, not {self.emb_dim // self.n_heads}")
+
+    @property
+    def rough_size(self):
+        """How many numbers the model learns, but for the biases and norms, which are few."""
+        tables = (2 - self.tie_weights) * self.vocab_size + self.context_length
+        return 12 * self.n_layers * self.emb_dim ** 2 + tables * self.emb_dim
 
 GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1)
 PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
@@ -454,10 +461,9 @@ def attention(queries, keys, values, drop_rate=0.0):
 # "rotary": nothing is added; queries and keys are turned by an angle that grows with the place, so
 # their product depends on the distance between two tokens alone (Su et al. 2021, RoFormer).
 
-def position_angles(context_length, dim):
-    """(context_length, dim / 2) angles: place times 1 for the first pair of numbers, 1/10000 near the last."""
-    frequencies = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
-    return torch.arange(context_length)[:, None] * frequencies
+def position_angles(places, dim):
+    """(T, dim / 2) angles for places (T,): place times 1 for the first pair of numbers, 1/10000 near the last."""
+    return places[:, None] * 10000.0 ** (-torch.arange(0, dim, 2, device=places.device) / dim)
 
 def rotate(x, angles):
     """Turn the pairs (x[i], x[i + D/2]) of x (..., T, D) by angles (T, D/2)."""
@@ -474,14 +480,15 @@ class MultiHeadAttention(nn.Module):
         self.rotary = config.position == "rotary"
         self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)  # three in one product
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
-        angles = position_angles(config.context_length, config.emb_dim // config.n_heads)
-        self.register_buffer("angles", angles, persistent=False)
 
     def queries_keys_values(self, x, start=0):
         """x (B, T, C), whose first token stands at place `start`, to one tensor (3, B, H, T, D)."""
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        return torch.cat([rotate(qkv[:2], self.angles[start:start + T]), qkv[2:]]) if self.rotary else qkv
+        if self.rotary:
+            angles = position_angles(torch.arange(start, start + T, device=x.device), C // self.n_heads)
+            qkv = torch.cat([rotate(qkv[:2], angles), qkv[2:]])
+        return qkv
 
     def forward(self, x, cache=None, start=0):
         B, T, C = x.shape
@@ -490,12 +497,13 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:  # (2, B, H, context, D): the keys and values of earlier tokens (step 13)
             cache[:, :, :, start:start + T] = qkv[1:]
             keys, values = cache[:, :, :, :start + T]
+            queries = queries.to(cache.dtype)
         drop_rate = self.drop_rate if self.training else 0.0
-        if T == 1 or start == 0 and (x.is_cuda or qkv.dtype == torch.float32):  # the same in one fused call
+        if T == 1 or start == 0 and (x.is_cuda or queries.dtype == torch.float32):  # the same in one fused call
             context_vectors = F.scaled_dot_product_attention(queries, keys, values, None, drop_rate, is_causal=T > 1)
         else:  # in bfloat16 on a CPU, written out is faster than fused
             context_vectors, _ = attention(queries, keys, values, drop_rate)
-        return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C))  # the heads side by side
+        return self.out_proj(context_vectors.transpose(1, 2).reshape(B, T, C).to(qkv.dtype))  # the heads side by side
 
 class FeedForward(nn.Module):
     """Each token by itself: widen fourfold, GELU, narrow. (B, T, C) -> (B, T, C).
@@ -558,7 +566,7 @@ class GPTModel(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         if self.config.position != "learned":  # a fixed table takes the place of the learned one
-            angles = position_angles(*self.pos_emb.weight.shape)
+            angles = position_angles(torch.arange(self.config.context_length), self.config.emb_dim)
             table = torch.cat([angles.sin(), angles.cos()], dim=-1)
             scale = std if self.config.position == "sinusoidal" else 0.0  # no louder than the token embeddings
             self.pos_emb.weight.data = scale * table
@@ -579,10 +587,14 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(x))            # (B, T, vocabulary)
 
     def new_cache(self, batch_size):
-        """Room for the keys and values of a full context: (layers, 2, B, H, context_length, D)."""
+        """Room for the keys and values of a full context: (layers, 2, B, H, context_length, D).
+
+        On a CPU in float32, also for a model in bfloat16: one query looks around in it four times as fast.
+        """
         config, weight = self.config, self.out_head.weight
-        return torch.zeros(config.n_layers, 2, batch_size, config.n_heads, config.context_length,
-                           config.emb_dim // config.n_heads, dtype=weight.dtype, device=weight.device)
+        shape = (batch_size, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
+        dtype = weight.dtype if weight.is_cuda else torch.float32
+        return torch.zeros(config.n_layers, 2, *shape, dtype=dtype, device=weight.device)
 
 
 # ═══ Step 7: a batch through the untrained model ═════════════════════════════════════════════════
@@ -833,8 +845,7 @@ def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer
             f"but {len(train_ids) - 1} tokens")
         config = dataclasses.replace(config, context_length=len(train_ids) - 1)
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    with torch.device("meta"):  # the shapes without the memory
-        gigabytes = 16 * sum(count_parameters(GPTModel(config)).values()) / 1e9  # weight, gradient, AdamW's two means
+    gigabytes = 16 * config.rough_size / 1e9  # 4 bytes each for weight, gradient, and AdamW's two means
     check(gigabytes < memory_gigabytes(), f"this model takes {gigabytes:,.1f} GB of memory to train, and the machine "
           f"has {memory_gigabytes():,.1f}: make it smaller by --emb-dim, --n-layers or --context-length")
     torch.manual_seed(train_config.seed)
@@ -1007,23 +1018,21 @@ def load_checkpoint(path, device="cpu"):
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents, memoryview(contents) as view:
                 whole = hashlib.sha256(view[:-DIGEST_BYTES]).digest() == view[-DIGEST_BYTES:]
             check(whole, "its checksum is wrong")
-            unpacked = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist())
-            check(unpacked <= os.fstat(file.fileno()).st_size, "it is packed, which ours never are")
+            size = os.fstat(file.fileno()).st_size
+            check(sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) <= size, "it is packed")
             file.seek(0)
             state = torch.load(file, map_location=choose_device(device), weights_only=True)
         check(state["format"] == FORMAT, f"it has format {state['format']}, and this program reads format {FORMAT}")
         tokens, config, weights = state["tokens"], GPTConfig(**state["config"]), state["model"]
         tokenizer = (WordTokenizer(tokens) if state["kind"] == "word" else
                      BPETokenizer([token.encode("latin-1") for token in tokens], state["kind"]))
-        check(config.vocab_size == tokenizer.vocab_size and config.n_layers < len(weights), "its parts do not fit")
-        with torch.device("meta"):  # the shapes that the settings call for, without the memory
-            shapes = {name: (t.shape, t.dtype) for name, t in GPTModel(config).state_dict().items()}
-        found = {name: (t.shape, t.dtype) for name, t in weights.items()}
+        check(config.vocab_size == tokenizer.vocab_size and 4 * config.rough_size < size, "its parts do not fit")
+        model = GPTModel(config).to(choose_device(device))
+        shapes, found = ({name: (t.shape, t.dtype) for name, t in w.items()} for w in (model.state_dict(), weights))
         check(shapes == found, "its weights are not those of its settings")
         check(all(type(count) is int and count >= 0 for count in (state["step"], state["steps_per_epoch"] - 1)) and
               all({"step", "epoch", "tokens", "train_loss", "val_loss", "sample"} == {*h} for h in state["history"]),
               "its counts or its history are not right")
-        model = GPTModel(config).to(choose_device(device))
         model.load_state_dict(weights)
         return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
                    state["fingerprint"], state["step"], state["history"], state["optimizer_state"])
@@ -1262,8 +1271,9 @@ def command_train(args):
     finally:
         signal.signal(signal.SIGINT, before)
     if run.step < run.total_steps:
-        note(f"stopped after step {run.step} of {run.total_steps}, saved {args.model}; "
-             "the same command with --resume goes on")
+        again = shlex.join([*args.argv, *["--resume"] * (not args.resume)])
+        note(f"stopped after step {run.step} of {run.total_steps}, saved {args.model}; to go on: "
+             f"python story_llm.py {again}")
         raise KeyboardInterrupt
     log_recall(run, split_text(text, run.train_config.val_fraction)[0])
     log(f"saved {args.model}")
@@ -1340,6 +1350,7 @@ def make_parser():
 def main(argv=None):
     """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C (argparse exits with 2)."""
     args = make_parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # in a notebook or a test it may be something else
             stream.reconfigure(errors="replace")   # a terminal that lacks a character shows "?"
