@@ -1013,6 +1013,7 @@ def load_checkpoint(path, device="cpu"):
     Raises OSError if there is no such file, ValueError if it is damaged or not one of ours.
     """
     check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a checkpoint with --model")
+    device = choose_device(device)
     try:
         with open(path, "rb") as file:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents, memoryview(contents) as view:
@@ -1021,13 +1022,13 @@ def load_checkpoint(path, device="cpu"):
             size = os.fstat(file.fileno()).st_size
             check(sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) <= size, "it is packed")
             file.seek(0)
-            state = torch.load(file, map_location=choose_device(device), weights_only=True)
+            state = torch.load(file, map_location=device, weights_only=True)
         check(state["format"] == FORMAT, f"it has format {state['format']}, and this program reads format {FORMAT}")
         tokens, config, weights = state["tokens"], GPTConfig(**state["config"]), state["model"]
         tokenizer = (WordTokenizer(tokens) if state["kind"] == "word" else
                      BPETokenizer([token.encode("latin-1") for token in tokens], state["kind"]))
         check(config.vocab_size == tokenizer.vocab_size and 4 * config.rough_size < size, "its parts do not fit")
-        model = GPTModel(config).to(choose_device(device))
+        model = GPTModel(config).to(device)
         shapes, found = ({name: (t.shape, t.dtype) for name, t in w.items()} for w in (model.state_dict(), weights))
         check(shapes == found, "its weights are not those of its settings")
         check(all(type(count) is int and count >= 0 for count in (state["step"], state["steps_per_epoch"] - 1)) and

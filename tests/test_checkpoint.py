@@ -299,3 +299,9 @@ def test_what_was_loaded_works_as_others_rely_on(saved):
     assert isinstance(run.tokenizer.decode(ids), str)
     assert isinstance(measure_recall(run.model, run.tokenizer, TEXT), float)
     assert run.step == saved[1].step and run.history == saved[1].history
+
+
+def test_a_device_that_is_not_there_is_not_blamed_on_the_file(saved):
+    with pytest.raises(ValueError, match="abacus") as caught:
+        load_checkpoint(saved[0], device="abacus")
+    assert "damaged" not in str(caught.value)
