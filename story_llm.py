@@ -15,7 +15,7 @@ Every step is a section of this file, and most have a command that shows the ste
      6  attention and the GPT model          python story_llm.py model
      7  a batch through the untrained model  python story_llm.py model
      8  greedy generation                    python story_llm.py generate --untrained
-     9  the loss before training             python story_llm.py evaluate
+     9  the loss before training             python story_llm.py evaluate --untrained
     10  training                             python story_llm.py train
     11  save and load                        python story_llm.py train
     12  loss curves                          python story_llm.py plot
@@ -23,6 +23,7 @@ Every step is a section of this file, and most have a command that shows the ste
 """
 
 import argparse
+import array
 import contextlib
 import ctypes
 import dataclasses
@@ -30,6 +31,7 @@ import functools
 import hashlib
 import heapq
 import itertools
+import json
 import math
 import mmap
 import os
@@ -40,16 +42,17 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 if sys.platform == "linux":  # glibc: keep freed memory for the next step, instead of returning it to the kernel
-    with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (measured: a sixth of the time)
+    with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (measured: a sixth to a third of the time)
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(threshold, 1 << 30)
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, (1 << 31) - 1)
 
 import torch
 from torch import nn
@@ -114,7 +117,7 @@ class GPTConfig(Settings):
         tables = (2 - self.tie_weights) * self.vocab_size + self.context_length
         return 12 * self.n_layers * self.emb_dim ** 2 + tables * self.emb_dim
 
-GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12, drop_rate=0.1)
+GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12)
 PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ class TrainConfig(Settings):
     openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)", 0, 1)
     val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation", 0, 1)
     eval_every: int = setting(25, "steps from one evaluation to the next", 1)
+    accumulate: int = setting(1, "parts in which a step's windows are calculated, one after the other: less memory", 1)
     precision: str = setting("auto", "bf16, fp32, or auto: what is fast here", among=("auto", "bf16", "fp32"))
     seed: int = setting(42, "where all randomness starts: same seed, same model", 0, 1 << 63)
 
@@ -157,6 +161,9 @@ def load_text(path):
     Raises OSError if the file cannot be read, ValueError if it is empty or not UTF-8.
     """
     check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a text file with --text")
+    megabytes = os.path.getsize(path) / 1e6
+    check(megabytes <= 200, f"{path} has {megabytes:,.0f} MB, too much to hold in memory as tokens: write them to a file "
+          f"(python story_llm.py tokenize --text {path} --out tokens.bin) and give that: --text tokens.bin")
     try:
         text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -367,7 +374,7 @@ def learn_byte_pairs(text, vocab_size, log=lambda first, second, count: None):
             heapq.heappush(heap, (-pair_count[pair], pair))
     return list(tokens)
 
-TOKENIZERS = ("auto", "gpt2", "story", "word")
+TOKENIZERS, LEARN_FROM = ("auto", "gpt2", "story", "word"), 10_000_000
 GPT2_HELP = """\
 GPT-2's encoding could not be loaded ({}). tiktoken needs two files, vocab.bpe and encoder.json, from
 https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/. Without a network, put them into a folder as
@@ -375,9 +382,13 @@ https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/. Without a netw
     6c7ea1a7e38e3a7f062df639a5b80947f075ffe6   (encoder.json)
 and set TIKTOKEN_CACHE_DIR to that folder; or use --tokenizer story, which is learned from the text itself"""
 
-def make_tokenizer(kind, text, train_text, vocab_size=2048, full_vocab=False, log=print):
-    """The tokenizer for a text: `kind` is one of TOKENIZERS; what must be learned is learned from `train_text`."""
+def make_tokenizer(kind, text, val_fraction=0.1, vocab_size=2048, full_vocab=False, log=print):
+    """The tokenizer for a text: `kind` is one of TOKENIZERS; what must be learned is learned from the training part."""
     check(kind in TOKENIZERS, f"the tokenizer must be one of {', '.join(TOKENIZERS)}, not {kind!r}")
+    if isinstance(text, TokenFile):  # see "A library instead of a story"
+        check(kind in ("auto", text.tokenizer.kind), f"{text.path} was made with --tokenizer {text.tokenizer.kind}")
+        return text.tokenizer
+    train_text = split_text(text, val_fraction)[0] or text
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
     if kind != "story":
@@ -388,7 +399,9 @@ def make_tokenizer(kind, text, train_text, vocab_size=2048, full_vocab=False, lo
             check(kind == "auto", GPT2_HELP.format(error))
             log(f"note: GPT-2's encoding is not at hand ({error}), so a byte-pair encoding is learned from the story; "
                 "how to get GPT-2's: --tokenizer gpt2")
-    return BPETokenizer(learn_byte_pairs(train_text, vocab_size), "story")
+    if len(train_text) > LEARN_FROM:
+        log(f"note: the byte-pair encoding is learned from the first {LEARN_FROM / 1e6:.0f} million characters")
+    return BPETokenizer(learn_byte_pairs(train_text[:LEARN_FROM], vocab_size), "story")
 
 
 # ═══ Step 5: sliding windows ═════════════════════════════════════════════════════════════════════
@@ -405,8 +418,8 @@ def make_tokenizer(kind, text, train_text, vocab_size=2048, full_vocab=False, lo
 class SlidingWindowDataset(torch.utils.data.Dataset):
     """Windows of `context_length` tokens and their targets, `stride` tokens apart; views, not copies.
 
-    `token_ids`: (N,) integers with N > context_length, else ValueError. Item i is the pair (input,
-    target), each (context_length,); an index tensor of shape (B,) gives (B, context_length) each.
+    `token_ids`: (N,) integers of any type with N > context_length, else ValueError. Item i is the pair
+    (input, target), each (context_length,); an index tensor of shape (B,) gives (B, context_length) each.
     """
 
     def __init__(self, token_ids, context_length, stride=1):
@@ -419,7 +432,7 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
         return len(self.windows)
 
     def __getitem__(self, index):
-        window = self.windows[index]
+        window = self.windows[index].long()
         return window[..., :-1], window[..., 1:]
 
 
@@ -514,7 +527,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(config.emb_dim, 4 * config.emb_dim), nn.GELU(approximate="tanh"),
+        self.layers = nn.Sequential(nn.Linear(config.emb_dim, 4 * config.emb_dim), nn.GELU(),
                                     nn.Linear(4 * config.emb_dim, config.emb_dim))
 
     def forward(self, x):
@@ -714,10 +727,80 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
             for row, token in zip(rows, column.tolist()):
                 row.append(token)
             texts = [tokenizer.decode(row)[len(prompt):] for row, (_, prompt, _) in zip(rows, group)]
-            if all(len(text) >= 80 + 4 for text in texts):  # 4: the last character may lack a byte as yet
+            if all(len(text) >= 80 + 4 or not target.startswith(text.rstrip("\ufffd")[:80])  # the last character may
+                   for text, (_, _, target) in zip(texts, group)):                           # lack a byte as yet
                 break
         hits += sum(text.startswith(target) for text, (_, _, target) in zip(texts, group))
     return hits / max(len(exercises), 1)
+
+
+# ═══ The machine: device, precision, memory, processes ═══════════════════════════════════════════
+# This section may be skipped on a first reading. It is not about what is calculated, but where: on
+# which device, in which precision, and by how many processes. Started by torchrun, several of them
+# share the work: each has the whole model, takes its rows of every batch, and before each step their
+# gradients are added up. So they all take the same step, the one that a single process would take.
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+
+def sum_over_processes(tensors):
+    """Replace each tensor, in place, by its sum over all processes; returns them."""
+    if RANKS > 1:
+        for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+    return tensors
+
+def first_decides(decide):
+    """What `decide()` returns in the first process, which alone calls it and tells the others."""
+    answer = [decide() if RANK == 0 else None]
+    if RANKS > 1:
+        torch.distributed.broadcast_object_list(answer)
+    return answer[0]
+
+def choose_device(name="auto"):
+    """A torch.device: "cpu", "cuda", "mps", or for "auto" CUDA where there is one, else the CPU."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    check(name in ("cpu", "cuda", "mps"), f"the device must be auto, cpu, cuda or mps, not {name!r}")
+    check(name == "cpu" or getattr(torch.backends, name).is_built() and getattr(torch, name).is_available(),
+          f"there is no {name} device on this machine: leave out --device, or give cpu")
+    if name != "cuda":
+        return torch.device(name)
+    torch.set_float32_matmul_precision("high")  # TF32, with 11 bits, for the products that stay in float32
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", torch.cuda.current_device())
+
+def use_bf16(device, precision):
+    """Whether to calculate in bfloat16, with 8 bits of precision instead of 24: for precision "auto", if the
+    machine has instructions for it, which makes it much faster."""
+    able = (torch.cpu.get_capabilities() if device.type == "cpu" else
+            {"cuda": device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)})
+    fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda"))
+    return precision == "bf16" or precision == "auto" and fast
+
+def autocast(device, precision):
+    """Within this, matrix products run in bfloat16 if `use_bf16` says so, while the weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device, precision))
+
+def compile_model(model, token_ids, log):
+    """The model made faster by torch.compile; where that fails, as for want of a C++ compiler, the model as it is."""
+    compiled = torch.compile(model)
+    try:
+        compiled(token_ids)
+    except Exception as error:  # whatever a compiler comes up with
+        log(f"note: the model could not be compiled ({type(error).__name__}), so it is trained as it is")
+        return model
+    return compiled
+
+def memory_gigabytes():
+    """The memory of this machine, infinite where we cannot ask."""
+    pages = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names and os.sysconf("SC_PHYS_PAGES")
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9 if pages else math.inf
+
+def training_gigabytes(config, train_config):
+    """About how much memory it takes to train: the weights, and what a step keeps for its way back."""
+    weights = 16 * config.rough_size  # 4 bytes each for weight, gradient, and AdamW's two means
+    tokens = config.context_length * math.ceil(train_config.batch_size / train_config.accumulate / RANKS)
+    per_layer = 40 * config.emb_dim + 8 * config.n_heads * config.context_length  # the latter for attention
+    return 0.4 + (weights + tokens * (config.n_layers * per_layer + 16 * config.vocab_size)) / 1e9  # 0.4: torch itself
 
 
 # ═══ Step 10: training ═══════════════════════════════════════════════════════════════════════════
@@ -743,7 +826,7 @@ def random_numbers(*names):
     """A generator for each combination of seed, purpose and number, independent of the others."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big"))
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def shuffled(count, *names):
     return torch.randperm(count, generator=random_numbers(*names))
 
@@ -759,7 +842,7 @@ class TrainingBatches:
     """
 
     def __init__(self, token_ids, context_length, config, text="", tokenizer=None):
-        self.windows = SlidingWindowDataset(token_ids, context_length).windows  # one at every offset
+        self.windows = SlidingWindowDataset(token_ids, context_length)  # one at every offset
         self.length, self.seed, self.text, self.tokenizer = context_length + 1, config.seed, text, tokenizer
         self.stride = min(config.stride or context_length, len(self.windows))
         self.windows_per_epoch = math.ceil(len(self.windows) / self.stride)
@@ -773,14 +856,13 @@ class TrainingBatches:
         epoch = step // self.steps_per_epoch
         offset = torch.randint(self.stride, (1,), generator=random_numbers(self.seed, "offset", epoch))
         order = deal(self.windows_per_epoch, self.n_windows, step, self.seed, "windows")
-        windows = self.windows[(order * self.stride + offset) % len(self.windows)]
+        inputs, targets = self.windows[(order * self.stride + offset) % len(self.windows)]
         starts = self.sentences[deal(len(self.sentences), self.n_sentences, step, self.seed, "sentences")].tolist()
         anywhere = torch.rand(self.n_words, generator=random_numbers(self.seed, "words", step)) * len(self.text)
         starts += [(WORD_START.search(self.text, int(place)) or WORD_START.search(self.text)).start()
                    for place in anywhere.tolist()]
-        openings = [self.opening(start) for start in starts]
-        batch = torch.cat([windows, torch.tensor(openings, dtype=windows.dtype).view(-1, self.length)])
-        return batch[:, :-1].clamp(min=0), batch[:, 1:]
+        openings = torch.tensor([self.opening(start) for start in starts], dtype=torch.long).view(-1, self.length)
+        return torch.cat([inputs, openings[:, :-1].clamp(min=0)]), torch.cat([targets, openings[:, 1:]])
 
     def opening(self, start):
         """The text from `start` as one window, filled up where the text ends before it."""
@@ -811,28 +893,27 @@ class Run:
         usual = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS)
         return self.train_config.epochs * self.steps_per_epoch or usual
 
-def memory_gigabytes():
-    """The memory of this machine, infinite where we cannot ask."""
-    pages = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names and os.sysconf("SC_PHYS_PAGES")
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9 if pages else math.inf
-
 def hash_text(text):
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    """SHA-256 of a text, by which we know it again."""
+    return text.sha256 if isinstance(text, TokenFile) else hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 def encode_split(text, tokenizer, val_fraction):
     """(training text, its token ids (N,), the validation ids (M,)); M is 0 where val_fraction is 0."""
+    if isinstance(text, TokenFile):  # has only ids; these stay on the disk
+        cut = len(text.ids) - int(len(text.ids) * val_fraction)
+        return "", text.ids[:cut], text.ids[cut:]
     train_text, val_text = split_text(text, val_fraction)
     return train_text, *(torch.tensor(tokenizer.encode(part), dtype=torch.long) for part in (train_text, val_text))
 
 def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=2048,
             full_vocab=False, device="auto", log=print):
-    """An untrained model for a text. `tokenizer`, `vocab_size`, `full_vocab`: as for `make_tokenizer`.
+    """An untrained model for a text (or a `TokenFile`). `tokenizer` is the kind, for `make_tokenizer`.
 
     A text too short for a validation split, or for the context, does without or gets a smaller one, and
     `log` a line that says so. Raises ValueError if there are fewer than 2 tokens.
     """
-    tokenizer = make_tokenizer(tokenizer, text, split_text(text, train_config.val_fraction)[0] or text,
-                               vocab_size, full_vocab, log)
+    tokenizer = first_decides(lambda kind=tokenizer: make_tokenizer(kind, text, train_config.val_fraction,
+                                                                  vocab_size, full_vocab, log))
     train_text, train_ids, val_ids = encode_split(text, tokenizer, train_config.val_fraction)
     if train_config.val_fraction and len(val_ids) <= config.context_length:
         log(f"note: the last {train_config.val_fraction:.0%} of the text do not fill one window of "
@@ -845,9 +926,10 @@ def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer
             f"but {len(train_ids) - 1} tokens")
         config = dataclasses.replace(config, context_length=len(train_ids) - 1)
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    gigabytes = 16 * config.rough_size / 1e9  # 4 bytes each for weight, gradient, and AdamW's two means
+    gigabytes = training_gigabytes(config, train_config)
     check(gigabytes < memory_gigabytes(), f"this model takes {gigabytes:,.1f} GB of memory to train, and the machine "
-          f"has {memory_gigabytes():,.1f}: make it smaller by --emb-dim, --n-layers or --context-length")
+          f"has {memory_gigabytes():,.1f}: make it smaller by --emb-dim, --n-layers, --context-length or --batch-size, "
+          "or calculate each batch in parts, by --accumulate")
     torch.manual_seed(train_config.seed)
     model = GPTModel(config).to(choose_device(device))
     batches = TrainingBatches(train_ids, config.context_length, train_config, train_text, tokenizer)
@@ -864,25 +946,6 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total_steps - warmup))) / 2
 
-def use_bf16(device, precision):
-    """Whether to calculate in bfloat16, with 8 bits of precision instead of 24: for precision "auto", if the
-    machine has instructions for it, which makes it much faster."""
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {"cuda": device.type == "cuda"}
-    fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "cuda"))
-    return precision == "bf16" or precision == "auto" and fast
-
-def autocast(device, precision):
-    """Within this, matrix products run in bfloat16 if `use_bf16` says so, while the weights stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(device, precision))
-
-def choose_device(name="auto"):
-    """A torch.device: "cpu", "cuda", "mps", or for "auto" CUDA where there is one, else the CPU."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    check(name in ("cpu", "cuda", "mps"), f"the device must be auto, cpu, cuda or mps, not {name!r}")
-    check(name == "cpu" or getattr(torch.backends, name).is_built() and getattr(torch, name).is_available(),
-          f"there is no {name} device on this machine: leave out --device, or give cpu")
-    return torch.device(name)
-
 def new_optimizer(model, config):
     """AdamW: each weight moves by the mean of its last gradients, divided by their usual size, and is
     pulled towards zero by `weight_decay`, if it is part of a matrix (Loshchilov & Hutter 2019)."""
@@ -895,34 +958,71 @@ def check_finite(number, step):
     check(math.isfinite(number), f"loss or gradient became {number} at step {step}, so training stops; the last "
           "checkpoint stays as it is. Try a smaller --learning-rate, or --precision fp32")
 
-def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None):
+def training_step(run, forward, optimizer, inputs, targets):
+    """One step of AdamW on a batch, (B, T) each; returns the loss before it. Raises ValueError if it is not finite.
+
+    `forward` is the model, or what it was compiled to. The loss is a mean over all exercises of the batch, so
+    it does not matter in how many parts, and by how many processes, its sum is calculated.
+    """
+    config, device, parameters = run.train_config, run.model.out_head.weight.device, list(run.model.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, run.total_steps, config)
+    torch.manual_seed(random_numbers(config.seed, "dropout", run.step, RANK).initial_seed())
+    exercises, loss = (targets != IGNORED).sum().item(), torch.zeros((), device=device)
+    parts = (ids[RANK::RANKS].to(device).tensor_split(config.accumulate) for ids in (inputs, targets))
+    for part, answers in zip(*parts):
+        with autocast(device, config.precision):
+            logits = forward(part).flatten(0, 1)
+            share = F.cross_entropy(logits, answers.flatten(), ignore_index=IGNORED, reduction="sum") / exercises
+        share.backward()
+        loss += share.detach()
+    sum_over_processes([loss, *(p.grad for p in parameters if p.requires_grad)])
+    loss, norm = torch.stack([loss, nn.utils.clip_grad_norm_(parameters, config.grad_clip)]).tolist()
+    check_finite(loss + norm, run.step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+HISTORY = {"step", "epoch", "tokens", "train_loss", "val_loss", "recall", "prompt", "sample"}  # of an entry
+MILESTONES = (0, 0.02, 0.05, 0.2, 1)  # shares of the training after which we look in any case, to see it learn
+
+def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None, live=lambda line: None,
+          compiled=False):
     """Train `run` on `text` from `run.step` to `run.total_steps`, or until `stop()` is true after a step.
 
-    Every `eval_every` steps and at the end, the losses and a continuation of `prompt` (the text's first
-    words) are added to `run.history` and told to `log`. `save(run)` is called at the end and at those
-    times, but not so often as to take over 2 % of the time. Raises ValueError if the loss is not finite.
+    Every `eval_every` steps, at the milestones and at the end, the losses and a continuation of `prompt` (the
+    text's first words) are added to `run.history` and told to `log`; `live` is told of each step. `save(run)`
+    is called at the end and after evaluations, but not so often as to take over 2 % of the time. `compiled`:
+    let torch.compile make the model faster first, if it can. Raises ValueError if the loss is not finite.
     """
     model, config, device = run.model, run.train_config, run.model.out_head.weight.device
+    check(config.batch_size >= config.accumulate * RANKS, f"{config.batch_size} windows in a step are too few for "
+          f"{config.accumulate * RANKS} parts: give a larger --batch-size or fewer parts")
     train_text, train_ids, val_ids = encode_split(text, run.tokenizer, config.val_fraction)
     batches = TrainingBatches(train_ids, run.config.context_length, config, train_text, run.tokenizer)
-    prompt = prompt or " ".join(train_text.split()[:5])
+    prompt = prompt or " ".join(run.tokenizer.decode(train_ids[:200].tolist()).split()[:5])
     optimizer = new_optimizer(model, config)
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
+    with autocast(device, config.precision):
+        forward = compile_model(model, batches[0][0].to(device), log) if compiled else model
     model.train()
+    milestones = {round(share * run.total_steps) for share in MILESTONES}
     seconds, steps_timed, next_save, due = 0.0, 0, 0.0, False
     while True:
         last = run.step >= run.total_steps
-        if (last or run.step % config.eval_every == 0) and run.step not in [entry["step"] for entry in run.history]:
+        look = last or run.step % config.eval_every == 0 or run.step in milestones
+        if look and run.step not in [entry["step"] for entry in run.history]:
             with autocast(device, config.precision):
                 losses = {"train_loss": mean_loss(model, train_ids), "val_loss": mean_loss(model, val_ids)}
             check_finite(losses["train_loss"], run.step)
-            run.history.append({"step": run.step, "epoch": run.step / run.steps_per_epoch, **losses,
-                                "tokens": run.step * config.batch_size * run.config.context_length,
+            recall = measure_recall(model, run.tokenizer, train_text[:100_000], 25) if train_text else None
+            run.history.append({"step": run.step, "epoch": run.step / run.steps_per_epoch, **losses, "recall": recall,
+                                "tokens": run.step * config.batch_size * run.config.context_length, "prompt": prompt,
                                 "sample": "".join(generate_text(model, run.tokenizer, prompt, 24))})
-            log_progress(run, prompt, seconds / max(steps_timed, 1), log)
+            log_progress(run, seconds / max(steps_timed, 1), log)
             due = run.step > 0 and time.perf_counter() >= next_save
-        last = last or stop()
+        last = last or sum_over_processes([torch.tensor(float(stop()))])[0] > 0  # all stop after the same step
         if last or due:
             began, run.optimizer_state = time.perf_counter(), optimizer.state_dict()
             save(run)
@@ -931,31 +1031,26 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
             model.eval()
             return
         began = time.perf_counter()
-        inputs, targets = (ids.to(device) for ids in batches[run.step])
-        torch.manual_seed(random_numbers(config.seed, "dropout", run.step).initial_seed())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, run.total_steps, config)
-        with autocast(device, config.precision):
-            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-        check_finite(loss.item(), run.step)
-        loss.backward()
-        check_finite(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item(), run.step)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = training_step(run, forward, optimizer, *batches[run.step])
         run.step, seconds, steps_timed = run.step + 1, seconds + time.perf_counter() - began, steps_timed + 1
+        live(f"step {run.step} of {run.total_steps}, loss {loss:.3f}{pace(run, seconds / steps_timed)}")
 
-def log_progress(run, prompt, seconds_per_step, log):
+def pace(run, seconds_per_step):
+    """How fast it goes and how long it will take, in words; nothing at all if no step was timed."""
+    if not seconds_per_step:
+        return ""
+    left = round((run.total_steps - run.step) * seconds_per_step)
+    tokens = run.train_config.batch_size * run.config.context_length / seconds_per_step
+    return f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
+
+def log_progress(run, seconds_per_step, log):
     """Tell `log` about the last entry of the history."""
     now, epoch = run.history[-1], min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1
-    line = f"Ep {epoch} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}"
-    if now["val_loss"] is not None:
-        line += f", Val loss {now['val_loss']:.3f}"
-    if seconds_per_step:
-        left = round((run.total_steps - run.step) * seconds_per_step)
-        tokens = run.train_config.batch_size * run.config.context_length / seconds_per_step
-        line += f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
-    log(line)
-    log("    " + " ".join(f"{prompt} ...{now['sample']}".split()))
+    val_loss = "" if now["val_loss"] is None else f", Val loss {now['val_loss']:.3f}"
+    recall = "" if now["recall"] is None else f", recall {now['recall']:.0%}"
+    log(f"Ep {epoch} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}{val_loss}{recall}"
+        f"{pace(run, seconds_per_step)}")
+    log("    " + " ".join(f"{now['prompt']} ...{now['sample']}".split()))
     rises = [now["val_loss"] > before["val_loss"] and now["train_loss"] < before["train_loss"]
              for before, now in itertools.pairwise(run.history) if now["val_loss"] is not None]
     if rises and rises[-1] and not any(rises[:-1]):
@@ -970,13 +1065,22 @@ def log_progress(run, prompt, seconds_per_step, log):
 # 32 bytes are the SHA-256 of the others, so a damaged file is recognised, not believed. It is read
 # with `weights_only`: that makes tensors and plain values, and never runs code from the file.
 
-FORMAT, DIGEST_BYTES = 1, 32
+FORMAT, DIGEST_BYTES = 2, 32
+
+def tokenizer_state(tokenizer):
+    """A tokenizer as plain values, from which `tokenizer_from_state` makes it again."""
+    return {"kind": tokenizer.kind, "tokens": [token if isinstance(token, str) else token.decode("latin-1")
+                                               for token in tokenizer.tokens]}
+
+def tokenizer_from_state(state):
+    tokens, kind = state["tokens"], state["kind"]
+    return (WordTokenizer(tokens) if kind == "word" else
+            BPETokenizer([token.encode("latin-1") for token in tokens], kind))
 
 def save_checkpoint(path, run):
     """Write `run` to `path` in one go: if that fails, OSError is raised and the old file is still there."""
-    temporary, tokens = Path(f"{path}.tmp"), run.tokenizer.tokens
-    state = {"format": FORMAT, "config": dataclasses.asdict(run.config), "kind": run.tokenizer.kind,
-             "tokens": [token if isinstance(token, str) else token.decode("latin-1") for token in tokens],
+    temporary = Path(f"{path}.tmp")
+    state = {"format": FORMAT, "config": dataclasses.asdict(run.config), **tokenizer_state(run.tokenizer),
              "train_config": dataclasses.asdict(run.train_config), "steps_per_epoch": run.steps_per_epoch,
              "fingerprint": run.fingerprint, "step": run.step, "history": run.history,
              "model": run.model.state_dict(), "optimizer_state": run.optimizer_state}
@@ -1024,15 +1128,13 @@ def load_checkpoint(path, device="cpu"):
             file.seek(0)
             state = torch.load(file, map_location=device, weights_only=True)
         check(state["format"] == FORMAT, f"it has format {state['format']}, and this program reads format {FORMAT}")
-        tokens, config, weights = state["tokens"], GPTConfig(**state["config"]), state["model"]
-        tokenizer = (WordTokenizer(tokens) if state["kind"] == "word" else
-                     BPETokenizer([token.encode("latin-1") for token in tokens], state["kind"]))
+        tokenizer, config, weights = tokenizer_from_state(state), GPTConfig(**state["config"]), state["model"]
         check(config.vocab_size == tokenizer.vocab_size and 4 * config.rough_size < size, "its parts do not fit")
         model = GPTModel(config).to(device)
         shapes, found = ({name: (t.shape, t.dtype) for name, t in w.items()} for w in (model.state_dict(), weights))
         check(shapes == found, "its weights are not those of its settings")
         check(all(type(count) is int and count >= 0 for count in (state["step"], state["steps_per_epoch"] - 1)) and
-              all({"step", "epoch", "tokens", "train_loss", "val_loss", "sample"} == {*h} for h in state["history"]),
+              all(HISTORY == {*entry} for entry in state["history"]),
               "its counts or its history are not right")
         model.load_state_dict(weights)
         return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
@@ -1049,33 +1151,56 @@ def load_checkpoint(path, device="cpu"):
 
 # ═══ Step 12: loss curves ════════════════════════════════════════════════════════════════════════
 # Two curves tell what happened. Both fall: the model learns. Training falls and validation rises: it
-# learns this text by heart. Both stay near ln(vocabulary): it learns nothing.
+# learns this text by heart. Both stay near ln(vocabulary): it learns nothing. Below them, how the
+# recall grows, as measured on some of the sentences.
 
 def check_picture(path):
     check(Path(path).suffix in (".png", ".svg", ".pdf"), f"a picture ends in .png, .svg or .pdf, not like {path}")
     check(Path(path).absolute().parent.is_dir(), f"there is no folder for the picture {path}")
 
-def plot_losses(history, path, vocab_size):
-    """Draw the losses of a history to `path` (.png, .svg, .pdf); epochs below, tokens seen above."""
+def save_figure(figure, path):
+    """Write a figure to `path`; in place of characters that matplotlib's fonts lack, there are boxes."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        figure.savefig(path, dpi=150)
+
+def plot_losses(history, vocab_size, path=None):
+    """Draw the losses of a history, and recall if it was measured; epochs below, tokens seen above.
+
+    To `path` (.png, .svg, .pdf), or to nowhere if it is None. Returns the figure, which a notebook shows.
+    """
     from matplotlib.figure import Figure
-    check_picture(path)
     check(len(history) > 0, "there is no history to draw: train first")
-    epochs, tokens = [h["epoch"] for h in history], [h["tokens"] for h in history]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="epochs", ylabel="loss (nats per token)")
+    epochs, tokens, recall = ([h[name] for h in history] for name in ("epoch", "tokens", "recall"))
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes, below = figure.subplots(2, height_ratios=(4, 1), sharex=True)
     axes.plot(epochs, [h["train_loss"] for h in history], color="#0072b2", marker="o", markersize=4, label="training")
     if history[-1]["val_loss"] is not None:
+        best = min(history, key=lambda h: h["val_loss"])
         axes.plot(epochs, [h["val_loss"] for h in history], color="#d55e00", marker="s", markersize=4,
                   linestyle="--", label="validation")
-    axes.axhline(math.log(vocab_size), color="#777777", linestyle=":", label=f"blind guess, ln({vocab_size:,})")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25)
+        axes.plot(best["epoch"], best["val_loss"], color="#d55e00", marker="o", markersize=12, fillstyle="none",
+                  linestyle="none", label=f"best validation loss, at step {best['step']}")
+    axes.axhline(math.log(vocab_size), color="#555555", linestyle=":", label=f"blind guess, ln({vocab_size:,})")
+    axes.set(ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend()
     per_epoch = tokens[-1] / epochs[-1] if epochs[-1] else 1.0
     above = axes.secondary_xaxis("top", functions=(lambda e: e * per_epoch, lambda t: t / per_epoch))
     above.set_xlabel("tokens seen")
     above.xaxis.set_major_formatter("{x:,.0f}")
-    figure.savefig(path, dpi=150)
+    if None in recall:
+        below.remove()
+        axes.tick_params(labelbottom=True)
+    else:
+        below.plot(epochs, recall, color="#009e73", marker="D", markersize=4)
+        below.set(ylabel="recall", ylim=(-0.05, 1.05), yticks=(0, 1))
+        below.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    for each in figure.axes:
+        each.grid(alpha=0.25)
+    figure.axes[-1].set_xlabel("epochs")
+    if path is not None:
+        check_picture(path)
+        save_figure(figure, path)
+    return figure
 
 
 # ═══ Step 13: inference from the saved file ══════════════════════════════════════════════════════
@@ -1088,15 +1213,18 @@ def plot_losses(history, path, vocab_size):
 # the choice is by chance: the logits are divided by it before the softmax, so that below 1 the
 # likely become likelier, above 1 all become more alike. `top_k` leaves only the k best to choose from.
 
+def softmax_of(logits, temperature=1.0, top_k=None):
+    """logits (B, vocabulary) to probabilities (B, vocabulary); of all but the `top_k` likeliest, 0."""
+    if top_k:
+        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth_best, -math.inf)
+    return torch.softmax(logits.float() / temperature, dim=-1)
+
 def choose_token(logits, temperature=0.0, top_k=None, generator=None):
     """logits (B, vocabulary) to token ids (B,): the likeliest, or for temperature > 0 one drawn by chance."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    if top_k:
-        kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_best, -math.inf)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+    return torch.multinomial(softmax_of(logits, temperature, top_k), 1, generator=generator).squeeze(1)
 
 def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, generator=None):
     """Continue token_ids (B, T), T >= 1; yields one tensor (B,) of new tokens at a time.
@@ -1135,6 +1263,156 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
             shown = tokenizer.decode(recent)
 
 
+# ═══ Looking inside ══════════════════════════════════════════════════════════════════════════════
+# Two questions to a trained model. Whom did each token look at (step 6)? And which tokens did it
+# think of as the next one, how sure was it, and what do temperature and top-k make of that (step 13)?
+
+def attention_maps(model, token_ids):
+    """The attention weights of all layers and heads for token_ids (1, T): (layers, H, T, T)."""
+    maps = []
+    hooks = [block.att.register_forward_hook(
+        lambda part, inputs, _: maps.append(attention(*part.queries_keys_values(inputs[0]))[1][0]))
+        for block in model.trf_blocks]
+    with inference(model):
+        model(token_ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps).float().cpu()
+
+def plot_attention(maps, pieces, path=None, layer=None, head=None):
+    """Draw `attention_maps` for the T tokens `pieces`; of one `layer` or `head` alone (from 1), if given."""
+    from matplotlib.figure import Figure
+    chosen = [range(count) if one is None else [one - 1] for one, count in zip((layer, head), maps.shape)]
+    for name, one, count in zip(("layer", "head"), (layer, head), maps.shape):
+        check(one is None or 1 <= one <= count, f"the {name} must be 1 to {count}, not {one}")
+    rows, columns = map(len, chosen)
+    side = max(1.6, len(pieces) * (0.28 if rows * columns == 1 else 0.16))  # inches
+    figure = Figure(figsize=(columns * side + 2, rows * (side + 0.3) + 1), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    future = torch.ones(maps.shape[-2:], dtype=torch.bool).triu(1)
+    for i, j in itertools.product(range(rows), range(columns)):
+        weights = maps[chosen[0][i], chosen[1][j]].masked_fill(future, math.nan)
+        image = grid[i, j].imshow(weights.tolist(), vmin=0, vmax=1, cmap="Blues")
+        grid[i, j].set_title(f"layer {chosen[0][i] + 1}, head {chosen[1][j] + 1}", fontsize=9)
+        grid[i, j].set_xticks(range(len(pieces)), pieces, rotation=90, fontsize=7, parse_math=False)
+        grid[i, j].set_yticks(range(len(pieces)), pieces, fontsize=7, parse_math=False)
+        grid[i, j].spines[:].set_visible(False)
+    figure.supylabel("this token ...", fontsize=9)
+    figure.supxlabel("... looks at this one", fontsize=9)
+    figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight; each row adds up to 1")
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+def next_tokens(model, token_ids, count=10, temperature=1.0, top_k=None):
+    """The likeliest next tokens after token_ids (1, T): [(id, logit, probability, the same as they are drawn), ...]."""
+    with inference(model):
+        logits = model(token_ids[:, -model.config.context_length:])[:, -1].float()
+    best = logits[0].topk(min(count, logits.shape[-1])).indices
+    columns = [values[0, best].tolist() for values in
+               (logits, softmax_of(logits), softmax_of(logits, temperature, top_k))]
+    return list(zip(best.tolist(), *columns))
+
+def plot_next_tokens(pieces, columns, path=None):
+    """Draw bars for the tokens `pieces`; `columns`: {what the bars show: a probability for each}."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 0.4 * len(pieces) + 1), layout="constrained")
+    axes, height = figure.add_subplot(xlabel="probability"), 0.8 / len(columns)
+    for i, (label, values) in enumerate(columns.items()):
+        places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(pieces))]
+        bars = axes.barh(places, values, height, color=("#0072b2", "#e69f00")[i % 2], label=label)
+        axes.bar_label(bars, [f"{value:.1%}" if value else "" for value in values], padding=3, fontsize=8)
+    axes.set_yticks(range(len(pieces)), pieces, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(map(max, columns.values())))
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right")
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+# ═══ A library instead of a story ════════════════════════════════════════════════════════════════
+# This section may be skipped, too. A text of a gigabyte has no place in memory as a list of tokens. So
+# `tokenize` writes its token ids to a file, block by block, two bytes each (four if the vocabulary is
+# larger than 65,536), and nothing else: the format of nanoGPT's train.bin. A second file beside it tells
+# the tokenizer. Training maps the file into memory, which costs nothing: the disk is read where a
+# window is taken.
+
+BLOCK = 1 << 20  # characters that are encoded in one go
+CUT = re.compile(r"(?<=\S)\s(?=\S)")  # a single white space: the tokens of before and after do not depend on each other
+
+def text_blocks(file, size=BLOCK):
+    """The text of an open file in blocks of about `size` characters, cut so that tokens stay as in the whole."""
+    rest = ""
+    while more := file.read(size):
+        rest += more
+        cuts = [match.start() for match in CUT.finditer(rest, max(len(rest) - 1000, 0))]
+        if cuts:
+            yield rest[:cuts[-1]]
+            rest = rest[cuts[-1]:]
+    if rest:
+        yield rest
+
+def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambda line: None):
+    """Write the token ids of the UTF-8 text file `path` to `out`, and its tokenizer to `out`.json.
+
+    In memory that does not grow with the text. GPT-2's vocabulary is kept whole, another one is learned from
+    the beginning of the text. Raises OSError or ValueError as `load_text` does. Returns the number of tokens.
+    """
+    check(kind != "word", "a file of tokens is for byte-pair encodings: give --tokenizer gpt2 or story")
+    check(Path(out).suffix == ".bin", f"a file of tokens ends in .bin, not like {out}")
+    threads, digest, count, began = os.cpu_count() or 1, hashlib.sha256(), 0, time.perf_counter()
+    try:
+        with open(path, encoding="utf-8-sig") as file, open(f"{out}.tmp", "wb") as ids_file:
+            beginning = file.read(LEARN_FROM)
+            check(beginning.strip(), f"{path} is empty: there is nothing to tokenize")
+            tokenizer = make_tokenizer(kind, beginning, 0.0, vocab_size, True, log)
+            typecode = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
+            file.seek(0)
+            blocks = text_blocks(file)
+            while batch := list(itertools.islice(blocks, 2 * threads)):
+                for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=threads):
+                    data = array.array(typecode, ids).tobytes()
+                    count += len(ids)
+                    digest.update(data)
+                    ids_file.write(data)
+                live(f"{count:,} tokens, {count / (time.perf_counter() - began):,.0f} tokens/s")
+        about = {"dtype": {"H": "uint16", "I": "uint32"}[typecode], "sha256": digest.hexdigest(),
+                 **tokenizer_state(tokenizer)}
+        Path(f"{out}.json").write_text(json.dumps(about))
+        os.replace(f"{out}.tmp", out)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Convert it first, for example: "
+                         f"iconv -f WINDOWS-1252 -t UTF-8 {path} > text_utf8.txt") from None
+    finally:
+        Path(f"{out}.tmp").unlink(missing_ok=True)
+    return count
+
+class TokenFile:
+    """What `tokenize_file` wrote: `ids` (N,), mapped from the disk, not read; the `tokenizer`; the file's `sha256`.
+
+    It stands wherever a text stands. Raises OSError or ValueError if a file is missing or they do not fit.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            about = json.loads(Path(f"{path}.json").read_text())
+            self.tokenizer, self.sha256 = tokenizer_from_state(about), about["sha256"]
+            dtype = {"uint16": torch.uint16, "uint32": torch.uint32}[about["dtype"]]
+            with open(path, "rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        except OSError as error:
+            raise OSError(f"{error.filename} cannot be read: a file of tokens, and the .json beside it, are made by "
+                          f"python story_llm.py tokenize --text story.txt --out {path}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}.json is not the description of a file of tokens ({error})") from error
+        check(whole, f"{path} and {path}.json do not fit: make them anew by python story_llm.py tokenize")
+        self.ids = torch.from_file(str(path), size=os.path.getsize(path) // dtype.itemsize, dtype=dtype)
+
+
 # ═══ The command line ════════════════════════════════════════════════════════════════════════════
 # One function per command. Each calls the parts of its step and prints what they return: results on
 # stdout, notes on stderr. The tables at the end say which command has which options.
@@ -1143,17 +1421,45 @@ DEFAULT_TEXT, DEFAULT_PROMPT = Path(__file__).with_name("Short_Story.txt"), "Onc
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could move a terminal's cursor, colour or title
 
+def live(line):
+    """One line that moves, on a terminal; nothing elsewhere."""
+    if sys.stderr.isatty() and RANK == 0:
+        print(f"\r\x1b[K{line[:shutil.get_terminal_size().columns - 1]}", end="", flush=True, file=sys.stderr)
+        live.shown = bool(line)
+
+live.shown = False
+
 def log(message="", file=None, **options):
+    """Print, from the first process only."""
     file = file or sys.stdout
-    print(CONTROL.sub("\ufffd", str(message)) if file.isatty() else message, flush=True, file=file, **options)
+    if live.shown:
+        live("")
+    if RANK == 0:
+        print(CONTROL.sub("\ufffd", str(message)) if file.isatty() else message, flush=True, file=file, **options)
 
 def note(message):
     log(message, file=sys.stderr)
+
+def visible(piece):
+    """A token's text on one line: spaces and line breaks as signs."""
+    return CONTROL.sub("\ufffd", piece.replace("\n", "⏎")).replace(" ", "␣").replace("\t", "→")
+
+def log_tokens(pieces):
+    """Print the pieces of a text side by side: on two backgrounds in turn, or in brackets where there are no colours."""
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        colours = itertools.cycle(("\x1b[30;46m", "\x1b[30;43m"))
+        print("  " + "".join(next(colours) + visible(piece).replace("␣", " ") + "\x1b[0m" for piece in pieces))
+    else:
+        log("  " + "".join(f"[{visible(piece)}]" for piece in pieces))
 
 def given(settings_class, args):
     """Those settings of a class that were given on the command line."""
     values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings_class)}
     return {name: value for name, value in values.items() if value is not None}
+
+def read_text(args):
+    """The text of --text, or the file of tokens that it names."""
+    return TokenFile(args.text) if Path(args.text).suffix == ".bin" else load_text(args.text)
 
 def untrained_run(args, text):
     config = dataclasses.replace(PRESETS[args.preset], **given(GPTConfig, args))
@@ -1168,14 +1474,16 @@ def resumed_run(args, text):
     wanted = {"text": hash_text(text)[:12], **given(GPTConfig, args), **given(TrainConfig, args)}
     if args.tokenizer != "auto":
         wanted["tokenizer"] = args.tokenizer
-    changes = {name: wanted.pop(name) for name in ("epochs", "eval_every") if name in wanted}  # these may change
+    changes = {name: wanted.pop(name) for name in ("epochs", "eval_every", "accumulate") if name in wanted}  # these may change
     for name, value in wanted.items():
         check(value == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {value}: "
               f"give the same --{name.replace('_', '-')} as then, or train anew without --resume")
     run.train_config = dataclasses.replace(run.train_config, **changes)
     return run
 
-def log_recall(run, train_text):
+def log_recall(run, text):
+    train_text, train_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
+    train_text = train_text or run.tokenizer.decode(train_ids[:100_000].tolist())
     total = len(recall_exercises(train_text))
     share = measure_recall(run.model, run.tokenizer, train_text)
     log(f"Recall {share:.1%}: {round(share * total)} of {total} sentences continued to the letter after five words"
@@ -1189,9 +1497,10 @@ def command_words(args):
     train_text, val_text = split_text(text, TrainConfig().val_fraction)
     pieces, tokenizer = split_words(train_text), WordTokenizer(build_vocabulary(train_text))
     log(f"{len(text):,} characters: {len(train_text):,} to train on, {len(val_text):,} for validation\n"
-        f"{len(pieces):,} words and punctuation marks to train on, the first of them: {pieces[:12]}\n"
-        f"{tokenizer.vocab_size:,} different ones make the vocabulary, for example "
-        f"{tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}")
+        f"{tokenizer.vocab_size:,} different pieces make the vocabulary, for example "
+        f"{tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}\n"
+        f"{len(pieces):,} words, punctuation marks and unusual spaces to train on, the first of them:")
+    log_tokens(pieces[:40])
     for sentence in (args.prompt or " ".join(train_text.split()[:8]), "Thamarai bought a laptop <|endoftext|>"):
         ids = tokenizer.encode(sentence)
         log(f"\n{sentence}\n  encoded: {ids}\n  decoded: {tokenizer.decode(ids)}")
@@ -1201,7 +1510,7 @@ def command_words(args):
 def command_bpe(args):
     text = load_text(args.text)
     train_text, _ = split_text(text, TrainConfig().val_fraction)
-    tokenizer = make_tokenizer(args.tokenizer, text, train_text, args.entries, args.full_vocab, note)
+    tokenizer = make_tokenizer(args.tokenizer, text, vocab_size=args.entries, full_vocab=args.full_vocab, log=note)
     if tokenizer.kind == "story":
         log("the first merges, as they happen:")
         learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: log(
@@ -1210,11 +1519,14 @@ def command_bpe(args):
     log(f"the text: {len(split_words(text)):,} words and punctuation marks; {len(ids):,} {tokenizer.kind} tokens\n"
         f"the vocabulary: {tokenizer.vocab_size:,} entries, of which the text uses {len(set(ids)):,}\n"
         f"the text, encoded and decoded, is the same again: {tokenizer.decode(ids) == text}")
-    for sentence in (args.prompt or " ".join(train_text.split()[:12]), "Thamarai bought a laptop <|endoftext|>"):
-        log(f"\n{sentence}\n  {' '.join(f'{tokenizer.decode([i])!r}:{i}' for i in tokenizer.encode(sentence))}")
+    for sentence in (args.prompt or train_text[:200], "Thamarai bought a laptop <|endoftext|>"):
+        log()
+        ids = tokenizer.encode(sentence)
+        log_tokens(tokenizer.decode([i]) for i in ids)
+        log(f"  {' '.join(map(str, ids))}")
 
 def command_windows(args):
-    text = load_text(args.text)
+    text = read_text(args)
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     length, stride = run.config.context_length, run.train_config.stride or run.config.context_length
@@ -1226,70 +1538,153 @@ def command_windows(args):
             log(f"  {name:<8}" + "".join(f"{run.tokenizer.decode([t])!r:<13}" for t in ids[:6].tolist()).rstrip())
 
 def command_model(args):
-    text = load_text(args.text)
+    text = read_text(args)
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     device = run.model.out_head.weight.device
     log(f"{run.config}\n\ntwo windows on their way through the untrained model:")
-    for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].expand(2, -1).to(device)):
+    for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].long().expand(2, -1).to(device)):
         log(f"  {name:<14} {shape}")
     counts = count_parameters(run.model)
     log("\nnumbers to learn:")
     for name, count in [*counts.items(), ("altogether", sum(counts.values()))]:
-        log(f"  {name:<14} {count:>12,}")
+        count and log(f"  {name:<14} {count:>12,}")
 
 def command_evaluate(args):
-    text, saved = load_text(args.text), Path(args.model).exists() and not args.untrained
+    text, saved = read_text(args), Path(args.model).exists() and not args.untrained
     run = load_checkpoint(args.model, args.device) if saved else untrained_run(args, text)
     if saved and run.fingerprint != hash_text(text):
         note(f"note: {args.model} was trained on another text than {args.text}")
-    train_text, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
+    _, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     log(f"{f'{args.model}, after {run.step} steps of training' if saved else 'an untrained model'}:")
     for name, loss in (("Train loss", mean_loss(run.model, train_ids)), ("Val loss", mean_loss(run.model, val_ids)),
                        (f"ln({run.config.vocab_size}), a blind guess", math.log(run.config.vocab_size))):
         if loss is not None:
             log(f"  {name:<24} {loss:.3f}")
-    log_recall(run, train_text)
+    log_recall(run, text)
+
+def command_tokenize(args):
+    began = time.perf_counter()
+    count = tokenize_file(args.text, args.out, args.tokenizer, args.entries, note, live)
+    seconds = time.perf_counter() - began
+    log(f"wrote {args.out}: {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s\n"
+        f"wrote {args.out}.json: its tokenizer")
 
 def command_train(args):
-    text = load_text(args.text)
+    text = read_text(args)
     run = (resumed_run if args.resume else untrained_run)(args, text)
     log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
         f"{sum(count_parameters(run.model).values()):,} parameters; {run.total_steps} steps; "
+        f"about {training_gigabytes(run.config, run.train_config):.1f} GB of memory; "
         f"loss of a blind guess {math.log(run.config.vocab_size):.3f}")
-    prompt = args.prompt or (DEFAULT_PROMPT if DEFAULT_PROMPT in text else None)
-    check_room(args.model, run)
-    check_picture(args.plot)
+    prompt = args.prompt or (DEFAULT_PROMPT if args.text == DEFAULT_TEXT else None)
+    first_decides(lambda: check_room(args.model, run))
+    check_picture(args.plot or "loss.png")
     asked = threading.Event()
 
     def ask(signum, frame):  # the first Ctrl-C asks to stop after this step, a second one stops at once
         asked.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, ask)
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+    before = main_thread and signal.signal(signal.SIGINT, ask)
     try:
-        train(run, text, log, lambda run: save_checkpoint(args.model, run), asked.is_set, prompt)
+        train(run, text, log, lambda run: RANK or save_checkpoint(args.model, run), asked.is_set, prompt, live,
+              args.compile)
     finally:
-        signal.signal(signal.SIGINT, before)
+        main_thread and signal.signal(signal.SIGINT, before)
     if run.step < run.total_steps:
         again = shlex.join([*args.argv, *["--resume"] * (not args.resume)])
         note(f"stopped after step {run.step} of {run.total_steps}, saved {args.model}; to go on: "
              f"python story_llm.py {again}")
         raise KeyboardInterrupt
-    log_recall(run, split_text(text, run.train_config.val_fraction)[0])
+    log_recall(run, text)
     log(f"saved {args.model}")
     try:
-        command_plot(args, run)
+        RANK or draw_losses(args, run)
     except Exception as error:  # the model is saved; a picture is not worth an error
-        note(f"note: {args.plot} could not be drawn: {error}")
+        note(f"note: the losses could not be drawn: {error}")
 
-def command_plot(args, run=None):
-    run = run or load_checkpoint(args.model)
-    plot_losses(run.history, args.plot, run.config.vocab_size)
-    log(f"drew {args.plot}")
+def draw_losses(args, run):
+    plot_losses(run.history, run.config.vocab_size, args.plot or "loss.png")
+    log(f"drew {args.plot or 'loss.png'}")
+
+def command_plot(args):
+    run = load_checkpoint(args.model)
+    if args.samples:
+        log_samples(run, load_text(args.text))
+    else:
+        draw_losses(args, run)
+
+def log_samples(run, text):
+    """What the model wrote at the milestones; the beginning of it that is the story to the letter, in brackets."""
+    check(hash_text(text) == run.fingerprint, "the model was trained on another text: give that with --text")
+    at = {round(share * run.total_steps): share for share in MILESTONES}
+    for entry in run.history:
+        if entry["step"] in at:
+            prompt, sample = entry["prompt"], entry["sample"]
+            known = max((n for n in range(len(sample) + 1) if prompt + sample[:n] in text), default=0)
+            known *= sample[:known].strip() != ""
+            log(f"{at[entry['step']]:4.0%}  " + " ".join(f"{prompt} [{sample[:known]}]{sample[known:]}".split()))
+
+def prompt_of(args, run):
+    """(the ids (1, T) of the prompt's last tokens, at most a context; the text of each)."""
+    ids = run.tokenizer.encode(DEFAULT_PROMPT if args.prompt is None else args.prompt)[-run.config.context_length:]
+    check(ids, "the prompt is empty: give some words")
+    device = run.model.out_head.weight.device
+    return torch.tensor([ids], device=device), [visible(run.tokenizer.decode([i])) for i in ids]
+
+def command_attention(args):
+    run = load_checkpoint(args.model, args.device)
+    ids, pieces = prompt_of(args, run)
+    maps = attention_maps(run.model, ids)
+    for i, layer in enumerate(maps):
+        for j, weights in enumerate(layer):
+            log(f"layer {i + 1}, head {j + 1}: {pieces[-1]!r} looks most at "
+                f"{', '.join(f'{pieces[k]!r} {weights[-1, k]:.0%}' for k in weights[-1].topk(min(3, len(pieces))).indices)}")
+    check_picture(args.plot or "attention.png")
+    plot_attention(maps, pieces, args.plot or "attention.png", args.layer, args.head)
+    log(f"drew {args.plot or 'attention.png'}")
+
+def command_next(args):
+    run = untrained_run(args, read_text(args)) if args.untrained else load_checkpoint(args.model, args.device)
+    ids, pieces = prompt_of(args, run)
+    temperature = args.temperature or 1.0
+    found = next_tokens(run.model, ids, 10, temperature, args.top_k)
+    drawn = f"temperature {temperature:g}" + f", top {args.top_k}" * bool(args.top_k)
+    log_tokens(pieces)
+    log(f"\n  {'next token':<16}{'logit':>7}{'softmax':>9}  {drawn}")
+    names = [visible(run.tokenizer.decode([i])) for i, *_ in found]
+    for name, (_, logit, probability, changed) in zip(names, found):
+        log(f"  {name:<16}{logit:>7.2f}{probability:>9.2%}  {changed:>7.2%} {'█' * round(40 * changed)}")
+    log(f"\ngreedy generation takes {names[0]!r}; with a temperature, one is drawn by these chances")
+    if args.plot:
+        check_picture(args.plot)
+        columns = {"softmax of the logits": [p for *_, p, _ in found]}
+        if args.temperature or args.top_k:
+            columns[drawn] = [p for *_, p in found]
+        plot_next_tokens(names, columns, args.plot)
+        log(f"drew {args.plot}")
+
+def command_tour(args):
+    """Each section of this file opens with what it is about: its first two sentences are the tour's."""
+    steps = re.findall(r"^ +\d+  (.+?)  +python story_llm.py ?(.*)$", __doc__, re.M)
+    steps += [("looking inside", command) for command in ("attention", "next --plot next.png", "plot --samples")]
+    prose = re.findall(r"^# ═══ (?:Step|Looking).*\n((?:# .+\n)+)", Path(__file__).read_text(encoding="utf-8"), re.M)
+    shown = set()
+    for number, (title, command) in enumerate(steps, 1):
+        if number <= len(prose):
+            sentences = re.split(r"(?<=[.?!]) ", " ".join(prose[number - 1].replace("# ", "").split()))
+            log(f"\n\n═══ {f'Step {number}: {title}' if number <= 13 else title.capitalize()} ═══\n\n{' '.join(sentences[:2])}")
+        log(f"\n$ python story_llm.py {command}\n" if command not in shown else "\n(its command has run above)")
+        if command not in shown and main(shlex.split(command)) != 0:
+            raise KeyboardInterrupt
+        shown.add(command)
+        if args.pause:
+            input("\n[Enter] ")
 
 def command_generate(args):
-    run = untrained_run(args, load_text(args.text)) if args.untrained else load_checkpoint(args.model, args.device)
+    run = untrained_run(args, read_text(args)) if args.untrained else load_checkpoint(args.model, args.device)
     settings = TrainConfig(**given(TrainConfig, args))
     large = sum(count_parameters(run.model).values()) > 50e6  # then reading the weights takes the time, and bfloat16
     if large and use_bf16(run.model.out_head.weight.device, settings.precision):  # halves them
@@ -1302,8 +1697,13 @@ def command_generate(args):
 
 OPTIONS = {
     "--text": dict(default=DEFAULT_TEXT, metavar="FILE", help="the story, a UTF-8 text file (Short_Story.txt)"),
+    "--out": dict(required=True, metavar="FILE", help="the file of tokens to write, FILE.bin"),
     "--model": dict(default="story_llm.pt", metavar="FILE", help="the checkpoint (story_llm.pt)"),
-    "--plot": dict(default="loss.png", metavar="FILE", help="the picture to draw: .png, .svg or .pdf (loss.png)"),
+    "--plot": dict(metavar="FILE", help="the picture to draw: .png, .svg or .pdf"),
+    "--samples": dict(action="store_true", help="what it wrote as it learned, in words, instead of the picture"),
+    "--layer": dict(type=int, metavar="N", help="only this layer, from 1"),
+    "--head": dict(type=int, metavar="N", help="only this head, from 1"),
+    "--pause": dict(action="store_true", help="wait for the Enter key after each step"),
     "--prompt": dict(metavar="WORDS", help=f"the first words, to be continued ({DEFAULT_PROMPT})"),
     "--max-new-tokens": dict(type=int, default=100, metavar="N", help="how many tokens to write (100)"),
     "--temperature": dict(type=float, default=0.0, metavar="T", help="0: the likeliest token; more: more chance (0)"),
@@ -1314,6 +1714,7 @@ OPTIONS = {
     "--vocab-size": dict(type=int, default=2048, dest="entries", metavar="N", help="entries of a learned one (2048)"),
     "--full-vocab": dict(action="store_true", help="all 50,257 entries of GPT-2, not only those needed"),
     "--preset": dict(choices=PRESETS, default="story", help="where the settings of the model start from (story)"),
+    "--compile": dict(action="store_true", help="train a compiled model: a slow start, then faster on a GPU"),
     "--device": dict(default="auto", metavar="NAME", help="cpu, cuda, mps, or auto: cuda if there is one (auto)"),
 }
 TOKENIZER_OPTIONS = "--text --tokenizer --vocab-size --full-vocab "
@@ -1324,10 +1725,17 @@ COMMANDS = {
     "windows": (command_windows, "step 5: windows, inputs and targets", ALL_SETTINGS),
     "model": (command_model, "steps 6 and 7: shapes and sizes of the model", ALL_SETTINGS),
     "evaluate": (command_evaluate, "step 9: losses and recall of a model", ALL_SETTINGS + "--model --untrained"),
-    "train": (command_train, "steps 10 to 12: train and save", ALL_SETTINGS + "--prompt --model --resume --plot"),
-    "plot": (command_plot, "step 12: draw the loss curves of a saved model", "--model --plot"),
+    "train": (command_train, "steps 10 to 12: train and save",
+              ALL_SETTINGS + "--prompt --model --resume --plot --compile"),
+    "tokenize": (command_tokenize, "a large text as a file of tokens, for train --text",
+                 "--text --out --tokenizer --vocab-size"),
+    "plot": (command_plot, "step 12: draw the loss curves of a saved model", "--model --plot --samples --text"),
     "generate": (command_generate, "steps 8 and 13: continue a prompt", ALL_SETTINGS +
                  "--model --untrained --prompt --max-new-tokens --temperature --top-k"),
+    "attention": (command_attention, "draw whom each token looks at", "--model --device --prompt --plot --layer --head"),
+    "next": (command_next, "the likeliest next tokens, and how they are chosen",
+             ALL_SETTINGS + "--model --untrained --prompt --temperature --top-k --plot"),
+    "tour": (command_tour, "all 13 steps, one after the other", "--pause"),
 }
 
 def make_parser():
@@ -1356,12 +1764,17 @@ def main(argv=None):
         with contextlib.suppress(AttributeError):  # in a notebook or a test it may be something else
             stream.reconfigure(errors="replace")   # a terminal that lacks a character shows "?"
     try:
+        if RANKS > 1:
+            torch.distributed.init_process_group()
         args.handler(args)
     except (ValueError, OSError) as error:
         note(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        if RANKS > 1:
+            torch.distributed.destroy_process_group()
     return 0
 
 if __name__ == "__main__":

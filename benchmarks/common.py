@@ -3,7 +3,7 @@
 Every measurement is a process of its own: `python <benchmark>.py --contender NAME ...` measures that one
 contender and prints a JSON object. For story_llm tells glibc on import how to keep memory (`mallopt`), and in
 one process its peers would run under that too. Processes run one at a time and in turns, so a machine
-that slows down meanwhile slows all contenders alike. CPU only; Linux or macOS.
+that slows down meanwhile slows all contenders alike. Linux or macOS.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 Shape = namedtuple("Shape", "vocab_size context_length emb_dim n_heads n_layers drop_rate")
-GPT2_SMALL = Shape(50257, 256, 768, 12, 12, 0.1)
+GPT2_SMALL = Shape(50257, 256, 768, 12, 12, 0.0)
 Finished = namedtuple("Finished", "status seconds peak_mb stdout stderr")
 
 
@@ -78,6 +78,13 @@ def finish(command, cwd=None):
         return Finished(process.returncode, seconds, peak, out.read(), err.read())
 
 
+def wait_for(device):
+    """Until a GPU has done all that it was asked to."""
+    if device == "cuda":
+        import torch
+        torch.cuda.synchronize()
+
+
 def measure(name, arguments=()):
     """One measurement of one contender in a process of its own: a dictionary, {"absent": why} if there is none."""
     done = finish([sys.executable, sys.argv[0], *sys.argv[1:], *arguments, "--contender", name])
@@ -121,11 +128,14 @@ def spread(results, key, form="{:,.0f}"):
     return f"{form.format(min(values))} to {form.format(max(values))}"
 
 
-def machine():
+def machine(device="cpu"):
     """Where and when this is measured; call it before measuring."""
     info = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
     bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        bf16.insert(0, subprocess.run(command, capture_output=True, text=True).stdout.strip())
     parts = [names[0] if names else platform.processor() or platform.machine(), f"{os.cpu_count()} cores", *bf16,
              f"torch {metadata.version('torch')}", f"Python {platform.python_version()}", time.strftime("%Y-%m-%d")]
     busy = os.getloadavg()[0]

@@ -1,6 +1,7 @@
 """Greedy generation with a model of GPT-2's size and random weights, one text at a time.
 
     python benchmarks/generation.py --nanogpt PATH --llms-from-scratch PATH
+    python benchmarks/generation.py --device cuda --nanogpt PATH
 
 Each contender continues a prompt of 8 tokens by --tokens more, within its context of 256, by its own function and
 after a short warm-up. Early and late are the medians of the times per token of the first and last quarter: what a
@@ -32,15 +33,17 @@ CONTENDERS = {
 PROMPT_TOKENS = 8
 
 
-def memory_bandwidth():
+def memory_bandwidth(device):
     """GB/s: the faster of reading (sum) and copying (read and write) 1 GB."""
     import torch
-    source, target = torch.ones(250_000_000), torch.ones(250_000_000)
+    source, target = torch.ones(250_000_000, device=device), torch.ones(250_000_000, device=device)
     rates = []
     for _ in range(5):
         for work, gigabytes in ((source.sum, 1), (lambda: target.copy_(source), 2)):
+            common.wait_for(device)
             began = time.perf_counter()
             work()
+            common.wait_for(device)
             rates.append(gigabytes / (time.perf_counter() - began))
     return {"gb_per_s": max(rates)}
 
@@ -67,13 +70,16 @@ def generation_speed(contender, shape, count, options):
     project, _, precision = contender.partition(":")
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).eval()
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     write, prompt = writer(project, model, shape.context_length), torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
+    prompt = prompt.to(options.device)
     write(prompt, 4)
+    common.wait_for(options.device)
     starts = []
     model.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
     began = time.perf_counter()
     write(prompt, count)
+    common.wait_for(options.device)
     seconds = time.perf_counter() - began
     steps = [1000 * (b - a) for a, b in zip(starts[1:], starts[2:])]  # without the prompt's
     quarter = max(len(steps) // 4, 1)
@@ -120,16 +126,17 @@ def main():
     parser.add_argument("--check-tokens", type=int, default=120, help="tokens to compare, context of 64 (120)")
     parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT")
     parser.add_argument("--llms-from-scratch", metavar="PATH", help="a checkout of LLMs-from-scratch")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape, small_context = common.GPT2_SMALL, common.GPT2_SMALL._replace(context_length=64)
     if options.contender == "bandwidth":
-        return common.answer(memory_bandwidth)
+        return common.answer(memory_bandwidth, options.device)
     if options.contender == "check":
         return common.answer(same_tokens, small_context, options.check_tokens)
     if options.contender:
         return common.answer(generation_speed, options.contender, shape, options.tokens, options)
-    print(f"{common.machine()}\n{options.rounds} rounds")
+    print(f"{common.machine(options.device)}\n{options.rounds} rounds")
     print_results(common.take_turns([*CONTENDERS, "bandwidth"], options.rounds), shape, options.tokens)
     check = common.measure("check")
     if "absent" in check:

@@ -2,10 +2,11 @@
 
     python benchmarks/throughput.py --nanogpt PATH                  (about half an hour on two cores)
     python benchmarks/throughput.py --sizes small-16x64 --rounds 5
+    python benchmarks/throughput.py --device cuda --nanogpt PATH    (GPT-2 small, context 1,024, on a GPU)
 
 A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
-clips, AdamW. Same vocabulary, context, width, depth and dropout (that of story_llm's presets, or --dropout) for
-all; each project has its own optimizer settings. nanoGPT and Hugging Face share one matrix between embedding
+clips, AdamW; of story_llm it is its `training_step`. Same vocabulary, context, width, depth and dropout (none, or
+--dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT and Hugging Face share one matrix between embedding
 and head, so their AdamW has less to do. "bf16 weights": no fp32 copy is kept, as in LLMs-from-scratch's
 ch05/10_llm-training-speed. Figures are medians of the rounds, in each the median of the steps.
 
@@ -24,7 +25,9 @@ SIZES = {  # name: shape, batch, steps timed
     "gpt2-small-2x256": (common.GPT2_SMALL, 2, 4),
     "gpt2-small-8x256": (common.GPT2_SMALL, 8, 2),
     "small-16x64": (common.Shape(2600, 64, 256, 4, 2, 0.0), 16, 100),
+    "gpt2-small-16x1024": (common.GPT2_SMALL._replace(context_length=1024), 16, 30),
 }
+SIZES_OF = {"cpu": list(SIZES)[:3], "cuda": list(SIZES)[3:]}  # if none are asked for
 CONTENDERS = {
     "story_llm": "story_llm",
     "reference:fp32": "LLMs-from-scratch, chapter 5, fp32",
@@ -34,17 +37,30 @@ CONTENDERS = {
     "huggingface:fp32": "Hugging Face, fp32",
     "huggingface:bf16-autocast": "Hugging Face, bf16 autocast",
 }
+CONTENDERS_ON_GPU = {
+    "story_llm": "story_llm",
+    "story_llm:compiled": "story_llm, --compile",
+    "reference:fp32": "LLMs-from-scratch, chapter 5, fp32",
+    "optimized:bf16-weights-compiled": "LLMs-from-scratch, optimized, bf16 weights, compiled",
+    "nanogpt:bf16-autocast": "nanoGPT, bf16 autocast",
+    "nanogpt:bf16-autocast-compiled": "nanoGPT, bf16 autocast, compiled",
+    "huggingface:bf16-autocast": "Hugging Face, bf16 autocast",
+}
+WARM_UP = 3
 CEILINGS = {"matmul:fp32": "float32", "matmul:bf16": "bfloat16"}
 
 
-def matmul_ceiling(dtype, size=4096):
+def matmul_ceiling(dtype, device):
     """GFLOP/s of the fastest of some square products."""
     import torch
-    a, b, c = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(3))
+    size = 8192 if device == "cuda" else 4096
+    a, b, c = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(3))
     times = []
     for _ in range(6):
+        common.wait_for(device)
         began = time.perf_counter()
         torch.mm(a, b, out=c)
+        common.wait_for(device)
         times.append(time.perf_counter() - began)
     return {"gflops": 2 * size ** 3 / min(times) / 1e9}
 
@@ -54,61 +70,78 @@ def training_speed(contender, shape, batch_size, steps, options):
     import torch
     from torch.nn import functional as F
     project, _, precision = contender.partition(":")
+    device = torch.device(options.device)
     torch.manual_seed(0)
-    model = common.make_model(project, shape, options).train()
-    autocast, grad_clip = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-autocast"), 1.0
-    if project == "story_llm":
-        import story_llm
-        config = story_llm.TrainConfig()
-        optimizer = story_llm.new_optimizer(model, config)
-        autocast, grad_clip = story_llm.autocast(torch.device("cpu"), config.precision), config.grad_clip
-    elif project == "nanogpt":
-        optimizer = model.configure_optimizers(0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type="cpu")
+    if project == "optimized":
+        torch.set_float32_matmul_precision("high")
+    model = common.make_model(project, shape, options).to(device).train()
+    autocast, grad_clip = torch.autocast(device.type, torch.bfloat16, enabled="autocast" in precision), 1.0
+    if project == "nanogpt":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as its train.py does
+        optimizer = model.configure_optimizers(0.1, learning_rate=6e-4, betas=(0.9, 0.95), device_type=device.type)
     elif project == "huggingface":
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
     elif project == "optimized":
         model, grad_clip = model.to(torch.bfloat16), None
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
-    else:
+    elif project == "reference":
         optimizer, grad_clip = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1), None
-    times = []
-    for _ in range(2 + steps):  # the first two warm up
-        tokens = torch.randint(shape.vocab_size, (batch_size, shape.context_length + 1))
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        began = time.perf_counter()
+    forward = torch.compile(model) if "compiled" in precision and project != "story_llm" else model
+
+    def plain_step(inputs, targets):
         with autocast:
-            bf16 = torch.is_autocast_enabled("cpu") or precision == "bf16-weights"
             if project == "nanogpt":
-                loss = model(inputs, targets)[1]
+                loss = forward(inputs, targets)[1]
             elif project == "huggingface":
-                loss = model(inputs, labels=inputs).loss
+                loss = forward(inputs, labels=inputs).loss
             else:
-                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         loss.item()
+
+    step, bf16 = plain_step, "bf16" in precision
+    if project == "story_llm":
+        import story_llm
+        config = story_llm.TrainConfig(batch_size=batch_size)
+        run = story_llm.Run(model, None, config, steps_per_epoch=1, fingerprint="", step=25)
+        optimizer, bf16 = story_llm.new_optimizer(model, config), story_llm.use_bf16(device, config.precision)
+        story_llm.choose_device(device.type)  # which turns TF32 on
+        forward = story_llm.compile_model(model) if precision == "compiled" else model
+
+        def step(inputs, targets):
+            story_llm.training_step(run, forward, optimizer, inputs, targets)
+    times = []
+    for _ in range(WARM_UP + steps):
+        tokens = torch.randint(shape.vocab_size, (batch_size, shape.context_length + 1), device=device)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        common.wait_for(options.device)
+        began = time.perf_counter()
+        step(inputs, targets)
+        common.wait_for(options.device)
         times.append(time.perf_counter() - began)
-    return {"tokens": batch_size * shape.context_length / statistics.median(times[2:]),
-            "dtype": "bfloat16" if bf16 else "float32"}
+    on_gpu = {"gpu_mb": torch.cuda.max_memory_allocated() / 1e6} if device.type == "cuda" else {}
+    return {"tokens": batch_size * shape.context_length / statistics.median(times[WARM_UP:]),
+            "dtype": "bfloat16" if bf16 else "float32", **on_gpu}
 
 
-def print_size(size, results, shape):
+def print_size(size, results, shape, contenders):
     """The table of one size."""
     gflops = {dtype: max(each["gflops"] for each in results[name]) for name, dtype in CEILINGS.items()}
     flops = 6 * common.matmul_weights(shape) + 12 * shape.n_layers * shape.emb_dim * shape.context_length
-    missing = common.missing_of(results, CONTENDERS)
-    speeds = {name: common.median(results[name], "tokens") for name in CONTENDERS if CONTENDERS[name] not in missing}
+    missing = common.missing_of(results, contenders)
+    speeds = {name: common.median(results[name], "tokens") for name in contenders if contenders[name] not in missing}
     reference, ours = speeds.get("reference:fp32", math.nan), speeds.get("story_llm", math.nan)
     rows = []
     for name, speed in speeds.items():
         dtype = results[name][0]["dtype"]
-        rows.append([CONTENDERS[name], f"{speed:,.0f}", common.spread(results[name], "tokens"),
+        rows.append([contenders[name], f"{speed:,.0f}", common.spread(results[name], "tokens"),
                      f"{speed / reference:.2f}", f"{ours / speed:.2f}",
                      f"{speed * flops / gflops[dtype] / 1e9:.0%} of {dtype}",
-                     f"{common.median(results[name], 'peak_mb'):,.0f}"])
+                     f"{common.median(results[name], 'gpu_mb' if 'gpu_mb' in results[name][0] else 'peak_mb'):,.0f}"])
     rows += [[f"ceiling, {dtype}: {g:,.0f} GFLOP/s", f"{g * 1e9 / flops:,.0f}"] for dtype, g in gflops.items()]
     print(f"\nTraining, {size}: {shape}, {flops / 1e6:,.1f} MFLOP per token\n")
     header = ["", "tokens/s", "of the rounds", "/ reference", "story_llm / this", "of the ceiling", "peak MB"]
@@ -117,7 +150,8 @@ def print_size(size, results, shape):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="steps timed in each round, after two that are not")
     parser.add_argument("--dropout", type=float, help="for all contenders, instead of the preset's")
@@ -126,16 +160,17 @@ def main():
     parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender in CEILINGS:
-        return common.answer(matmul_ceiling, CEILINGS[options.contender])
+        return common.answer(matmul_ceiling, CEILINGS[options.contender], options.device)
+    contenders = CONTENDERS if options.device == "cpu" else CONTENDERS_ON_GPU
     if not options.contender:
-        print(f"{common.machine()}\n{options.rounds} rounds")
-    for size in [options.size] if options.contender else options.sizes:
+        print(f"{common.machine(options.device)}\n{options.rounds} rounds")
+    for size in [options.size] if options.contender else options.sizes or SIZES_OF[options.device]:
         shape, batch_size, steps = SIZES[size]
         shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
         if options.contender:
             return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
-        results = common.take_turns([*CONTENDERS, *CEILINGS], options.rounds, ["--size", size])
-        print_size(size, results, shape)
+        results = common.take_turns([*contenders, *CEILINGS], options.rounds, ["--size", size])
+        print_size(size, results, shape, contenders)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def time_reference(text, steps):
         tokenizer, note = RandomTokens(), ", random tokens"
         ch02.tiktoken.get_encoding = lambda name: tokenizer
     torch.manual_seed(123)
-    device, shape = torch.device("cpu"), common.GPT2_SMALL
+    device, shape = torch.device("cpu"), common.GPT2_SMALL._replace(drop_rate=0.1)
     model = common.make_model("reference", shape, None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
     text = Path(text).read_text(encoding="utf-8")

@@ -106,24 +106,26 @@ def test_a_byte_pair_vocabulary_with_a_double_or_without_a_byte_is_refused():
 
 def test_an_unknown_kind_is_refused_by_name():
     with pytest.raises(ValueError, match="'bytes'"):
-        make_tokenizer("bytes", TEXT, TEXT)
+        make_tokenizer("bytes", TEXT)
 
 
 def test_the_learned_tokenizers_learn_from_the_training_text_alone():
-    assert "Vikram" not in make_tokenizer("word", TEXT + "Vikram", TEXT).tokens
-    assert make_tokenizer("story", TEXT + "Vikram " * 99, TEXT, 300).tokens == learn_byte_pairs(TEXT, 300)
+    text, share = TEXT + " Vikram" * len(TEXT), 0.9
+    train_text, _ = story_llm.split_text(text, share)
+    assert "Vikram" not in make_tokenizer("word", text, share).tokens and 0 < len(train_text) < len(TEXT)
+    assert make_tokenizer("story", text, share, 300).tokens == learn_byte_pairs(train_text, 300)
 
 
 def test_without_files_and_network_auto_learns_from_the_story_and_says_so_in_one_line(bare):
     lines = []
-    tokenizer = make_tokenizer("auto", TEXT, TEXT, 300, log=lines.append)
+    tokenizer = make_tokenizer("auto", TEXT, 0.0, 300, log=lines.append)
     assert tokenizer.kind == "story" and tokenizer.tokens == learn_byte_pairs(TEXT, 300)
     assert len(lines) == 1 and "\n" not in lines[0] and "--tokenizer gpt2" in lines[0]
 
 
 def test_without_files_and_network_gpt2_is_refused_with_all_that_is_needed_to_get_it(bare):
     with pytest.raises(ValueError) as refusal:
-        make_tokenizer("gpt2", TEXT, TEXT)
+        make_tokenizer("gpt2", TEXT)
     for needed in ("vocab.bpe", "encoder.json", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
                    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "TIKTOKEN_CACHE_DIR"):
         assert needed in str(refusal.value)
@@ -164,7 +166,7 @@ ODD = "I'll we've it's  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 1234
 
 
 def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):
-    tokenizer = make_tokenizer("gpt2", TEXT, TEXT, full_vocab=True)
+    tokenizer = make_tokenizer("gpt2", TEXT, full_vocab=True)
     assert tokenizer.vocab_size == 50257 and tokenizer.end_of_text == 50256
     for text, ids in KNOWN.items():
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
@@ -174,14 +176,14 @@ def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):
 
 @pytest.mark.parametrize("text", [TEXT, ODD, *KNOWN])
 def test_the_kept_vocabulary_splits_its_text_as_gpt2_does(gpt2, text):
-    tokenizer = make_tokenizer("gpt2", text, text)
+    tokenizer = make_tokenizer("gpt2", text)
     assert [tokenizer.tokens[i] for i in tokenizer.encode(text)] == pieces(gpt2, text)
 
 
 @pytest.mark.skipif(not STORY.exists(), reason="the story stands elsewhere")
 def test_the_kept_vocabulary_splits_the_story_as_gpt2_does_and_is_much_smaller(gpt2):
     story = story_llm.load_text(STORY)
-    tokenizer = make_tokenizer("auto", story, story)
+    tokenizer = make_tokenizer("auto", story)
     assert tokenizer.kind == "gpt2" and tokenizer.vocab_size < 50257 / 10
     assert [tokenizer.tokens[i] for i in tokenizer.encode(story)] == pieces(gpt2, story)
 

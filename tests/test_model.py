@@ -87,8 +87,7 @@ def test_a_block_equals_torchs_own_pre_norm_layer():
     block = GPTModel(config).trf_blocks[0]
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
-    theirs = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, norm_first=True, batch_first=True,
-                                        activation=lambda x: F.gelu(x, approximate="tanh"))
+    theirs = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, norm_first=True, batch_first=True, activation="gelu")
     names = {"att.qkv.": "self_attn.in_proj_", "att.out_proj.": "self_attn.out_proj.", "ff.layers.0.": "linear1.",
              "ff.layers.2.": "linear2.", "norm1.": "norm1.", "norm2.": "norm2."}
     theirs.load_state_dict({new + name.removeprefix(old): value for name, value in block.state_dict().items()

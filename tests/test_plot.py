@@ -9,7 +9,7 @@ from story_llm import plot_losses
 
 def history(steps, with_validation=True):
     return [{"step": i, "epoch": i / 4, "train_loss": 5.0 - i / 10, "val_loss": 5.0 if with_validation else None,
-             "tokens": i * 64}
+             "tokens": i * 64, "recall": None}
             for i in steps]
 
 
@@ -25,7 +25,7 @@ def warnings_are_errors():
 
 @pytest.mark.parametrize("entries", HISTORIES, ids=len)
 def test_a_png_picture_is_drawn(tmp_path, entries):
-    plot_losses(entries, tmp_path / "loss.png", 300)
+    plot_losses(entries, 300, tmp_path / "loss.png")
     content = (tmp_path / "loss.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", content[16:24])
@@ -39,13 +39,13 @@ def lines_of_svg(path):
 
 
 def test_an_svg_picture_is_drawn_and_has_one_curve_less_without_validation(tmp_path):
-    plot_losses(HISTORIES[0], tmp_path / "both.svg", 300)
-    plot_losses(HISTORIES[1], tmp_path / "one.svg", 300)
+    plot_losses(HISTORIES[0], 300, tmp_path / "both.svg")
+    plot_losses(HISTORIES[1], 300, tmp_path / "one.svg")
     assert len(lines_of_svg(tmp_path / "one.svg")) < len(lines_of_svg(tmp_path / "both.svg"))
 
 
 def test_nothing_to_draw_and_an_unknown_kind_of_picture_are_refused(tmp_path):
     with pytest.raises(ValueError, match="history"):
-        plot_losses([], tmp_path / "loss.png", 300)
+        plot_losses([], 300)
     with pytest.raises(ValueError, match="xyz"):
-        plot_losses(HISTORIES[0], tmp_path / "loss.xyz", 300)
+        plot_losses(HISTORIES[0], 300, tmp_path / "loss.xyz")

@@ -42,6 +42,20 @@ def test_the_names_of_the_python_example_exist():
     assert names and all(callable(getattr(story_llm, name)) for name in names)
 
 
+def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "Short_Story.txt").write_bytes(STORY.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    values = {}
+    exec(example, values)
+    assert values["run"].step == values["run"].total_steps and (tmp_path / "story_llm.pt").exists()
+    out = capsys.readouterr().out
+    run, prompt = values["run"], re.search(r'"(\w[^"]*)", 40\)', example)[1]
+    continuation = "".join(story_llm.generate_text(run.model, run.tokenizer, prompt, 40))
+    assert continuation in out and prompt + continuation[:40] in STORY.read_text(encoding="utf-8")
+    assert float(re.search(r"^(\d\.\d+)$", out, re.MULTILINE)[1]) > 0.95
+
+
 def test_importing_needs_no_package_that_is_not_pinned():
     pinned = re.findall(r"^(\w+)==[\d.]+$", README.with_name("requirements.txt").read_text(), re.MULTILINE)
     assert {"torch", "tiktoken", "matplotlib", "pytest", "hypothesis"} == set(pinned)

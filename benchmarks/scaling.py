@@ -1,0 +1,188 @@
+"""How time and memory grow with the text, the width, the depth and the context.
+
+    python benchmarks/scaling.py --plot images/scaling.png          (about ten minutes on two cores)
+    python benchmarks/scaling.py --series text --text-mb 0.01 1 1000
+
+Each point is a process of its own and the median of its steps. Beside what was measured stands what the law of
+that series says if the last point is right, and the growth from point to point as an exponent: 1 is linear, 2 is
+quadratic. A training step is story_llm's `training_step` on random tokens (for the text: on its token file), with
+its default precision. Memory is the peak of the process less that of one that only imports story_llm.
+
+The laws, for a step of N tokens, L layers, width C, context T and vocabulary V: matrix products 6 N (12 L C^2 + V C),
+attention 12 N L C T floating-point operations; activations N (L (a C + b H T) + c V) bytes, weights 16 bytes each.
+Tokenizing reads every byte once, in memory that does not depend on how many there are.
+"""
+
+import argparse
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+BASE = dict(vocab_size=2048, context_length=64, emb_dim=256, n_heads=4, n_layers=2)
+TOKENS = 2048  # in a step
+SERIES = {  # what grows: the values of it, the law of a step's time, in words
+    "width": ([64, 128, 256, 512, 1024], lambda C: 12 * 2 * C ** 2 + 2048 * C + 2 * 2 * C * 64,
+              "12 L C² + V C + 2 L C T: linear first, then quadratic"),
+    "depth": ([1, 2, 4, 8, 16], lambda L: 12 * L * 256 ** 2 + 2048 * 256 + 2 * L * 256 * 64,
+              "V C + L (12 C² + 2 C T): a constant for the head, then linear"),
+    "context": ([32, 64, 128, 256, 512, 1024, 2048], lambda T: 12 * 2 * 256 ** 2 + 2048 * 256 + 2 * 2 * 256 * T,
+                "12 L C² + V C + 2 L C T: constant, then linear, for as many tokens a step (so quadratic in a window)"),
+}
+FIELDS = {"width": "emb_dim", "depth": "n_layers", "context": "context_length"}
+
+
+def peak_megabytes():
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def timed_steps(story_llm, run, batches, steps=8):
+    """The median milliseconds of some steps, after two that warm up."""
+    run.model.train()
+    optimizer, times = story_llm.new_optimizer(run.model, run.train_config), []
+    for i in range(2 + steps):
+        began = time.perf_counter()
+        story_llm.training_step(run, run.model, optimizer, *batches[i])
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[2:])
+
+
+def shape_point(series, value):
+    """A training step of a model that differs from BASE in one field."""
+    import story_llm
+    import torch
+    before = peak_megabytes()
+    config = story_llm.GPTConfig(**{**BASE, FIELDS[series]: value})
+    train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length)
+    run = story_llm.Run(story_llm.GPTModel(config), None, train_config, steps_per_epoch=1, fingerprint="", step=25)
+    rows = torch.randint(config.vocab_size, (TOKENS // config.context_length, config.context_length + 1))
+    milliseconds = timed_steps(story_llm, run, [(rows[:, :-1], rows[:, 1:])] * 20)
+    return {"ms": milliseconds, "mb": peak_megabytes() - before,
+            "said_mb": 1000 * story_llm.training_gigabytes(config, train_config)}
+
+
+def text_of(megabytes, folder):
+    """A file of the story's sentences in random order."""
+    text, path = Path(common.ROOT, "Short_Story.txt").read_text(encoding="utf-8"), Path(folder, "text.txt")
+    sentences, chance, written = text.replace("\n", " ").split(". "), random.Random(0), 0
+    with open(path, "w", encoding="utf-8") as file:
+        while written < megabytes * 1e6:
+            written += file.write(chance.choice(sentences) + (". " if chance.random() < 0.9 else ".\n"))
+    return path
+
+
+def tokenize_point(path):
+    """Write a text's tokens to a file."""
+    import story_llm
+    before, began = peak_megabytes(), time.perf_counter()
+    count = story_llm.tokenize_file(path, f"{path}.bin", "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else "story")
+    return {"seconds": time.perf_counter() - began, "tokens": count, "mb": peak_megabytes() - before}
+
+
+def tiktoken_point(path):
+    """What tiktoken alone does with the same text, in the same blocks, on all cores; nothing is written."""
+    import story_llm
+    tokenizer, seconds = story_llm.TokenFile(f"{path}.bin").tokenizer, 0.0
+    with open(path, encoding="utf-8") as file:
+        while batch := [block for block in (file.read(story_llm.BLOCK) for _ in range(2 * os.cpu_count())) if block]:
+            began = time.perf_counter()
+            tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
+            seconds += time.perf_counter() - began
+    return {"seconds": seconds}
+
+
+def train_point(path):
+    """Steps on a file of tokens, windows from all over it."""
+    import story_llm
+    before, text = peak_megabytes(), story_llm.TokenFile(f"{path}.bin")
+    config = story_llm.GPTConfig(**{**BASE, "vocab_size": text.tokenizer.vocab_size})
+    train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length, openings=0.0)
+    run = story_llm.Run(story_llm.GPTModel(config), text.tokenizer, train_config, 1, text.sha256, step=25)
+    batches = story_llm.TrainingBatches(text.ids, config.context_length, train_config)
+    return {"ms": timed_steps(story_llm, run, batches), "steps": batches.steps_per_epoch,
+            "mb": peak_megabytes() - before}
+
+
+def exponent(x, y):
+    """The growth from point to point: [None, log of the ratio over log of the ratio, ...]."""
+    return [None] + [math.log(y[i] / y[i - 1]) / math.log(x[i] / x[i - 1]) for i in range(1, len(x))]
+
+
+def shown(number):
+    return "" if number is None else f"{number:.2f}"
+
+
+def measure_shapes(series):
+    values, law, words = SERIES[series]
+    points = [common.measure(f"{series}:{value}") for value in values]
+    times = [point["ms"] for point in points]
+    expected = [times[-1] * law(value) / law(values[-1]) for value in values]
+    print(f"\nA training step of {TOKENS:,} tokens by {series}; time by the law {words}\n")
+    common.print_table([series, "ms", "exponent", "ms by law", "exponent", "measured / law", "MB", "train says MB"], [
+        [str(value), f"{point['ms']:.1f}", shown(grown), f"{law_ms:.1f}", shown(law_grown), f"{point['ms'] / law_ms:.2f}",
+         f"{point['mb']:,.0f}", f"{point['said_mb']:,.0f}"]
+        for value, point, grown, law_ms, law_grown in
+        zip(values, points, exponent(values, times), expected, exponent(values, expected))])
+    return values, times, expected
+
+
+def measure_text(sizes):
+    rows, seconds = [], []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = text_of(size, folder)
+            written, alone, trained = (common.measure(f"{name}:{path}") for name in ("tokenize", "tiktoken", "train"))
+        seconds.append(written["seconds"])
+        rows.append([f"{size:g} MB", f"{written['seconds']:.2f}", f"{written['tokens'] / written['seconds']:,.0f}",
+                     f"{alone['seconds'] / written['seconds']:.0%}", f"{written['mb']:,.0f}", f"{trained['ms']:.1f}",
+                     f"{trained['mb']:,.0f}", f"{trained['ms'] * trained['steps'] / 1000:,.0f}"])
+    print("\nBy the size of the text; the law: tokenizing and an epoch linear, a step and all memory constant\n")
+    common.print_table(["text", "tokenize, s", "tokens/s", "share of tiktoken's speed", "MB", "step, ms", "MB",
+                        "epoch, s"], rows)
+    return sizes, seconds, [seconds[-1] * size / sizes[-1] for size in sizes]
+
+
+def draw(results, path):
+    """One panel for each series, on logarithmic axes; the law is the dashed line."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for axes, (name, (values, measured, law)) in zip(figure.subplots(2, 2).flat, results.items()):
+        axes.plot(values, law, color="#555555", linestyle="--", label="the law")
+        axes.plot(values, measured, color="#0072b2", marker="o", label="measured")
+        axes.set(xscale="log", yscale="log", xlabel="text (MB)" if name == "text" else name,
+                 ylabel="tokenize (s)" if name == "text" else "training step (ms)")
+        axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.25)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--series", nargs="+", choices=["text", *SERIES], default=["text", *SERIES])
+    parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100], metavar="MB")
+    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        name, _, value = options.contender.partition(":")
+        points = {"tokenize": tokenize_point, "tiktoken": tiktoken_point, "train": train_point}
+        return common.answer(points[name], value) if name in points else common.answer(shape_point, name, int(value))
+    print(common.machine())
+    results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)
+               for name in options.series}
+    if options.plot:
+        draw(results, options.plot)
+        print(f"\ndrew {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
