@@ -162,8 +162,8 @@ def load_text(path):
     """
     check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a text file with --text")
     megabytes = os.path.getsize(path) / 1e6
-    check(megabytes <= 200, f"{path} has {megabytes:,.0f} MB, too much to hold in memory as tokens: write them to a file "
-          f"(python story_llm.py tokenize --text {path} --out tokens.bin) and give that: --text tokens.bin")
+    check(megabytes <= 200, f"{path} has {megabytes:,.0f} MB, too much to hold in memory as tokens: write them to a "
+          f"file (python story_llm.py tokenize --text {path} --out tokens.bin) and give that: --text tokens.bin")
     try:
         text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -1159,7 +1159,8 @@ def check_picture(path):
     check(Path(path).absolute().parent.is_dir(), f"there is no folder for the picture {path}")
 
 def save_figure(figure, path):
-    """Write a figure to `path`; in place of characters that matplotlib's fonts lack, there are boxes."""
+    """Write a figure to `path` (.png, .svg, .pdf); in place of characters that the fonts lack, there are boxes."""
+    check_picture(path)
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         figure.savefig(path, dpi=150)
 
@@ -1198,7 +1199,6 @@ def plot_losses(history, vocab_size, path=None):
         each.grid(alpha=0.25)
     figure.axes[-1].set_xlabel("epochs")
     if path is not None:
-        check_picture(path)
         save_figure(figure, path)
     return figure
 
@@ -1212,6 +1212,10 @@ def plot_losses(history, vocab_size, path=None):
 # Always the likeliest token: that is greedy, and right for a story known by heart. With a temperature
 # the choice is by chance: the logits are divided by it before the softmax, so that below 1 the
 # likely become likelier, above 1 all become more alike. `top_k` leaves only the k best to choose from.
+
+def check_choice(temperature, top_k):
+    check(0 <= temperature < math.inf, f"temperature must be a number, 0 or more, not {temperature}")
+    check(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
 
 def softmax_of(logits, temperature=1.0, top_k=None):
     """logits (B, vocabulary) to probabilities (B, vocabulary); of all but the `top_k` likeliest, 0."""
@@ -1242,11 +1246,35 @@ def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, gene
         cached = start + new.shape[1]
         start, new = (cached, token[:, None]) if cached < context_length else (0, window)
 
+# For one token, a large model reads all its weights once, and that takes the time, not the arithmetic. So
+# we halve them (bfloat16), and on a CPU lay them out in the order in which its kernels read them best.
+
+class PackedLinear(nn.Module):
+    """What an nn.Linear does, for inference on a CPU: weights as oneDNN wants them (half as fast again or more)."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+def pack(model, precision="auto"):
+    """Prepare a large model for generating, in place: in bfloat16 if `use_bf16`. It can not be trained any more."""
+    device = model.out_head.weight.device
+    if sum(count_parameters(model).values()) > 50e6:
+        model.to(torch.bfloat16 if use_bf16(device, precision) else torch.float32)
+        onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if onednn and (model.out_head.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            for part in list(model.modules()):
+                for name, layer in list(part.named_children()):
+                    if isinstance(layer, nn.Linear):
+                        setattr(part, name, PackedLinear(layer))
+
 def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top_k=None, seed=0):
     """Continue a prompt; yields pieces of text as they come, never half a character."""
     check(max_new_tokens >= 0, f"max_new_tokens must be 0 or more, not {max_new_tokens}")
-    check(0 <= temperature < math.inf, f"temperature must be a number, 0 or more, not {temperature}")
-    check(top_k is None or top_k >= 1, f"top_k must be 1 or more, not {top_k}")
+    check_choice(temperature, top_k)
     ids = tokenizer.encode(prompt)
     check(ids, f"the prompt {prompt!r} is empty: give the first words of what the model is to write")
     device = model.out_head.weight.device
@@ -1341,7 +1369,7 @@ def plot_next_tokens(pieces, columns, path=None):
 # window is taken.
 
 BLOCK = 1 << 20  # characters that are encoded in one go
-CUT = re.compile(r"(?<=\S)\s(?=\S)")  # a single white space: the tokens of before and after do not depend on each other
+CUT = re.compile(r"(?<=\S)\s(?=\S)")  # a single white space: no token reaches across the place before it
 
 def text_blocks(file, size=BLOCK):
     """The text of an open file in blocks of about `size` characters, cut so that tokens stay as in the whole."""
@@ -1445,7 +1473,7 @@ def visible(piece):
     return CONTROL.sub("\ufffd", piece.replace("\n", "⏎")).replace(" ", "␣").replace("\t", "→")
 
 def log_tokens(pieces):
-    """Print the pieces of a text side by side: on two backgrounds in turn, or in brackets where there are no colours."""
+    """Print the pieces of a text side by side: on two backgrounds in turn, in brackets where there are no colours."""
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         colours = itertools.cycle(("\x1b[30;46m", "\x1b[30;43m"))
         print("  " + "".join(next(colours) + visible(piece).replace("␣", " ") + "\x1b[0m" for piece in pieces))
@@ -1466,6 +1494,9 @@ def untrained_run(args, text):
     return new_run(text, config, TrainConfig(**given(TrainConfig, args)), args.tokenizer, args.entries,
                    args.full_vocab, args.device, note)
 
+def saved_or_untrained_run(args):
+    return untrained_run(args, read_text(args)) if args.untrained else load_checkpoint(args.model, args.device)
+
 def resumed_run(args, text):
     """The saved run, to go on with; ValueError if text or settings are not those that it was begun with."""
     run = load_checkpoint(args.model, args.device)
@@ -1474,7 +1505,8 @@ def resumed_run(args, text):
     wanted = {"text": hash_text(text)[:12], **given(GPTConfig, args), **given(TrainConfig, args)}
     if args.tokenizer != "auto":
         wanted["tokenizer"] = args.tokenizer
-    changes = {name: wanted.pop(name) for name in ("epochs", "eval_every", "accumulate") if name in wanted}  # these may change
+    may_change = {"epochs", "eval_every", "accumulate"} & wanted.keys()
+    changes = {name: wanted.pop(name) for name in may_change}
     for name, value in wanted.items():
         check(value == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {value}: "
               f"give the same --{name.replace('_', '-')} as then, or train anew without --resume")
@@ -1637,18 +1669,14 @@ def prompt_of(args, run):
 def command_attention(args):
     run = load_checkpoint(args.model, args.device)
     ids, pieces = prompt_of(args, run)
-    maps = attention_maps(run.model, ids)
-    for i, layer in enumerate(maps):
-        for j, weights in enumerate(layer):
-            log(f"layer {i + 1}, head {j + 1}: {pieces[-1]!r} looks most at "
-                f"{', '.join(f'{pieces[k]!r} {weights[-1, k]:.0%}' for k in weights[-1].topk(min(3, len(pieces))).indices)}")
-    check_picture(args.plot or "attention.png")
-    plot_attention(maps, pieces, args.plot or "attention.png", args.layer, args.head)
+    plot_attention(attention_maps(run.model, ids), pieces, args.plot or "attention.png", args.layer, args.head)
+    log_tokens(pieces)
     log(f"drew {args.plot or 'attention.png'}")
 
 def command_next(args):
-    run = untrained_run(args, read_text(args)) if args.untrained else load_checkpoint(args.model, args.device)
+    run = saved_or_untrained_run(args)
     ids, pieces = prompt_of(args, run)
+    check_choice(args.temperature, args.top_k)
     temperature = args.temperature or 1.0
     found = next_tokens(run.model, ids, 10, temperature, args.top_k)
     drawn = f"temperature {temperature:g}" + f", top {args.top_k}" * bool(args.top_k)
@@ -1659,7 +1687,6 @@ def command_next(args):
         log(f"  {name:<16}{logit:>7.2f}{probability:>9.2%}  {changed:>7.2%} {'█' * round(40 * changed)}")
     log(f"\ngreedy generation takes {names[0]!r}; with a temperature, one is drawn by these chances")
     if args.plot:
-        check_picture(args.plot)
         columns = {"softmax of the logits": [p for *_, p, _ in found]}
         if args.temperature or args.top_k:
             columns[drawn] = [p for *_, p in found]
@@ -1675,20 +1702,23 @@ def command_tour(args):
     for number, (title, command) in enumerate(steps, 1):
         if number <= len(prose):
             sentences = re.split(r"(?<=[.?!]) ", " ".join(prose[number - 1].replace("# ", "").split()))
-            log(f"\n\n═══ {f'Step {number}: {title}' if number <= 13 else title.capitalize()} ═══\n\n{' '.join(sentences[:2])}")
+            heading = f"Step {number}: {title}" if number <= 13 else title.capitalize()
+            log(f"\n\n═══ {heading} ═══\n\n{' '.join(sentences[:2])}")
         log(f"\n$ python story_llm.py {command}\n" if command not in shown else "\n(its command has run above)")
-        if command not in shown and main(shlex.split(command)) != 0:
-            raise KeyboardInterrupt
-        shown.add(command)
+        if command not in shown:
+            shown.add(command)
+            status = main(shlex.split(command))
+            check(status != 1, f"the tour ends at: {command}")
+            if status:
+                raise KeyboardInterrupt
         if args.pause:
-            input("\n[Enter] ")
+            log("\n[Enter] ", end="")
+            sys.stdin.readline()
 
 def command_generate(args):
-    run = untrained_run(args, read_text(args)) if args.untrained else load_checkpoint(args.model, args.device)
+    run = saved_or_untrained_run(args)
     settings = TrainConfig(**given(TrainConfig, args))
-    large = sum(count_parameters(run.model).values()) > 50e6  # then reading the weights takes the time, and bfloat16
-    if large and use_bf16(run.model.out_head.weight.device, settings.precision):  # halves them
-        run.model.to(torch.bfloat16)
+    pack(run.model, settings.precision)
     prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     for piece in itertools.chain([prompt], generate_text(
             run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, settings.seed)):
@@ -1769,6 +1799,8 @@ def main(argv=None):
         args.handler(args)
     except (ValueError, OSError) as error:
         note(f"error: {error}")
+        if RANK:  # whose notes are not shown
+            print(f"error in process {RANK}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -71,6 +71,9 @@ def generation_speed(contender, shape, count, options):
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).eval()
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if project == "story_llm":
+        from story_llm import pack
+        pack(model, precision)
     write, prompt = writer(project, model, shape.context_length), torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
     prompt = prompt.to(options.device)
     write(prompt, 4)

@@ -17,6 +17,7 @@ import argparse
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -149,6 +150,27 @@ def measure_text(sizes):
     return sizes, seconds, [seconds[-1] * size / sizes[-1] for size in sizes]
 
 
+def measure_processes(rounds=3):
+    """Training speed of one process with two threads against two processes, by torchrun, with one thread each."""
+    launch = {"one process, two threads": ([], "2"), "two processes, one thread each": (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "1")}
+    speeds = {name: [] for name in launch}
+    for _ in range(rounds):
+        for name, (torchrun, threads) in launch.items():
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["OMP_NUM_THREADS"] = threads
+                done = common.finish([sys.executable, *torchrun, common.ROOT / "story_llm.py", "train", "--epochs", "10",
+                                      "--tokenizer", "story", "--model", Path(folder, "m.pt"),
+                                      "--plot", Path(folder, "loss.png")])
+                del os.environ["OMP_NUM_THREADS"]
+            speeds[name].append(float(re.findall(r"([\d,]+) tokens/s", done.stdout)[-1].replace(",", "")))
+    medians = {name: statistics.median(each) for name, each in speeds.items()}
+    print("\nTraining the story by several processes\n")
+    common.print_table(["", "tokens/s", "of the rounds", "/ one process"], [
+        [name, f"{median:,.0f}", f"{min(speeds[name]):,.0f} to {max(speeds[name]):,.0f}",
+         f"{median / medians['one process, two threads']:.2f}"] for name, median in medians.items()])
+
+
 def draw(results, path):
     """One panel for each series, on logarithmic axes; the law is the dashed line."""
     from matplotlib.figure import Figure
@@ -167,7 +189,8 @@ def draw(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--series", nargs="+", choices=["text", *SERIES], default=["text", *SERIES])
+    parser.add_argument("--series", nargs="+", choices=["text", "processes", *SERIES],
+                        default=["text", "processes", *SERIES])
     parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100], metavar="MB")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -178,7 +201,9 @@ def main():
         return common.answer(points[name], value) if name in points else common.answer(shape_point, name, int(value))
     print(common.machine())
     results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)
-               for name in options.series}
+               for name in options.series if name != "processes"}
+    if "processes" in options.series:
+        measure_processes()
     if options.plot:
         draw(results, options.plot)
         print(f"\ndrew {options.plot}")

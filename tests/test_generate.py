@@ -1,3 +1,4 @@
+import copy
 import inspect
 import itertools
 
@@ -191,3 +192,20 @@ def test_generating_text_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     list(story_llm.generate_text(model, BYTES, "A", 9, temperature=1.0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_packed_model_says_the_same_as_before_and_a_small_one_stays_as_it_is(precision, dtype):
+    small, large = lively_model(), lively_model(emb_dim=768, n_heads=12, n_layers=8, vocab_size=700)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    story_llm.pack(small, precision)
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    token_ids = torch.randint(700, (1, 8))
+    with torch.no_grad():
+        plain = copy.deepcopy(large).to(dtype)(token_ids).float()
+        story_llm.pack(large, precision)
+        packed, one = large(token_ids).float(), large(token_ids[:, :1]).float()
+    assert large.out_head.weight.dtype == dtype
+    torch.testing.assert_close(packed, plain, rtol=0.05, atol=0.02 * plain.std().item())
+    torch.testing.assert_close(one, plain[:, :1], rtol=0.05, atol=0.02 * plain.std().item())
+    assert len([*story_llm.generate(large, token_ids, 3)]) == 3

@@ -1,4 +1,5 @@
 """Pictures, probabilities, colours, the live line, the tour: what is shown is what the model does."""
+import io
 import math
 import os
 import pty
@@ -209,12 +210,11 @@ def test_the_tour_walks_all_steps_in_the_order_of_the_file(trained, monkeypatch,
     monkeypatch.chdir(trained)
     monkeypatch.setattr(story_llm, "USUAL_EPOCHS", 0)
     monkeypatch.setattr(story_llm, "FEWEST_STEPS", 3)
-    asked = []
-    monkeypatch.setattr("builtins.input", asked.append)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 16 + "not read"))
     assert main(["tour", "--pause"]) == 0
     out = capsys.readouterr().out
     titles = [int(number) for number in re.findall(r"^═══ Step (\d+): ", out, re.M)]
-    assert titles == list(range(1, 14)) and len(asked) == 16
+    assert titles == list(range(1, 14)) and sys.stdin.read() == "not read"
     commands = re.findall(r"^\$ python story_llm.py ?(.*)$", out, re.M)
     assert len(commands) == len(set(commands)) == 13 and {"train", "generate", "attention"} <= {*commands}
     for name in ("story_llm.pt", "loss.png", "attention.png", "next.png"):
@@ -225,7 +225,7 @@ def test_a_step_of_the_tour_that_fails_ends_it(trained, monkeypatch, capsys, bar
     monkeypatch.chdir(trained)
     monkeypatch.setattr(story_llm, "DEFAULT_TEXT", "missing.txt")
     monkeypatch.setitem(story_llm.OPTIONS, "--text", {**story_llm.OPTIONS["--text"], "default": "missing.txt"})
-    assert main(["tour"]) != 0
+    assert main(["tour"]) == 1
     assert "missing.txt" in capsys.readouterr().err
 
 
@@ -240,3 +240,10 @@ def test_recall_is_drawn_where_it_was_measured():
     for entry in entries:
         entry["recall"] = None
     assert [axes.get_xlabel() for axes in plot_losses(entries, 300).axes] == ["epochs"]
+
+
+@pytest.mark.parametrize("wrong", [["--temperature", "-1"], ["--temperature", "nan"], ["--top-k", "0"],
+                                   ["--plot", "n.xyz"], ["--prompt", ""]])
+def test_wrong_wishes_for_the_next_token_are_refused(run, wrong):
+    status, _, err = run("next", "--prompt", "The", *wrong)
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
