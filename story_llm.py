@@ -124,6 +124,7 @@ PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
 class TrainConfig(Settings):
     """How the model is trained. An epoch is one reading of the training text."""
     epochs: int = setting(0, "readings of the text; 0: as many as usually suffice to know it by heart", 0)
+    max_steps: int = setting(0, "steps to take, whatever the epochs; 0: as the epochs say", 0)
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length", 0)
     learning_rate: float = setting(2e-3, "the highest one: it rises to this at first, then falls", 1e-9)
@@ -737,8 +738,8 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 # ═══ The machine: device, precision, memory, processes ═══════════════════════════════════════════
 # This section may be skipped on a first reading. It is not about what is calculated, but where: on
 # which device, in which precision, and by how many processes. Started by torchrun, several of them
-# share the work: each has the whole model, takes its rows of every batch, and before each step their
-# gradients are added up. So they all take the same step, the one that a single process would take.
+# share the work: each has the whole model and takes its rows of every batch, and their gradients are
+# added up. So they all take the same step, the one that a single process would take.
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
 
@@ -890,8 +891,8 @@ class Run:
 
     @property
     def total_steps(self):
-        usual = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS)
-        return self.train_config.epochs * self.steps_per_epoch or usual
+        usual, asked = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS), self.train_config
+        return asked.max_steps or asked.epochs * self.steps_per_epoch or usual
 
 def hash_text(text):
     """SHA-256 of a text, by which we know it again."""
@@ -1004,9 +1005,9 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
     optimizer = new_optimizer(model, config)
     if run.optimizer_state:
         optimizer.load_state_dict(run.optimizer_state)
+    model.train()
     with autocast(device, config.precision):
         forward = compile_model(model, batches[0][0].to(device), log) if compiled else model
-    model.train()
     milestones = {round(share * run.total_steps) for share in MILESTONES}
     seconds, steps_timed, next_save, due = 0.0, 0, 0.0, False
     while True:
@@ -1371,7 +1372,7 @@ def plot_next_tokens(pieces, columns, path=None):
 BLOCK = 1 << 20  # characters that are encoded in one go
 CUT = re.compile(r"(?<=\S)\s(?=\S)")  # a single white space: no token reaches across the place before it
 
-def text_blocks(file, size=BLOCK):
+def text_blocks(file, size):
     """The text of an open file in blocks of about `size` characters, cut so that tokens stay as in the whole."""
     rest = ""
     while more := file.read(size):
@@ -1399,7 +1400,7 @@ def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambd
             tokenizer = make_tokenizer(kind, beginning, 0.0, vocab_size, True, log)
             typecode = "H" if tokenizer.vocab_size <= 1 << 16 else "I"
             file.seek(0)
-            blocks = text_blocks(file)
+            blocks = text_blocks(file, BLOCK)
             while batch := list(itertools.islice(blocks, 2 * threads)):
                 for ids in tokenizer.encoding.encode_ordinary_batch(batch, num_threads=threads):
                     data = array.array(typecode, ids).tobytes()
@@ -1505,7 +1506,7 @@ def resumed_run(args, text):
     wanted = {"text": hash_text(text)[:12], **given(GPTConfig, args), **given(TrainConfig, args)}
     if args.tokenizer != "auto":
         wanted["tokenizer"] = args.tokenizer
-    may_change = {"epochs", "eval_every", "accumulate"} & wanted.keys()
+    may_change = {"epochs", "max_steps", "eval_every", "accumulate"} & wanted.keys()
     changes = {name: wanted.pop(name) for name in may_change}
     for name, value in wanted.items():
         check(value == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {value}: "
@@ -1801,6 +1802,9 @@ def main(argv=None):
         note(f"error: {error}")
         if RANK:  # whose notes are not shown
             print(f"error in process {RANK}: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        note("error: the memory of the GPU is too small for this: try --accumulate 4, or a smaller --batch-size")
         return 1
     except KeyboardInterrupt:
         return 130

@@ -131,6 +131,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 def test_the_loss_falls_and_the_history_tells_of_every_evaluation():
     run = trained_run(epochs=0, eval_every=40)
     steps = [entry["step"] for entry in run.history]
+    assert tiny_run(epochs=9, max_steps=4).total_steps == 4
     assert run.total_steps == 150 and steps == [0, 3, 8, 30, 40, 80, 120, 150]  # 0, 2, 5, 20, 100 %, and every 40
     losses = [entry["train_loss"] for entry in run.history]
     assert losses[-1] < losses[0] / 3 and abs(losses[0] - math.log(run.config.vocab_size)) < 0.5
