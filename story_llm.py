@@ -49,10 +49,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if sys.platform == "linux":  # glibc: keep freed memory for the next step, instead of returning it to the kernel
-    with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (measured: a sixth to a third of the time)
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)  # never
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, (1 << 31) - 1)
+    with contextlib.suppress(OSError, AttributeError):  # and clearing it anew (a sixth to a third of the time)
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, mallopt = -1, -3, ctypes.CDLL(None).mallopt
+        if mallopt(M_MMAP_THRESHOLD, 1 << 30):
+            mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 import torch
 from torch import nn
@@ -117,8 +117,7 @@ class GPTConfig(Settings):
         tables = (2 - self.tie_weights) * self.vocab_size + self.context_length
         return 12 * self.n_layers * self.emb_dim ** 2 + tables * self.emb_dim
 
-GPT2_SMALL = GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12)
-PRESETS = {"story": GPTConfig(), "gpt2-small": GPT2_SMALL}
+PRESETS = {"story": GPTConfig(), "gpt2-small": GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12)}
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -128,7 +127,7 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     stride: int = setting(0, "tokens from one window of an epoch to the next; 0: the context length", 0)
     learning_rate: float = setting(2e-3, "the highest one: it rises to this at first, then falls", 1e-9)
-    warmup_steps: int = setting(20, "steps of rising", 0)
+    warmup_steps: int = setting(20, "steps of rising, but a fifth of all at most", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero: helps to generalise, hinders recall", 0)
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
     openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)", 0, 1)
@@ -137,7 +136,6 @@ class TrainConfig(Settings):
     accumulate: int = setting(1, "parts in which a step's windows are calculated, one after the other: less memory", 1)
     precision: str = setting("auto", "bf16, fp32, or auto: what is fast here", among=("auto", "bf16", "fp32"))
     seed: int = setting(42, "where all randomness starts: same seed, same model", 0, 1 << 63)
-
 
 # ═══ Step 2: load the text and split it into words ═══════════════════════════════════════════════
 # A model calculates, so text must become numbers. The plainest way: cut the text into words and
@@ -155,22 +153,20 @@ END_OF_TEXT, UNKNOWN, JOIN = "<|endoftext|>", "<|unk|>", "<|join|>"
 PIECE = re.compile(r"(\s*)(\w+(?:['’]\w+)*|[^\w\s]|\Z)")  # white space, then a word or one other mark
 NO_SPACE_BEFORE = {"", *".,:;!?)]}%”’…-—"}
 NO_SPACE_AFTER = {"", *"([{“‘-—"}
+NOT_UTF8 = "{0} is not UTF-8 text ({1}). Convert it first, for example: iconv -f WINDOWS-1252 -t UTF-8 {0} > utf8.txt"
 
 def load_text(path):
     """Read a UTF-8 text file, with or without a byte order mark; every line then ends in a plain \\n.
-
-    Raises OSError if the file cannot be read, ValueError if it is empty or not UTF-8.
-    """
-    check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a text file with --text")
+    Raises OSError if the file cannot be read, ValueError if it is empty or not UTF-8."""
+    check(Path(path).is_file(), f"{path} is not a file: give a text file with --text")
     megabytes = os.path.getsize(path) / 1e6
     check(megabytes <= 200, f"{path} has {megabytes:,.0f} MB, too much to hold in memory as tokens: write them to a "
           f"file (python story_llm.py tokenize --text {path} --out tokens.bin) and give that: --text tokens.bin")
     try:
         text = Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Convert it first, "
-            f"for example: iconv -f WINDOWS-1252 -t UTF-8 {path} > story_utf8.txt") from None
+        place = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise ValueError(NOT_UTF8.format(path, place)) from None
     text = re.sub("\r\n?", "\n", text)
     check(text.strip(), f"{path} is empty: there is nothing to learn from. Give a text of five words or more.")
     return text
@@ -214,7 +210,6 @@ def build_vocabulary(text):
     """All different pieces of the text, sorted, and after them the special ones."""
     return sorted(set(split_words(text)) - {JOIN}) + [JOIN, END_OF_TEXT, UNKNOWN]
 
-
 # ═══ Step 3: a tokenizer of words ════════════════════════════════════════════════════════════════
 # A tokenizer goes both ways: `encode` turns text into token ids, `decode` turns ids into text.
 # With the vocabulary of step 2 it is a dictionary look-up. It fails on the first word that the
@@ -243,7 +238,6 @@ class WordTokenizer:
         """Token ids to text."""
         return join_words(self.tokens[i] for i in ids)
 
-
 # ═══ Step 4: byte-pair encoding ══════════════════════════════════════════════════════════════════
 # Words are crude tokens: there are many, and each new one is `<|unk|>`. GPT-2 cuts finer. It starts
 # from the 256 possible bytes, so no text in the world is unknown to it, and joins the most frequent
@@ -260,10 +254,8 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 class BPETokenizer:
     """A byte-pair encoding, run by one `tiktoken.Encoding`.
-
     `tokens`: distinct byte strings, the 256 single bytes among them; the place in the list is the id, and
-    the rank too: earlier entries are merged first. `<|endoftext|>` comes after the last.
-    """
+    the rank too: earlier entries are merged first. `<|endoftext|>` comes after the last."""
 
     def __init__(self, tokens, kind):
         import tiktoken
@@ -284,9 +276,7 @@ class BPETokenizer:
 
 def load_gpt2_encoding(seconds=10):
     """GPT-2's own encoding, from tiktoken's cache or the network; OSError if that fails or takes too long.
-
-    tiktoken waits for a silent network for ever, so it waits in a thread that we can leave behind.
-    """
+    tiktoken waits for a silent network for ever, so it waits in a thread that we can leave behind."""
     found = [OSError(f"no answer within {seconds} seconds")]
 
     def fetch():
@@ -299,9 +289,10 @@ def load_gpt2_encoding(seconds=10):
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(seconds)
-    if isinstance(found[0], OSError):
-        raise found[0]
-    return found[0]
+    encoding = found[0]
+    if isinstance(encoding, OSError):
+        raise encoding
+    return encoding
 
 # A short story uses few of GPT-2's 50,257 tokens, and a model would spend most of its time on the
 # others. So we keep the tokens that occur, the smaller ones that they are merged from, and all bytes.
@@ -316,16 +307,12 @@ def keep_needed(encoding, text):
     """Those of `all_tokens(encoding)` that it takes to split `text` in the same way, in the same order."""
     ranks = {token: rank for rank, token in enumerate(all_tokens(encoding))}
     needed = {bytes([b]) for b in range(256)}
-    waiting = [encoding.decode_single_token_bytes(i) for i in set(encoding.encode_ordinary(text))]
-    while waiting:
-        token = waiting.pop()
-        if token not in needed:
-            needed.add(token)
-            parts = [token[i:i + 1] for i in range(len(token))]
-            while len(parts) > 2:  # repeat its merges up to the last one, which joins two halves
-                best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
-                parts[best:best + 2] = [parts[best] + parts[best + 1]]
-            waiting += parts
+    for token in encoding.decode_tokens_bytes(set(encoding.encode_ordinary(text))):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 1:  # repeat the merges that make this token
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+            parts[best:best + 2] = [parts[best] + parts[best + 1]]
+            needed.add(parts[best])
     return sorted(needed, key=ranks.get)
 
 # Without GPT-2's files we learn the merges ourselves, from the story. Counting all pairs anew after
@@ -334,10 +321,8 @@ def keep_needed(encoding, text):
 
 def learn_byte_pairs(text, vocab_size, log=lambda first, second, count: None):
     """Learn a byte-pair vocabulary from text: the 256 bytes, then merges, most frequent pair first.
-
     Returns at most `vocab_size - 1` byte strings (`<|endoftext|>` takes the last id), fewer if no pair
-    occurs twice any more. `log` is called at each merge.
-    """
+    occurs twice any more. `log` is called at each merge."""
     import regex  # comes with tiktoken; unlike re it knows \p{L}, "any letter of any script"
     check(vocab_size > 256, f"vocab_size must be 257 or more (256 bytes and {END_OF_TEXT}), not {vocab_size!r}")
     occurrences = Counter(regex.findall(GPT2_SPLIT, text))
@@ -404,7 +389,6 @@ def make_tokenizer(kind, text, val_fraction=0.1, vocab_size=2048, full_vocab=Fal
         log(f"note: the byte-pair encoding is learned from the first {LEARN_FROM / 1e6:.0f} million characters")
     return BPETokenizer(learn_byte_pairs(train_text[:LEARN_FROM], vocab_size), "story")
 
-
 # ═══ Step 5: sliding windows ═════════════════════════════════════════════════════════════════════
 # What does the model practise? Guessing the next token. A window of the text is a row of such
 # exercises: the input is the window, the target is the same window one token later.
@@ -418,10 +402,8 @@ def make_tokenizer(kind, text, val_fraction=0.1, vocab_size=2048, full_vocab=Fal
 
 class SlidingWindowDataset(torch.utils.data.Dataset):
     """Windows of `context_length` tokens and their targets, `stride` tokens apart; views, not copies.
-
     `token_ids`: (N,) integers of any type with N > context_length, else ValueError. Item i is the pair
-    (input, target), each (context_length,); an index tensor of shape (B,) gives (B, context_length) each.
-    """
+    (input, target), each (context_length,); an index tensor of shape (B,) gives (B, context_length) each."""
 
     def __init__(self, token_ids, context_length, stride=1):
         check(context_length >= 1 and stride >= 1, "context length and stride must be 1 or more")
@@ -435,7 +417,6 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         window = self.windows[index].long()
         return window[..., :-1], window[..., 1:]
-
 
 # ═══ Step 6: attention and the GPT model ═════════════════════════════════════════════════════════
 # Inside the model every token is a vector, a row of numbers. At first the vector says only which
@@ -458,10 +439,8 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
 
 def attention(queries, keys, values, drop_rate=0.0):
     """Causal scaled dot-product attention, written out: queries (..., T, D), keys and values (..., S, D).
-
     The queries are those of the last T of S tokens. Returns the context vectors (..., T, D) and the
-    attention weights (..., T, S), each row of which adds up to 1.
-    """
+    attention weights (..., T, S), each row of which adds up to 1."""
     (T, D), S = queries.shape[-2:], keys.shape[-2]
     attention_scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)  # (..., T, S); unscaled, softmax would saturate
     future = torch.ones(T, S, dtype=torch.bool, device=queries.device).triu(diagonal=1 + S - T)
@@ -521,10 +500,8 @@ class MultiHeadAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Each token by itself: widen fourfold, GELU, narrow. (B, T, C) -> (B, T, C).
-
     GELU(x) = x * P(Z <= x), Z normal: like "keep what is positive", but smooth (Hendrycks & Gimpel 2016);
-    GPT-2 computes it by a tanh.
-    """
+    GPT-2 computes it by a tanh."""
 
     def __init__(self, config):
         super().__init__()
@@ -536,11 +513,9 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what was there (the residual): (B, T, C) -> (B, T, C).
-
     LayerNorm before each part ("pre-norm") brings every vector to mean 0 and variance 1, then scales and
     shifts it: (x - mean) / sqrt(variance + eps) * weight + bias. The sum itself is never normalised, so a
-    straight road leads from the output back to the input, and the gradient arrives undiminished.
-    """
+    straight road leads from the output back to the input, and the gradient arrives undiminished."""
 
     def __init__(self, config):
         super().__init__()
@@ -554,9 +529,7 @@ class TransformerBlock(nn.Module):
 
 class GPTModel(nn.Module):
     """Token ids (B, T) to logits (B, T, vocabulary): for every place, a score for each next token.
-
-    The model of Radford et al. 2019 (GPT-2). Raises ValueError if T exceeds the context length.
-    """
+    The model of Radford et al. 2019 (GPT-2). Raises ValueError if T exceeds the context length."""
 
     def __init__(self, config):
         super().__init__()
@@ -594,54 +567,23 @@ class GPTModel(nn.Module):
         check(start + T <= self.config.context_length, f"{start + T} tokens are more than the context of "
               f"{self.config.context_length}: give the model only the last ones")
         places = torch.arange(start, start + T, device=token_ids.device)
-        x = self.tok_emb(token_ids) + self.pos_emb(places)  # (B, T, C): what the token is, and where
-        x = self.drop_emb(x)
+        x = self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(places))  # (B, T, C): what the token is, and where
         for i, block in enumerate(self.trf_blocks):
             x = block(x, None if cache is None else cache[i], start)
         return self.out_head(self.final_norm(x))            # (B, T, vocabulary)
 
     def new_cache(self, batch_size):
         """Room for the keys and values of a full context: (layers, 2, B, H, context_length, D).
-
-        On a CPU in float32, also for a model in bfloat16: one query looks around in it four times as fast.
-        """
+        On a CPU in float32, also for a model in bfloat16: one query looks around in it four times as fast."""
         config, weight = self.config, self.out_head.weight
         shape = (batch_size, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
         dtype = weight.dtype if weight.is_cuda else torch.float32
         return torch.zeros(config.n_layers, 2, *shape, dtype=dtype, device=weight.device)
 
-
 # ═══ Step 7: a batch through the untrained model ═════════════════════════════════════════════════
 # Before we train anything, we push one batch through and look at what becomes of it: from (B, T)
 # numbers to (B, T, C) vectors, which keep that shape through all the blocks, to (B, T, vocabulary)
 # scores. And we count the weights, part by part, to see where a model is large.
-
-def trace_shapes(model, token_ids):
-    """Run token_ids (B, T) through the model; returns [(name of a part, shape of its output), ...] on the way."""
-    shapes, parts = [("token_ids", tuple(token_ids.shape))], dict(model.named_children())
-    del parts["trf_blocks"], parts["drop_emb"]
-    parts.update((f"trf_blocks.{i}", block) for i, block in enumerate(model.trf_blocks))
-    hooks = [part.register_forward_hook(lambda _, __, output, name=name: shapes.append((name, tuple(output.shape))))
-             for name, part in parts.items()]
-    with inference(model):
-        model(token_ids)
-    for hook in hooks:
-        hook.remove()
-    return shapes
-
-def count_parameters(model):
-    """How many numbers each part of the model has to learn: {name: count}; shared ones count once."""
-    counts, seen = {}, set()
-    for name, part in model.named_children():
-        own = {id(p): p.numel() for p in part.parameters() if p.requires_grad and id(p) not in seen}
-        counts[name] = sum(own.values())
-        seen |= own.keys()
-    return counts
-
-
-# ═══ Step 8: greedy generation ═══════════════════════════════════════════════════════════════════
-# To write, we ask for the likeliest next token, append it, and ask again. That is all. The untrained
-# model answers with noise, but it answers. (Step 13 does the same faster, and with some chance.)
 
 @contextlib.contextmanager
 def inference(model):
@@ -656,6 +598,33 @@ def inference(model):
         if was_training:
             model.train()
 
+def watch(model, token_ids, parts, look):
+    """Run token_ids (B, T) through the model; returns what `look(part, inputs, output)` gives for each of the parts."""
+    seen = []
+    with inference(model), contextlib.ExitStack() as hooks:
+        for part in parts:
+            hooks.enter_context(part.register_forward_hook(lambda *what: seen.append(look(*what))))
+        model(token_ids)
+    return seen
+
+def trace_shapes(model, token_ids):
+    """Run token_ids (B, T) through the model; returns [(name of a part, shape of its output), ...] on the way."""
+    names = {part: name for name, part in model.named_modules()}
+    parts = [model.tok_emb, model.pos_emb, *model.trf_blocks, model.final_norm, model.out_head]
+    return [("token_ids", tuple(token_ids.shape)),
+            *watch(model, token_ids, parts, lambda part, _, output: (names[part], tuple(output.shape)))]
+
+def count_parameters(model):
+    """How many numbers each part of the model has to learn: {name: count}; shared ones count once."""
+    counts = Counter()
+    for name, parameter in model.named_parameters():  # gives a shared one once
+        counts[name.split(".")[0]] += parameter.numel() * parameter.requires_grad
+    return counts
+
+# ═══ Step 8: greedy generation ═══════════════════════════════════════════════════════════════════
+# To write, we ask for the likeliest next token, append it, and ask again. That is all. The untrained
+# model answers with noise, but it answers. (Step 13 does the same faster, and with some chance.)
+
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` greedily chosen tokens to idx (B, T); the model sees the last `context_size`."""
     for _ in range(max_new_tokens):
@@ -665,7 +634,6 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
         idx_next = torch.argmax(logits, dim=-1, keepdim=True)      # (B, 1)
         idx = torch.cat([idx, idx_next], dim=1)                    # (B, T + 1)
     return idx
-
 
 # ═══ Step 9: the loss before training, and recall ════════════════════════════════════════════════
 # How wrong is the model? For each exercise we take the probability p that it gave to the token that
@@ -677,9 +645,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 
 def mean_loss(model, token_ids, max_windows=64):
     """Mean cross-entropy over token_ids (N,), in nats per token; None if N < 2.
-
-    The windows do not overlap; of more than `max_windows`, as many are taken at even distances.
-    """
+    The windows do not overlap; of more than `max_windows`, as many are taken at even distances."""
     if len(token_ids) < 2:
         return None
     config = model.config
@@ -713,11 +679,10 @@ def recall_exercises(text, max_sentences=1000):
     every = math.ceil(len(exercises) / max_sentences) or 1
     return exercises[::every]
 
-def measure_recall(model, tokenizer, text, max_sentences=1000):
+def measure_recall(model, tokenizer, text, max_sentences=1000):  # by `generate`, which comes in step 13
     """The share, 0 to 1, of the sentences of `text` that greedy generation continues verbatim for 80
     characters, given their first five words alone; 0.0 if no sentence has 8 words. A text with more
-    than `max_sentences` is tested on as many or fewer, at even distances.
-    """
+    than `max_sentences` is tested on as many or fewer, at even distances."""
     exercises, same_length, hits = recall_exercises(text, max_sentences), defaultdict(list), 0
     for prompt, continuation in exercises:
         ids = tokenizer.encode(prompt)
@@ -734,7 +699,6 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
         hits += sum(text.startswith(target) for text, (_, _, target) in zip(texts, group))
     return hits / max(len(exercises), 1)
 
-
 # ═══ The machine: device, precision, memory, processes ═══════════════════════════════════════════
 # This section may be skipped on a first reading. It is not about what is calculated, but where: on
 # which device, in which precision, and by how many processes. Started by torchrun, several of them
@@ -746,15 +710,22 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 def sum_over_processes(tensors):
     """Replace each tensor, in place, by its sum over all processes; returns them."""
     if RANKS > 1:
-        for work in [torch.distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+        together = torch.cat([tensor.flatten() for tensor in tensors])  # one long message takes less than many short
+        torch.distributed.all_reduce(together)
+        for tensor, part in zip(tensors, together.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
     return tensors
 
 def first_decides(decide):
-    """What `decide()` returns in the first process, which alone calls it and tells the others."""
-    answer = [decide() if RANK == 0 else None]
+    """What `decide()` returns, or raises, in the first process, which alone calls it and tells the others."""
+    try:
+        answer = [decide() if RANK == 0 else None]
+    except (OSError, ValueError) as error:
+        answer = [error]
     if RANKS > 1:
         torch.distributed.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
     return answer[0]
 
 def choose_device(name="auto"):
@@ -803,7 +774,6 @@ def training_gigabytes(config, train_config):
     per_layer = 40 * config.emb_dim + 8 * config.n_heads * config.context_length  # the latter for attention
     return 0.4 + (weights + tokens * (config.n_layers * per_layer + 16 * config.vocab_size)) / 1e9  # 0.4: torch itself
 
-
 # ═══ Step 10: training ═══════════════════════════════════════════════════════════════════════════
 # Now the model practises: take a batch of windows, compute the loss, ask for every weight in which
 # direction the loss falls (the gradient), let AdamW take a small step that way. Some hundred times,
@@ -838,9 +808,7 @@ def deal(count, hand, turn, *names):
 
 class TrainingBatches:
     """`batches[step]` is the pair (inputs, targets) of a step, (B, T) token ids each.
-
-    `token_ids` (N,) and `text`: the training text in both forms; without `text` there are no openings.
-    """
+    `token_ids` (N,) and `text`: the training text in both forms; without `text` there are no openings."""
 
     def __init__(self, token_ids, context_length, config, text="", tokenizer=None):
         self.windows = SlidingWindowDataset(token_ids, context_length)  # one at every offset
@@ -909,12 +877,10 @@ def encode_split(text, tokenizer, val_fraction):
 def new_run(text, config=PRESETS["story"], train_config=TrainConfig(), tokenizer="auto", vocab_size=2048,
             full_vocab=False, device="auto", log=print):
     """An untrained model for a text (or a `TokenFile`). `tokenizer` is the kind, for `make_tokenizer`.
-
     A text too short for a validation split, or for the context, does without or gets a smaller one, and
-    `log` a line that says so. Raises ValueError if there are fewer than 2 tokens.
-    """
-    tokenizer = first_decides(lambda kind=tokenizer: make_tokenizer(kind, text, train_config.val_fraction,
-                                                                  vocab_size, full_vocab, log))
+    `log` a line that says so. Raises ValueError if there are fewer than 2 tokens."""
+    tokenizer = first_decides(lambda: make_tokenizer(  # by one process, for a network may answer only some of them
+        tokenizer, text, train_config.val_fraction, vocab_size, full_vocab, log))
     train_text, train_ids, val_ids = encode_split(text, tokenizer, train_config.val_fraction)
     if train_config.val_fraction and len(val_ids) <= config.context_length:
         log(f"note: the last {train_config.val_fraction:.0%} of the text do not fill one window of "
@@ -961,10 +927,8 @@ def check_finite(number, step):
 
 def training_step(run, forward, optimizer, inputs, targets):
     """One step of AdamW on a batch, (B, T) each; returns the loss before it. Raises ValueError if it is not finite.
-
     `forward` is the model, or what it was compiled to. The loss is a mean over all exercises of the batch, so
-    it does not matter in how many parts, and by how many processes, its sum is calculated.
-    """
+    it does not matter in how many parts, and by how many processes, its sum is calculated."""
     config, device, parameters = run.train_config, run.model.out_head.weight.device, list(run.model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.step, run.total_steps, config)
@@ -990,12 +954,10 @@ MILESTONES = (0, 0.02, 0.05, 0.2, 1)  # shares of the training after which we lo
 def train(run, text, log=print, save=lambda run: None, stop=lambda: False, prompt=None, live=lambda line: None,
           compiled=False):
     """Train `run` on `text` from `run.step` to `run.total_steps`, or until `stop()` is true after a step.
-
     Every `eval_every` steps, at the milestones and at the end, the losses and a continuation of `prompt` (the
     text's first words) are added to `run.history` and told to `log`; `live` is told of each step. `save(run)`
     is called at the end and after evaluations, but not so often as to take over 2 % of the time. `compiled`:
-    let torch.compile make the model faster first, if it can. Raises ValueError if the loss is not finite.
-    """
+    let torch.compile make the model faster first, if it can. Raises ValueError if the loss is not finite."""
     model, config, device = run.model, run.train_config, run.model.out_head.weight.device
     check(config.batch_size >= config.accumulate * RANKS, f"{config.batch_size} windows in a step are too few for "
           f"{config.accumulate * RANKS} parts: give a larger --batch-size or fewer parts")
@@ -1007,7 +969,8 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
         optimizer.load_state_dict(run.optimizer_state)
     model.train()
     with autocast(device, config.precision):
-        forward = compile_model(model, batches[0][0].to(device), log) if compiled else model
+        part = batches[0][0][RANK::RANKS].tensor_split(config.accumulate)[0].to(device)
+        forward = compile_model(model, part, log) if compiled else model
     milestones = {round(share * run.total_steps) for share in MILESTONES}
     seconds, steps_timed, next_save, due = 0.0, 0, 0.0, False
     while True:
@@ -1058,7 +1021,6 @@ def log_progress(run, seconds_per_step, log):
         log("    Validation loss rises while training loss falls: the model is memorising. With one short story that\n"
             "    is normal, and wanted: too little text to learn the language from, but enough to know it by heart.")
 
-
 # ═══ Step 11: save and load ══════════════════════════════════════════════════════════════════════
 # All that the run is goes into one file: settings, tokenizer, weights, the optimizer's memory, the
 # history. Nothing else is needed to generate, not even the story. The file is written beside the old
@@ -1096,13 +1058,12 @@ def save_checkpoint(path, run):
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError if torch comes upon it
         raise OSError(f"{path} could not be written ({error}): make room, or give another --model") from error
     finally:
-        with contextlib.suppress(OSError):  # there is none any more if all went well
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)  # there is none any more if all went well
 
 def check_room(path, run):
     """Notice before the training, not after it, that a checkpoint cannot be written. Raises OSError, ValueError."""
     check(not Path(path).is_dir(), f"{path} is a folder: give the path of a file with --model")
-    needed = 12 * sum(count_parameters(run.model).values())  # the weights and AdamW's two means, 4 bytes each
+    needed = 12 * count_parameters(run.model).total()  # the weights and AdamW's two means, 4 bytes each
     try:
         with open(f"{path}.tmp", "wb"):
             free = shutil.disk_usage(Path(path).absolute().parent).free
@@ -1114,10 +1075,9 @@ def check_room(path, run):
 
 def load_checkpoint(path, device="cpu"):
     """The `Run` saved at `path`, its `.model` in eval mode.
-
-    Raises OSError if there is no such file, ValueError if it is damaged or not one of ours.
-    """
-    check(not Path(path).exists() or Path(path).is_file(), f"{path} is not a file: give a checkpoint with --model")
+    Raises OSError if there is no such file, ValueError if it is damaged or not one of ours."""
+    if not Path(path).is_file():
+        raise OSError(f"there is no model at {path}: train one first (python story_llm.py train)")
     device = choose_device(device)
     try:
         with open(path, "rb") as file:
@@ -1140,15 +1100,12 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(weights)
         return Run(model.eval(), tokenizer, TrainConfig(**state["train_config"]), state["steps_per_epoch"],
                    state["fingerprint"], state["step"], state["history"], state["optimizer_state"])
-    except FileNotFoundError as error:
-        raise OSError(f"there is no model at {path}: train one first (python story_llm.py train)") from error
     except OSError:
         raise
     except Exception as error:  # a file that is not ours may break anything in here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is damaged or no checkpoint of story_llm ({reason}): train again, or give another "
                          "--model") from error
-
 
 # ═══ Step 12: loss curves ════════════════════════════════════════════════════════════════════════
 # Two curves tell what happened. Both fall: the model learns. Training falls and validation rises: it
@@ -1160,16 +1117,16 @@ def check_picture(path):
     check(Path(path).absolute().parent.is_dir(), f"there is no folder for the picture {path}")
 
 def save_figure(figure, path):
-    """Write a figure to `path` (.png, .svg, .pdf); in place of characters that the fonts lack, there are boxes."""
-    check_picture(path)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):
-        figure.savefig(path, dpi=150)
+    """Write a figure to `path`, if given, and return it; for characters that the fonts lack, there are boxes."""
+    if path is not None:
+        check_picture(path)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            figure.savefig(path, dpi=150)
+    return figure
 
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses of a history, and recall if it was measured; epochs below, tokens seen above.
-
-    To `path` (.png, .svg, .pdf), or to nowhere if it is None. Returns the figure, which a notebook shows.
-    """
+    To `path` (.png, .svg, .pdf), or to nowhere if it is None. Returns the figure, which a notebook shows."""
     from matplotlib.figure import Figure
     check(len(history) > 0, "there is no history to draw: train first")
     epochs, tokens, recall = ([h[name] for h in history] for name in ("epoch", "tokens", "recall"))
@@ -1199,10 +1156,7 @@ def plot_losses(history, vocab_size, path=None):
     for each in figure.axes:
         each.grid(alpha=0.25)
     figure.axes[-1].set_xlabel("epochs")
-    if path is not None:
-        save_figure(figure, path)
-    return figure
-
+    return save_figure(figure, path)
 
 # ═══ Step 13: inference from the saved file ══════════════════════════════════════════════════════
 # `generate_text_simple` reads the whole text again for each new token. But the keys and values of
@@ -1233,9 +1187,7 @@ def choose_token(logits, temperature=0.0, top_k=None, generator=None):
 
 def generate(model, token_ids, max_new_tokens, temperature=0.0, top_k=None, generator=None):
     """Continue token_ids (B, T), T >= 1; yields one tensor (B,) of new tokens at a time.
-
-    At temperature 0 the same tokens as `generate_text_simple`, only faster.
-    """
+    At temperature 0 the same tokens as `generate_text_simple`, only faster."""
     context_length, window = model.config.context_length, token_ids[:, -model.config.context_length:]
     cache, start, new = model.new_cache(len(window)), 0, window
     for _ in range(max_new_tokens):
@@ -1263,14 +1215,13 @@ class PackedLinear(nn.Module):
 def pack(model, precision="auto"):
     """Prepare a large model for generating, in place: in bfloat16 if `use_bf16`. It can not be trained any more."""
     device = model.out_head.weight.device
-    if sum(count_parameters(model).values()) > 50e6:
+    if count_parameters(model).total() > 50e6:
         model.to(torch.bfloat16 if use_bf16(device, precision) else torch.float32)
         onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
         if onednn and (model.out_head.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            for part in list(model.modules()):
-                for name, layer in list(part.named_children()):
-                    if isinstance(layer, nn.Linear):
-                        setattr(part, name, PackedLinear(layer))
+            for name, part in list(model.named_modules()):
+                if isinstance(part, nn.Linear):
+                    model.set_submodule(name, PackedLinear(part))
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top_k=None, seed=0):
     """Continue a prompt; yields pieces of text as they come, never half a character."""
@@ -1291,21 +1242,14 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
             recent = recent[-1:]
             shown = tokenizer.decode(recent)
 
-
 # ═══ Looking inside ══════════════════════════════════════════════════════════════════════════════
 # Two questions to a trained model. Whom did each token look at (step 6)? And which tokens did it
 # think of as the next one, how sure was it, and what do temperature and top-k make of that (step 13)?
 
 def attention_maps(model, token_ids):
     """The attention weights of all layers and heads for token_ids (1, T): (layers, H, T, T)."""
-    maps = []
-    hooks = [block.att.register_forward_hook(
-        lambda part, inputs, _: maps.append(attention(*part.queries_keys_values(inputs[0]))[1][0]))
-        for block in model.trf_blocks]
-    with inference(model):
-        model(token_ids)
-    for hook in hooks:
-        hook.remove()
+    maps = watch(model, token_ids, [block.att for block in model.trf_blocks],
+                 lambda part, inputs, _: attention(*part.queries_keys_values(inputs[0]))[1][0])
     return torch.stack(maps).float().cpu()
 
 def plot_attention(maps, pieces, path=None, layer=None, head=None):
@@ -1329,9 +1273,7 @@ def plot_attention(maps, pieces, path=None, layer=None, head=None):
     figure.supylabel("this token ...", fontsize=9)
     figure.supxlabel("... looks at this one", fontsize=9)
     figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight; each row adds up to 1")
-    if path is not None:
-        save_figure(figure, path)
-    return figure
+    return save_figure(figure, path)
 
 def next_tokens(model, token_ids, count=10, temperature=1.0, top_k=None):
     """The likeliest next tokens after token_ids (1, T): [(id, logit, probability, the same as they are drawn), ...]."""
@@ -1346,28 +1288,24 @@ def plot_next_tokens(pieces, columns, path=None):
     """Draw bars for the tokens `pieces`; `columns`: {what the bars show: a probability for each}."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 0.4 * len(pieces) + 1), layout="constrained")
-    axes, height = figure.add_subplot(xlabel="probability"), 0.8 / len(columns)
+    axes = figure.add_subplot(xlabel="probability", xlim=(0, 1.15 * max(map(max, columns.values()))))
+    height = 0.8 / len(columns)
     for i, (label, values) in enumerate(columns.items()):
         places = [place + (i - (len(columns) - 1) / 2) * height for place in range(len(pieces))]
         bars = axes.barh(places, values, height, color=("#0072b2", "#e69f00")[i % 2], label=label)
         axes.bar_label(bars, [f"{value:.1%}" if value else "" for value in values], padding=3, fontsize=8)
     axes.set_yticks(range(len(pieces)), pieces, parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(map(max, columns.values())))
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right")
-    if path is not None:
-        save_figure(figure, path)
-    return figure
-
+    return save_figure(figure, path)
 
 # ═══ A library instead of a story ════════════════════════════════════════════════════════════════
 # This section may be skipped, too. A text of a gigabyte has no place in memory as a list of tokens. So
 # `tokenize` writes its token ids to a file, block by block, two bytes each (four if the vocabulary is
 # larger than 65,536), and nothing else: the format of nanoGPT's train.bin. A second file beside it tells
-# the tokenizer. Training maps the file into memory, which costs nothing: the disk is read where a
-# window is taken.
+# the tokenizer. Training maps the file into memory: the disk is read where a window is taken.
 
 BLOCK = 1 << 20  # characters that are encoded in one go
 CUT = re.compile(r"(?<=\S)\s(?=\S)")  # a single white space: no token reaches across the place before it
@@ -1378,6 +1316,7 @@ def text_blocks(file, size):
     while more := file.read(size):
         rest += more
         cuts = [match.start() for match in CUT.finditer(rest, max(len(rest) - 1000, 0))]
+        cuts += [len(rest)] * (not cuts and len(rest) >= 16 * size)  # a text without spaces is cut anywhere
         if cuts:
             yield rest[:cuts[-1]]
             rest = rest[cuts[-1]:]
@@ -1386,10 +1325,8 @@ def text_blocks(file, size):
 
 def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambda line: None):
     """Write the token ids of the UTF-8 text file `path` to `out`, and its tokenizer to `out`.json.
-
     In memory that does not grow with the text. GPT-2's vocabulary is kept whole, another one is learned from
-    the beginning of the text. Raises OSError or ValueError as `load_text` does. Returns the number of tokens.
-    """
+    the beginning of the text. Raises OSError or ValueError as `load_text` does. Returns the number of tokens."""
     check(kind != "word", "a file of tokens is for byte-pair encodings: give --tokenizer gpt2 or story")
     check(Path(out).suffix == ".bin", f"a file of tokens ends in .bin, not like {out}")
     threads, digest, count, began = os.cpu_count() or 1, hashlib.sha256(), 0, time.perf_counter()
@@ -1413,17 +1350,14 @@ def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambd
         Path(f"{out}.json").write_text(json.dumps(about))
         os.replace(f"{out}.tmp", out)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}). Convert it first, for example: "
-                         f"iconv -f WINDOWS-1252 -t UTF-8 {path} > text_utf8.txt") from None
+        raise ValueError(NOT_UTF8.format(path, error.reason)) from None
     finally:
         Path(f"{out}.tmp").unlink(missing_ok=True)
     return count
 
 class TokenFile:
-    """What `tokenize_file` wrote: `ids` (N,), mapped from the disk, not read; the `tokenizer`; the file's `sha256`.
-
-    It stands wherever a text stands. Raises OSError or ValueError if a file is missing or they do not fit.
-    """
+    """What `tokenize_file` wrote: `ids` (N,), mapped from the disk; the `tokenizer`; the file's `sha256`.
+    It stands wherever a text stands. Raises OSError or ValueError if a file is missing or they do not fit."""
 
     def __init__(self, path):
         self.path = path
@@ -1436,11 +1370,10 @@ class TokenFile:
         except OSError as error:
             raise OSError(f"{error.filename} cannot be read: a file of tokens, and the .json beside it, are made by "
                           f"python story_llm.py tokenize --text story.txt --out {path}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}.json is not the description of a file of tokens ({error})") from error
         check(whole, f"{path} and {path}.json do not fit: make them anew by python story_llm.py tokenize")
         self.ids = torch.from_file(str(path), size=os.path.getsize(path) // dtype.itemsize, dtype=dtype)
-
 
 # ═══ The command line ════════════════════════════════════════════════════════════════════════════
 # One function per command. Each calls the parts of its step and prints what they return: results on
@@ -1483,8 +1416,7 @@ def log_tokens(pieces):
 
 def given(settings_class, args):
     """Those settings of a class that were given on the command line."""
-    values = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(settings_class)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {f.name: getattr(args, f.name) for f in dataclasses.fields(settings_class) if hasattr(args, f.name)}
 
 def read_text(args):
     """The text of --text, or the file of tokens that it names."""
@@ -1506,11 +1438,17 @@ def resumed_run(args, text):
     wanted = {"text": hash_text(text)[:12], **given(GPTConfig, args), **given(TrainConfig, args)}
     if args.tokenizer != "auto":
         wanted["tokenizer"] = args.tokenizer
-    may_change = {"epochs", "max_steps", "eval_every", "accumulate"} & wanted.keys()
-    changes = {name: wanted.pop(name) for name in may_change}
+    if run.train_config.val_fraction == 0:  # what a short text took away then, it takes away again
+        wanted.pop("val_fraction", None)
+    if wanted.get("context_length", 0) > len(encode_split(text, run.tokenizer, 0.0)[1]) - 1 == begun["context_length"]:
+        del wanted["context_length"]
+    if "epochs" in wanted:
+        run.train_config = dataclasses.replace(run.train_config, max_steps=0)
     for name, value in wanted.items():
-        check(value == begun[name], f"{args.model} was begun with {name} {begun[name]}, not {value}: "
+        check(value == begun[name] or name in ("epochs", "max_steps", "eval_every", "accumulate"),
+              f"{args.model} was begun with {name} {begun[name]}, not {value}: "
               f"give the same --{name.replace('_', '-')} as then, or train anew without --resume")
+    changes = {name: value for name, value in wanted.items() if hasattr(run.train_config, name)}
     run.train_config = dataclasses.replace(run.train_config, **changes)
     return run
 
@@ -1525,38 +1463,33 @@ def log_recall(run, text):
 def command_overview(args):
     log(__doc__.strip())
 
-def command_words(args):
-    text = load_text(args.text)
-    train_text, val_text = split_text(text, TrainConfig().val_fraction)
-    pieces, tokenizer = split_words(train_text), WordTokenizer(build_vocabulary(train_text))
-    log(f"{len(text):,} characters: {len(train_text):,} to train on, {len(val_text):,} for validation\n"
-        f"{tokenizer.vocab_size:,} different pieces make the vocabulary, for example "
-        f"{tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}\n"
-        f"{len(pieces):,} words, punctuation marks and unusual spaces to train on, the first of them:")
-    log_tokens(pieces[:40])
-    for sentence in (args.prompt or " ".join(train_text.split()[:8]), "Thamarai bought a laptop <|endoftext|>"):
+def show_tokenizer(tokenizer, text, prompt):
+    """What a tokenizer makes of the text that it was made for, of a few words, and of a sentence with strange ones."""
+    ids = tokenizer.encode(text)
+    log(f"the text: {len(text):,} characters; {len(split_words(text)):,} words, marks and unusual spaces; "
+        f"{len(ids):,} {tokenizer.kind} tokens\n"
+        f"the vocabulary: {tokenizer.vocab_size:,} entries, of which the text uses {len(set(ids)):,}\n"
+        f"the text, encoded and decoded, is the same again: {tokenizer.decode(ids) == text}")
+    for sentence in (prompt or text[:200], "Thamarai bought a laptop <|endoftext|>"):
         ids = tokenizer.encode(sentence)
-        log(f"\n{sentence}\n  encoded: {ids}\n  decoded: {tokenizer.decode(ids)}")
-    same = tokenizer.decode(tokenizer.encode(train_text)) == train_text
-    log(f"\nthe training text, encoded and decoded, is the same again: {same}")
+        log()
+        log_tokens(tokenizer.decode([i]) or JOIN for i in ids)
+        log(f"  encoded: {' '.join(map(str, ids))}\n  decoded: {tokenizer.decode(ids)}")
+
+def command_words(args):
+    train_text, _ = split_text(load_text(args.text), TrainConfig().val_fraction)
+    tokenizer = WordTokenizer(build_vocabulary(train_text))
+    log(f"some of the different pieces: {tokenizer.tokens[20::tokenizer.vocab_size // 12 + 1]}")
+    show_tokenizer(tokenizer, train_text, args.prompt)
 
 def command_bpe(args):
     text = load_text(args.text)
-    train_text, _ = split_text(text, TrainConfig().val_fraction)
     tokenizer = make_tokenizer(args.tokenizer, text, vocab_size=args.entries, full_vocab=args.full_vocab, log=note)
     if tokenizer.kind == "story":
         log("the first merges, as they happen:")
-        learn_byte_pairs(train_text, 256 + 13, lambda a, b, count: log(
+        learn_byte_pairs(split_text(text, TrainConfig().val_fraction)[0], 256 + 13, lambda a, b, count: log(
             f"  {a.decode('latin-1')!r:>6} + {b.decode('latin-1')!r:<6} {count:,} times"))
-    ids = tokenizer.encode(text)
-    log(f"the text: {len(split_words(text)):,} words and punctuation marks; {len(ids):,} {tokenizer.kind} tokens\n"
-        f"the vocabulary: {tokenizer.vocab_size:,} entries, of which the text uses {len(set(ids)):,}\n"
-        f"the text, encoded and decoded, is the same again: {tokenizer.decode(ids) == text}")
-    for sentence in (args.prompt or train_text[:200], "Thamarai bought a laptop <|endoftext|>"):
-        log()
-        ids = tokenizer.encode(sentence)
-        log_tokens(tokenizer.decode([i]) for i in ids)
-        log(f"  {' '.join(map(str, ids))}")
+    show_tokenizer(tokenizer, text, args.prompt)
 
 def command_windows(args):
     text = read_text(args)
@@ -1575,23 +1508,26 @@ def command_model(args):
     run = untrained_run(args, text)
     _, token_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     device = run.model.out_head.weight.device
-    log(f"{run.config}\n\ntwo windows on their way through the untrained model:")
+    log(f"{run.config}\n\na window, twice, on its way through the untrained model:")
     for name, shape in trace_shapes(run.model, token_ids[:run.config.context_length].long().expand(2, -1).to(device)):
         log(f"  {name:<14} {shape}")
     counts = count_parameters(run.model)
     log("\nnumbers to learn:")
-    for name, count in [*counts.items(), ("altogether", sum(counts.values()))]:
+    for name, count in [*counts.items(), ("altogether", counts.total())]:
         count and log(f"  {name:<14} {count:>12,}")
 
 def command_evaluate(args):
-    text, saved = read_text(args), Path(args.model).exists() and not args.untrained
+    text, named = read_text(args), args.model != OPTIONS["--model"]["default"]
+    saved = (named or Path(args.model).exists()) and not args.untrained
     run = load_checkpoint(args.model, args.device) if saved else untrained_run(args, text)
     if saved and run.fingerprint != hash_text(text):
         note(f"note: {args.model} was trained on another text than {args.text}")
     _, train_ids, val_ids = encode_split(text, run.tokenizer, run.train_config.val_fraction)
     log(f"{f'{args.model}, after {run.step} steps of training' if saved else 'an untrained model'}:")
-    for name, loss in (("Train loss", mean_loss(run.model, train_ids)), ("Val loss", mean_loss(run.model, val_ids)),
-                       (f"ln({run.config.vocab_size}), a blind guess", math.log(run.config.vocab_size))):
+    with autocast(run.model.out_head.weight.device, run.train_config.precision):
+        losses = {"Train loss": mean_loss(run.model, train_ids), "Val loss": mean_loss(run.model, val_ids)}
+    losses[f"ln({run.config.vocab_size}), a blind guess"] = math.log(run.config.vocab_size)
+    for name, loss in losses.items():
         if loss is not None:
             log(f"  {name:<24} {loss:.3f}")
     log_recall(run, text)
@@ -1607,7 +1543,7 @@ def command_train(args):
     text = read_text(args)
     run = (resumed_run if args.resume else untrained_run)(args, text)
     log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
-        f"{sum(count_parameters(run.model).values()):,} parameters; {run.total_steps} steps; "
+        f"{count_parameters(run.model).total():,} parameters; {run.total_steps} steps; "
         f"about {training_gigabytes(run.config, run.train_config):.1f} GB of memory; "
         f"loss of a blind guess {math.log(run.config.vocab_size):.3f}")
     prompt = args.prompt or (DEFAULT_PROMPT if args.text == DEFAULT_TEXT else None)
@@ -1644,39 +1580,38 @@ def draw_losses(args, run):
 
 def command_plot(args):
     run = load_checkpoint(args.model)
-    if args.samples:
-        log_samples(run, load_text(args.text))
-    else:
-        draw_losses(args, run)
-
-def log_samples(run, text):
-    """What the model wrote at the milestones; the beginning of it that is the story to the letter, in brackets."""
+    if not args.samples:
+        return draw_losses(args, run)
+    text, at = load_text(args.text), {round(share * run.total_steps): share for share in MILESTONES}
     check(hash_text(text) == run.fingerprint, "the model was trained on another text: give that with --text")
-    at = {round(share * run.total_steps): share for share in MILESTONES}
     for entry in run.history:
-        if entry["step"] in at:
+        if entry["step"] in at:  # the beginning of the sample that is the story to the letter: in brackets
             prompt, sample = entry["prompt"], entry["sample"]
             known = max((n for n in range(len(sample) + 1) if prompt + sample[:n] in text), default=0)
             known *= sample[:known].strip() != ""
             log(f"{at[entry['step']]:4.0%}  " + " ".join(f"{prompt} [{sample[:known]}]{sample[known:]}".split()))
 
 def prompt_of(args, run):
+    """--prompt, or the one that the model was trained with an eye on."""
+    return args.prompt if args.prompt is not None else run.history[-1]["prompt"] if run.history else DEFAULT_PROMPT
+
+def prompt_tokens(args, run):
     """(the ids (1, T) of the prompt's last tokens, at most a context; the text of each)."""
-    ids = run.tokenizer.encode(DEFAULT_PROMPT if args.prompt is None else args.prompt)[-run.config.context_length:]
+    ids = run.tokenizer.encode(prompt_of(args, run))[-run.config.context_length:]
     check(ids, "the prompt is empty: give some words")
     device = run.model.out_head.weight.device
     return torch.tensor([ids], device=device), [visible(run.tokenizer.decode([i])) for i in ids]
 
 def command_attention(args):
     run = load_checkpoint(args.model, args.device)
-    ids, pieces = prompt_of(args, run)
+    ids, pieces = prompt_tokens(args, run)
     plot_attention(attention_maps(run.model, ids), pieces, args.plot or "attention.png", args.layer, args.head)
     log_tokens(pieces)
     log(f"drew {args.plot or 'attention.png'}")
 
 def command_next(args):
     run = saved_or_untrained_run(args)
-    ids, pieces = prompt_of(args, run)
+    ids, pieces = prompt_tokens(args, run)
     check_choice(args.temperature, args.top_k)
     temperature = args.temperature or 1.0
     found = next_tokens(run.model, ids, 10, temperature, args.top_k)
@@ -1708,10 +1643,9 @@ def command_tour(args):
         log(f"\n$ python story_llm.py {command}\n" if command not in shown else "\n(its command has run above)")
         if command not in shown:
             shown.add(command)
-            status = main(shlex.split(command))
-            check(status != 1, f"the tour ends at: {command}")
-            if status:
-                raise KeyboardInterrupt
+            step = make_parser().parse_args(shlex.split(command))
+            step.argv = shlex.split(command)
+            step.handler(step)
         if args.pause:
             log("\n[Enter] ", end="")
             sys.stdin.readline()
@@ -1720,7 +1654,7 @@ def command_generate(args):
     run = saved_or_untrained_run(args)
     settings = TrainConfig(**given(TrainConfig, args))
     pack(run.model, settings.precision)
-    prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
+    prompt = prompt_of(args, run)
     for piece in itertools.chain([prompt], generate_text(
             run.model, run.tokenizer, prompt, args.max_new_tokens, args.temperature, args.top_k, settings.seed)):
         log(piece, end="")
@@ -1735,7 +1669,7 @@ OPTIONS = {
     "--layer": dict(type=int, metavar="N", help="only this layer, from 1"),
     "--head": dict(type=int, metavar="N", help="only this head, from 1"),
     "--pause": dict(action="store_true", help="wait for the Enter key after each step"),
-    "--prompt": dict(metavar="WORDS", help=f"the first words, to be continued ({DEFAULT_PROMPT})"),
+    "--prompt": dict(metavar="WORDS", help="the first words, to be continued"),
     "--max-new-tokens": dict(type=int, default=100, metavar="N", help="how many tokens to write (100)"),
     "--temperature": dict(type=float, default=0.0, metavar="T", help="0: the likeliest token; more: more chance (0)"),
     "--top-k": dict(type=int, metavar="K", help="choose among the K likeliest tokens only (all)"),
@@ -1749,7 +1683,11 @@ OPTIONS = {
     "--device": dict(default="auto", metavar="NAME", help="cpu, cuda, mps, or auto: cuda if there is one (auto)"),
 }
 TOKENIZER_OPTIONS = "--text --tokenizer --vocab-size --full-vocab "
-ALL_SETTINGS = TOKENIZER_OPTIONS + "--preset --device GPTConfig TrainConfig "
+SETTINGS = {  # an option for each field of the two classes but the first, vocab_size, which the tokenizer says
+    "--" + f.name.replace("_", "-"): dict(default=argparse.SUPPRESS, help=f"{f.metadata['help']} ({f.default})", **(
+        dict(action="store_true") if f.type is bool else dict(type=f.type, metavar="N")))
+    for f in (*dataclasses.fields(GPTConfig)[1:], *dataclasses.fields(TrainConfig))}
+ALL_SETTINGS = TOKENIZER_OPTIONS + f"--preset --device {' '.join(SETTINGS)} "
 COMMANDS = {
     "words": (command_words, "steps 2 and 3: the text as words, the words as numbers", "--text --prompt"),
     "bpe": (command_bpe, "step 4: the text as byte-pair tokens", TOKENIZER_OPTIONS + "--prompt"),
@@ -1777,14 +1715,7 @@ def make_parser():
         command = commands.add_parser(name, help=meaning, description=meaning)
         command.set_defaults(handler=handler)
         for option in options.split():
-            if option.startswith("--"):
-                command.add_argument(option, **OPTIONS[option])
-                continue
-            for f in dataclasses.fields(globals()[option]):  # a settings class: an option for each field
-                value = dict(action="store_true", default=None) if f.type is bool else dict(type=f.type, metavar="N")
-                if f.name != "vocab_size":
-                    meaning = f"{f.metadata['help']} ({f.default})"
-                    command.add_argument("--" + f.name.replace("_", "-"), help=meaning, **value)
+            command.add_argument(option, **(OPTIONS | SETTINGS)[option])
     return parser
 
 def main(argv=None):
@@ -1803,13 +1734,16 @@ def main(argv=None):
         if RANK:  # whose notes are not shown
             print(f"error in process {RANK}: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        note(f"error: {error}: python -m pip install -r requirements.txt brings what is needed")
+        return 1
     except torch.OutOfMemoryError:
         note("error: the memory of the GPU is too small for this: try --accumulate 4, or a smaller --batch-size")
         return 1
     except KeyboardInterrupt:
         return 130
     finally:
-        if RANKS > 1:
+        if RANKS > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
 

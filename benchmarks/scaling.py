@@ -6,7 +6,7 @@
 Each point is a process of its own and the median of its steps. Beside what was measured stands what the law of
 that series says if the last point is right, and the growth from point to point as an exponent: 1 is linear, 2 is
 quadratic. A training step is story_llm's `training_step` on random tokens (for the text: on its token file), with
-its default precision. Memory is the peak of the process less that of one that only imports story_llm.
+its default precision. Memory is the peak of the process; for the text, less that of importing story_llm.
 
 The laws, for a step of N tokens, L layers, width C, context T and vocabulary V: matrix products 6 N (12 L C^2 + V C),
 attention 12 N L C T floating-point operations; activations N (L (a C + b H T) + c V) bytes, weights 16 bytes each.
@@ -59,13 +59,12 @@ def shape_point(series, value):
     """A training step of a model that differs from BASE in one field."""
     import story_llm
     import torch
-    before = peak_megabytes()
     config = story_llm.GPTConfig(**{**BASE, FIELDS[series]: value})
     train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length)
     run = story_llm.Run(story_llm.GPTModel(config), None, train_config, steps_per_epoch=1, fingerprint="", step=25)
     rows = torch.randint(config.vocab_size, (TOKENS // config.context_length, config.context_length + 1))
     milliseconds = timed_steps(story_llm, run, [(rows[:, :-1], rows[:, 1:])] * 20)
-    return {"ms": milliseconds, "mb": peak_megabytes() - before,
+    return {"ms": milliseconds, "mb": peak_megabytes(),
             "said_mb": 1000 * story_llm.training_gigabytes(config, train_config)}
 
 

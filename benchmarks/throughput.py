@@ -110,7 +110,10 @@ def training_speed(contender, shape, batch_size, steps, options):
         run = story_llm.Run(model, None, config, steps_per_epoch=1, fingerprint="", step=25)
         optimizer, bf16 = story_llm.new_optimizer(model, config), story_llm.use_bf16(device, config.precision)
         story_llm.choose_device(device.type)  # which turns TF32 on
-        forward = story_llm.compile_model(model) if precision == "compiled" else model
+        if precision == "compiled":
+            with story_llm.autocast(device, config.precision):
+                example = torch.zeros(batch_size, shape.context_length, dtype=torch.long, device=device)
+                forward = story_llm.compile_model(model, example, print)
 
         def step(inputs, targets):
             story_llm.training_step(run, forward, optimizer, inputs, targets)

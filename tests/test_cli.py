@@ -407,3 +407,44 @@ def test_text_that_the_terminal_cannot_show_is_no_traceback(folder):
     done = subprocess.run([sys.executable, story_llm.__file__, "words", "--text", "story.txt"], capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"}, cwd=folder)
     assert done.returncode == 0 and b"king" in done.stdout and b"Traceback" not in done.stderr
+
+
+# going on, and what is meant when nothing is said
+
+def test_going_on_takes_again_what_a_short_text_took_away(folder, run):
+    (folder / "short.txt").write_text("Only a few words stand in this very short text.", encoding="utf-8")
+    command = ["train", "--text", "short.txt", *TINY, "--context-length", "40", "--val-fraction", "0.3"]
+    assert run(*command)[0] == 0
+    assert load_checkpoint("story_llm.pt").config.context_length < 40
+    status, _, err = run(*command, "--epochs", "200", "--resume")
+    assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").step > 150
+    assert_one_line_error(run(*command, "--context-length", "5", "--resume"), "context_length", "5")
+
+
+def test_epochs_given_on_resume_replace_the_steps_that_it_was_begun_with(folder, run):
+    command = ["train", "--text", "my.txt", *TINY]
+    assert run(*command, "--max-steps", "2")[0] == 0 and load_checkpoint("story_llm.pt").step == 2
+    assert run(*command, "--resume")[0] == 0 and load_checkpoint("story_llm.pt").step == 12  # 4 epochs of 3 steps
+    assert run(*command, "--resume", "--max-steps", "15")[0] == 0 and load_checkpoint("story_llm.pt").step == 15
+
+
+def test_a_model_that_is_named_must_be_there(folder, trained, run):
+    assert "untrained" in run("evaluate", "--text", "my.txt", "--untrained")[1]
+    assert_one_line_error(run("evaluate", "--text", "my.txt", "--model", "typo.pt"), "typo.pt")
+
+
+def test_evaluating_gives_the_losses_that_training_ended_with(folder, run):
+    assert run("train", "--text", "my.txt", *TINY, "--precision", "bf16")[0] == 0
+    last = load_checkpoint("story_llm.pt").history[-1]
+    out = run("evaluate", "--text", "my.txt")[1]
+    assert re.search(r"Train loss +([\d.]+)", out)[1] == f"{last['train_loss']:.3f}"
+    assert re.search(r"Val loss +([\d.]+)", out)[1] == f"{last['val_loss']:.3f}"
+
+
+def test_without_a_prompt_the_model_goes_on_from_its_own_text(folder, trained, run):
+    assert run("generate", "--max-new-tokens", "1")[1].startswith(PROMPT)
+
+
+def test_a_package_that_is_missing_is_named_with_the_remedy(folder, trained, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert_one_line_error(run("plot"), "matplotlib", "requirements.txt")

@@ -153,3 +153,10 @@ def test_the_learned_encoding_of_a_long_text_is_learned_from_its_beginning_and_s
 
 def test_the_story_itself_is_small_enough_for_memory():
     assert STORY.stat().st_size < 1e6
+
+
+def test_a_text_without_spaces_is_cut_all_the_same(tmp_path):
+    (tmp_path / "text").write_text("漢字" * 5000, encoding="utf-8")
+    with open(tmp_path / "text", encoding="utf-8") as file:
+        blocks = list(text_blocks(file, 100))
+    assert "".join(blocks) == "漢字" * 5000 and max(map(len, blocks)) == 1600
