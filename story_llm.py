@@ -132,7 +132,7 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
     openings: float = setting(0.5, "share of windows that begin as a prompt begins (see step 10)", 0, 1)
     val_fraction: float = setting(0.1, "share of the text, at its end, that is kept for validation", 0, 1)
-    eval_every: int = setting(25, "steps from one evaluation to the next", 1)
+    eval_every: int = setting(45, "steps from one evaluation to the next", 1)
     accumulate: int = setting(1, "parts in which a step's windows are calculated, one after the other: less memory", 1)
     precision: str = setting("auto", "bf16, fp32, or auto: what is fast here", among=("auto", "bf16", "fp32"))
     seed: int = setting(42, "where all randomness starts: same seed, same model", 0, 1 << 63)
@@ -501,7 +501,7 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """Each token by itself: widen fourfold, GELU, narrow. (B, T, C) -> (B, T, C).
     GELU(x) = x * P(Z <= x), Z normal: like "keep what is positive", but smooth (Hendrycks & Gimpel 2016);
-    GPT-2 computes it by a tanh."""
+    GPT-2 approximates it by a tanh, which is slower today."""
 
     def __init__(self, config):
         super().__init__()
@@ -643,7 +643,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #
 # We measure it on the training text and on the end of the text, which the model never practises on.
 
-def mean_loss(model, token_ids, max_windows=64):
+def mean_loss(model, token_ids, max_windows=32):
     """Mean cross-entropy over token_ids (N,), in nats per token; None if N < 2.
     The windows do not overlap; of more than `max_windows`, as many are taken at even distances."""
     if len(token_ids) < 2:
@@ -858,6 +858,10 @@ class Run:
         return self.model.config
 
     @property
+    def epoch(self):
+        return min(self.step, self.total_steps - 1) // self.steps_per_epoch + 1
+
+    @property
     def total_steps(self):
         usual, asked = max(USUAL_EPOCHS * self.steps_per_epoch, FEWEST_STEPS), self.train_config
         return asked.max_steps or asked.epochs * self.steps_per_epoch or usual
@@ -997,7 +1001,8 @@ def train(run, text, log=print, save=lambda run: None, stop=lambda: False, promp
         began = time.perf_counter()
         loss = training_step(run, forward, optimizer, *batches[run.step])
         run.step, seconds, steps_timed = run.step + 1, seconds + time.perf_counter() - began, steps_timed + 1
-        live(f"step {run.step} of {run.total_steps}, loss {loss:.3f}{pace(run, seconds / steps_timed)}")
+        live(f"epoch {run.epoch}, step {run.step} of {run.total_steps}, loss {loss:.3f}"
+             f"{pace(run, seconds / steps_timed)}")
 
 def pace(run, seconds_per_step):
     """How fast it goes and how long it will take, in words; nothing at all if no step was timed."""
@@ -1009,10 +1014,10 @@ def pace(run, seconds_per_step):
 
 def log_progress(run, seconds_per_step, log):
     """Tell `log` about the last entry of the history."""
-    now, epoch = run.history[-1], min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1
+    now = run.history[-1]
     val_loss = "" if now["val_loss"] is None else f", Val loss {now['val_loss']:.3f}"
     recall = "" if now["recall"] is None else f", recall {now['recall']:.0%}"
-    log(f"Ep {epoch} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}{val_loss}{recall}"
+    log(f"Ep {run.epoch} (Step {run.step:06d}): Train loss {now['train_loss']:.3f}{val_loss}{recall}"
         f"{pace(run, seconds_per_step)}")
     log("    " + " ".join(f"{now['prompt']} ...{now['sample']}".split()))
     rises = [now["val_loss"] > before["val_loss"] and now["train_loss"] < before["train_loss"]
@@ -1344,7 +1349,8 @@ def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambd
                     count += len(ids)
                     digest.update(data)
                     ids_file.write(data)
-                live(f"{count:,} tokens, {count / (time.perf_counter() - began):,.0f} tokens/s")
+                done, speed = file.buffer.tell() / os.path.getsize(path), count / (time.perf_counter() - began)
+                live(f"{done:.0%}, {count:,} tokens, {speed:,.0f} tokens/s")
         about = {"dtype": {"H": "uint16", "I": "uint32"}[typecode], "sha256": digest.hexdigest(),
                  **tokenizer_state(tokenizer)}
         Path(f"{out}.json").write_text(json.dumps(about))
@@ -1588,8 +1594,8 @@ def command_plot(args):
         if entry["step"] in at:  # the beginning of the sample that is the story to the letter: in brackets
             prompt, sample = entry["prompt"], entry["sample"]
             known = max((n for n in range(len(sample) + 1) if prompt + sample[:n] in text), default=0)
-            known *= sample[:known].strip() != ""
-            log(f"{at[entry['step']]:4.0%}  " + " ".join(f"{prompt} [{sample[:known]}]{sample[known:]}".split()))
+            marked = f"[{sample[:known]}]" if sample[:known].strip() else sample[:known]
+            log(f"{at[entry['step']]:4.0%}  " + " ".join(f"{prompt}{marked}{sample[known:]}".split()))
 
 def prompt_of(args, run):
     """--prompt, or the one that the model was trained with an eye on."""
@@ -1701,7 +1707,8 @@ COMMANDS = {
     "plot": (command_plot, "step 12: draw the loss curves of a saved model", "--model --plot --samples --text"),
     "generate": (command_generate, "steps 8 and 13: continue a prompt", ALL_SETTINGS +
                  "--model --untrained --prompt --max-new-tokens --temperature --top-k"),
-    "attention": (command_attention, "draw whom each token looks at", "--model --device --prompt --plot --layer --head"),
+    "attention": (command_attention, "draw whom each token looks at",
+                  "--model --device --prompt --plot --layer --head"),
     "next": (command_next, "the likeliest next tokens, and how they are chosen",
              ALL_SETTINGS + "--model --untrained --prompt --temperature --top-k --plot"),
     "tour": (command_tour, "all 13 steps, one after the other", "--pause"),
