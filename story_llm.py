@@ -159,6 +159,7 @@ def load_text(path):
     """Read a UTF-8 text file, with or without a byte order mark; every line then ends in a plain \\n.
     Raises OSError if the file cannot be read, ValueError if it is empty or not UTF-8."""
     check(Path(path).is_file(), f"{path} is not a file: give a text file with --text")
+    check(Path(path).suffix != ".bin", f"{path} is a file of tokens: here, a text is needed")
     megabytes = os.path.getsize(path) / 1e6
     check(megabytes <= 200, f"{path} has {megabytes:,.0f} MB, too much to hold in memory as tokens: write them to a "
           f"file (python story_llm.py tokenize --text {path} --out tokens.bin) and give that: --text tokens.bin")
@@ -873,6 +874,7 @@ def hash_text(text):
 def encode_split(text, tokenizer, val_fraction):
     """(training text, its token ids (N,), the validation ids (M,)); M is 0 where val_fraction is 0."""
     if isinstance(text, TokenFile):  # has only ids; these stay on the disk
+        check(text.tokenizer.tokens == tokenizer.tokens, f"{text.path} is not of the model's tokenizer")
         cut = len(text.ids) - int(len(text.ids) * val_fraction)
         return "", text.ids[:cut], text.ids[cut:]
     train_text, val_text = split_text(text, val_fraction)
@@ -1113,9 +1115,9 @@ def load_checkpoint(path, device="cpu"):
                          "--model") from error
 
 # ═══ Step 12: loss curves ════════════════════════════════════════════════════════════════════════
-# Two curves tell what happened. Both fall: the model learns. Training falls and validation rises: it
-# learns this text by heart. Both stay near ln(vocabulary): it learns nothing. Below them, how the
-# recall grows, as measured on some of the sentences.
+# Two curves tell what happened. If both fall, the model learns; if training falls and validation rises,
+# it learns this text by heart; if both stay near ln(vocabulary), it learns nothing. Below them, how
+# the recall grows, as measured on some of the sentences.
 
 def check_picture(path):
     check(Path(path).suffix in (".png", ".svg", ".pdf"), f"a picture ends in .png, .svg or .pdf, not like {path}")
@@ -1248,8 +1250,8 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, temperature=0.0, top
             shown = tokenizer.decode(recent)
 
 # ═══ Looking inside ══════════════════════════════════════════════════════════════════════════════
-# Two questions to a trained model. Whom did each token look at (step 6)? And which tokens did it
-# think of as the next one, how sure was it, and what do temperature and top-k make of that (step 13)?
+# Two questions to a trained model: whom did each token look at (step 6), and which tokens did it think
+# of as the next one? How sure was it, and what do temperature and top-k make of that (step 13)?
 
 def attention_maps(model, token_ids):
     """The attention weights of all layers and heads for token_ids (1, T): (layers, H, T, T)."""
@@ -1334,6 +1336,7 @@ def tokenize_file(path, out, kind="auto", vocab_size=2048, log=print, live=lambd
     the beginning of the text. Raises OSError or ValueError as `load_text` does. Returns the number of tokens."""
     check(kind != "word", "a file of tokens is for byte-pair encodings: give --tokenizer gpt2 or story")
     check(Path(out).suffix == ".bin", f"a file of tokens ends in .bin, not like {out}")
+    check(Path(path).suffix != ".bin", f"{path} is a file of tokens: here, a text is needed")
     threads, digest, count, began = os.cpu_count() or 1, hashlib.sha256(), 0, time.perf_counter()
     try:
         with open(path, encoding="utf-8-sig") as file, open(f"{out}.tmp", "wb") as ids_file:
@@ -1380,6 +1383,8 @@ class TokenFile:
             raise ValueError(f"{path}.json is not the description of a file of tokens ({error})") from error
         check(whole, f"{path} and {path}.json do not fit: make them anew by python story_llm.py tokenize")
         self.ids = torch.from_file(str(path), size=os.path.getsize(path) // dtype.itemsize, dtype=dtype)
+        largest = max((part.long().max().item() for part in self.ids.split(1 << 23)), default=0)
+        check(largest < self.tokenizer.vocab_size, f"{path} has tokens that its tokenizer ({path}.json) does not know")
 
 # ═══ The command line ════════════════════════════════════════════════════════════════════════════
 # One function per command. Each calls the parts of its step and prints what they return: results on
@@ -1588,12 +1593,13 @@ def command_plot(args):
     run = load_checkpoint(args.model)
     if not args.samples:
         return draw_losses(args, run)
-    text, at = load_text(args.text), {round(share * run.total_steps): share for share in MILESTONES}
+    text, at = read_text(args), {round(share * run.total_steps): share for share in MILESTONES}
     check(hash_text(text) == run.fingerprint, "the model was trained on another text: give that with --text")
+    story = text if isinstance(text, str) else ""
     for entry in run.history:
         if entry["step"] in at:  # the beginning of the sample that is the story to the letter: in brackets
             prompt, sample = entry["prompt"], entry["sample"]
-            known = max((n for n in range(len(sample) + 1) if prompt + sample[:n] in text), default=0)
+            known = max((n for n in range(len(sample) + 1) if prompt + sample[:n] in story), default=0)
             marked = f"[{sample[:known]}]" if sample[:known].strip() else sample[:known]
             log(f"{at[entry['step']]:4.0%}  " + " ".join(f"{prompt}{marked}{sample[known:]}".split()))
 
@@ -1619,6 +1625,8 @@ def command_next(args):
     run = saved_or_untrained_run(args)
     ids, pieces = prompt_tokens(args, run)
     check_choice(args.temperature, args.top_k)
+    if args.plot:
+        check_picture(args.plot)
     temperature = args.temperature or 1.0
     found = next_tokens(run.model, ids, 10, temperature, args.top_k)
     drawn = f"temperature {temperature:g}" + f", top {args.top_k}" * bool(args.top_k)
@@ -1736,6 +1744,9 @@ def main(argv=None):
         if RANKS > 1:
             torch.distributed.init_process_group()
         args.handler(args)
+    except BrokenPipeError:  # who reads our output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         note(f"error: {error}")
         if RANK:  # whose notes are not shown

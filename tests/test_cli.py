@@ -448,3 +448,10 @@ def test_without_a_prompt_the_model_goes_on_from_its_own_text(folder, trained, r
 def test_a_package_that_is_missing_is_named_with_the_remedy(folder, trained, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert_one_line_error(run("plot"), "matplotlib", "requirements.txt")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(folder):
+    process = subprocess.Popen([sys.executable, STORY.with_name("story_llm.py"), "bpe", "--text", "my.txt", "--tokenizer",
+                                "word"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1

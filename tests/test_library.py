@@ -160,3 +160,25 @@ def test_a_text_without_spaces_is_cut_all_the_same(tmp_path):
     with open(tmp_path / "text", encoding="utf-8") as file:
         blocks = list(text_blocks(file, 100))
     assert "".join(blocks) == "漢字" * 5000 and max(map(len, blocks)) == 1600
+
+
+def test_a_file_for_another_tokenizer_than_the_models_is_refused(big, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("a.bin", 300), ("b.bin", 400)):
+        tokenize_file(big, name, "story", size)
+    assert main(["train", "--text", "a.bin", "--max-steps", "2", "--emb-dim", "32"]) == 0
+    assert main(["plot", "--samples", "--text", "a.bin"]) == 0
+    capsys.readouterr()
+    for wrong in (["evaluate", "--text", "b.bin"], ["words", "--text", "a.bin"], ["plot", "--samples", "--text", "b.bin"],
+                  ["tokenize", "--text", "a.bin", "--out", "c.bin"]):
+        assert main(wrong) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_tokens_that_the_tokenizer_does_not_know_are_refused(big, tmp_path):
+    path = tmp_path / "big.bin"
+    tokenize_file(big, path, "story", 300)
+    about = json.loads(path.with_name("big.bin.json").read_text())
+    path.with_name("big.bin.json").write_text(json.dumps({**about, "tokens": about["tokens"][:256]}))
+    with pytest.raises(ValueError, match="does not know"):
+        TokenFile(path)

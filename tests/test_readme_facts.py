@@ -1,7 +1,9 @@
+import os
 import re
 import shlex
 
 import pytest
+import torch
 
 import story_llm
 from conftest import STORY
@@ -46,8 +48,12 @@ def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "Short_Story.txt").write_bytes(STORY.read_bytes())
     monkeypatch.chdir(tmp_path)
-    values = {}
-    exec(example, values)
+    values, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    try:
+        exec(example, values)
+    finally:
+        torch.set_num_threads(threads)
     assert values["run"].step == values["run"].total_steps and (tmp_path / "story_llm.pt").exists()
     out = capsys.readouterr().out
     run, prompt = values["run"], re.search(r'"(\w[^"]*)", 40\)', example)[1]
