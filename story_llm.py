@@ -1451,7 +1451,7 @@ def resumed_run(args, text):
         wanted["tokenizer"] = args.tokenizer
     if run.train_config.val_fraction == 0:  # what a short text took away then, it takes away again
         wanted.pop("val_fraction", None)
-    if wanted.get("context_length", 0) > len(encode_split(text, run.tokenizer, 0.0)[1]) - 1 == begun["context_length"]:
+    if wanted.get("context_length", 0) > begun["context_length"] == len(encode_split(text, run.tokenizer, 0.0)[1]) - 1:
         del wanted["context_length"]
     if "epochs" in wanted:
         run.train_config = dataclasses.replace(run.train_config, max_steps=0)
@@ -1464,8 +1464,9 @@ def resumed_run(args, text):
     return run
 
 def log_recall(run, text):
-    train_text, train_ids, _ = encode_split(text, run.tokenizer, run.train_config.val_fraction)
-    train_text = train_text or run.tokenizer.decode(train_ids[:100_000].tolist())
+    val_fraction = run.train_config.val_fraction
+    train_text = (split_text(text, val_fraction)[0] if isinstance(text, str) else
+                  run.tokenizer.decode(encode_split(text, run.tokenizer, val_fraction)[1][:100_000].tolist()))
     total = len(recall_exercises(train_text))
     share = measure_recall(run.model, run.tokenizer, train_text)
     log(f"Recall {share:.1%}: {round(share * total)} of {total} sentences continued to the letter after five words"

@@ -6,9 +6,10 @@
 
 A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
 clips, AdamW; of story_llm it is its `training_step`. Same vocabulary, context, width, depth and dropout (none, or
---dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT and Hugging Face share one matrix between embedding
-and head, so their AdamW has less to do. "bf16 weights": no fp32 copy is kept, as in LLMs-from-scratch's
-ch05/10_llm-training-speed. Figures are medians of the rounds, in each the median of the steps.
+--dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT
+and Hugging Face share one matrix between embedding and head, so their AdamW has less to do. "bf16 weights": no fp32
+copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed. Figures are medians of the rounds, in each the
+median of the steps.
 
 The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
 6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).
@@ -156,7 +157,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=SIZES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="steps timed in each round, after two that are not")
+    parser.add_argument("--steps", type=int, help="steps timed in each round, after three that are not")
     parser.add_argument("--dropout", type=float, help="for all contenders, instead of the preset's")
     parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
