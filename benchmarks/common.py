@@ -1,9 +1,9 @@
-"""What the three benchmarks share: one process per measurement, the peers' models, tables.
+"""What the benchmarks share: one process per measurement, the peers' models, tables.
 
 Every measurement is a process of its own: `python <benchmark>.py --contender NAME ...` measures that one
-contender and prints a JSON object. For story_llm tells glibc on import how to keep memory (`mallopt`), and in
-one process its peers would run under that too. Processes run one at a time and in turns, so a machine
-that slows down meanwhile slows all contenders alike. Linux or macOS.
+contender and prints a JSON object. For story_llm, when it runs as a program, tells glibc to keep freed memory
+(`keep_memory`); a benchmark does that for it, and in one process its peers would run under that too. Processes
+run one at a time and in turns, so a machine that slows down meanwhile slows all contenders alike. Linux or macOS.
 """
 
 import json
@@ -39,6 +39,7 @@ def make_model(project, shape, options):
     """An untrained model of one of the projects; `shape` says the same to all of them."""
     if project == "story_llm":
         import story_llm
+        story_llm.keep_memory()  # as the program does when it runs; it holds for this process alone
         return story_llm.GPTModel(story_llm.GPTConfig(**shape._asdict()))
     if project == "reference":
         from llms_from_scratch.ch04 import GPTModel
@@ -63,6 +64,15 @@ def make_model(project, shape, options):
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=vocabulary, n_positions=context, n_embd=width, n_head=heads, n_layer=layers, resid_pdrop=drop,
         embd_pdrop=drop, attn_pdrop=drop, bos_token_id=None, eos_token_id=None))
+
+
+def make_run(model, batch_size):
+    """A run of story_llm amidst its training; `training_step` takes its steps, on any batches."""
+    import story_llm
+    run = story_llm.Run(model, None, story_llm.TrainConfig(batch_size=batch_size), fingerprint="", steps_per_epoch=1,
+                        total_steps=10_000, prompt="", step=25)
+    story_llm.start_optimizer(run)
+    return run
 
 
 def finish(command, cwd=None):

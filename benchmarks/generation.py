@@ -4,8 +4,8 @@
     python benchmarks/generation.py --device cuda --nanogpt PATH
 
 Each contender continues a prompt of 8 tokens by --tokens more, within its context of 256, by its own function and
-after a short warm-up. Early and late are the medians of the times per token of the first and last quarter: what a
-cache keeps level grows without one. Figures are medians of the rounds.
+after a short warm-up; story_llm under `keep_memory`, as the program runs. Early and late are the medians of the times
+per token of the first and last quarter: what a cache keeps level grows without one. Figures are medians of the rounds.
 
 The ceiling: every token needs all weights that it is multiplied by, so it takes at least their bytes over the
 bandwidth of the memory, measured as the faster of reading and copying a large tensor.
@@ -71,9 +71,6 @@ def generation_speed(contender, shape, count, options):
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).eval()
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    if project == "story_llm":
-        from story_llm import pack
-        pack(model, precision)
     write, prompt = writer(project, model, shape.context_length), torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
     prompt = prompt.to(options.device)
     write(prompt, 4)

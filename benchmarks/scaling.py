@@ -5,8 +5,12 @@
 
 Each point is a process of its own and the median of its steps. Beside what was measured stands what the law of
 that series says if the last point is right, and the growth from point to point as an exponent: 1 is linear, 2 is
-quadratic. A training step is story_llm's `training_step` on random tokens (for the text: on its token file), with
-its default precision. Memory is the peak of the process; for the text, less that of importing story_llm.
+quadratic. A training step is story_llm's `training_step` on random tokens, with its default precision and under
+`keep_memory`, as the program runs. Memory is the peak of the process; for the text, less that of importing story_llm.
+
+A text goes through extras/library.py: it is tokenized to a file, which training maps into memory. What it has read
+of that file counts as its memory here, 2 bytes a token, though the system may take it back. Several processes are
+those of extras/scale.py, by torchrun, training the story beside `python story_llm.py train`.
 
 The laws, for a step of N tokens, L layers, width C, context T and vocabulary V: matrix products 6 N (12 L C^2 + V C),
 attention 12 N L C T floating-point operations; activations N (L (a C + b H T) + c V) bytes, weights 16 bytes each.
@@ -26,8 +30,11 @@ from pathlib import Path
 
 import common
 
-BASE = dict(vocab_size=2048, context_length=64, emb_dim=256, n_heads=4, n_layers=2)
+EXTRAS = common.ROOT / "extras"
+sys.path.insert(0, str(EXTRAS))
+BASE = common.Shape(vocab_size=2048, context_length=64, emb_dim=256, n_heads=4, n_layers=2, drop_rate=0.0)
 TOKENS = 2048  # in a step
+WARM_UP, STEPS = 2, 8
 SERIES = {  # what grows: the values of it, the law of a step's time, in words
     "width": ([64, 128, 256, 512, 1024], lambda C: 12 * 2 * C ** 2 + 2048 * C + 2 * 2 * C * 64,
               "12 L C² + V C + 2 L C T: linear first, then quadratic"),
@@ -44,28 +51,25 @@ def peak_megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
-def timed_steps(story_llm, run, batches, steps=8):
+def timed_steps(run, batches):
     """The median milliseconds of some steps, after two that warm up."""
+    from story_llm import training_step
     run.model.train()
-    optimizer, times = story_llm.new_optimizer(run.model, run.train_config), []
-    for i in range(2 + steps):
+    times = []
+    for step in range(WARM_UP + STEPS):
         began = time.perf_counter()
-        story_llm.training_step(run, run.model, optimizer, *batches[i])
+        training_step(run, *batches[step])
         times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[2:])
+    return statistics.median(times[WARM_UP:])
 
 
 def shape_point(series, value):
     """A training step of a model that differs from BASE in one field."""
-    import story_llm
     import torch
-    config = story_llm.GPTConfig(**{**BASE, FIELDS[series]: value})
-    train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length)
-    run = story_llm.Run(story_llm.GPTModel(config), None, train_config, steps_per_epoch=1, fingerprint="", step=25)
-    rows = torch.randint(config.vocab_size, (TOKENS // config.context_length, config.context_length + 1))
-    milliseconds = timed_steps(story_llm, run, [(rows[:, :-1], rows[:, 1:])] * 20)
-    return {"ms": milliseconds, "mb": peak_megabytes(),
-            "said_mb": 1000 * story_llm.training_gigabytes(config, train_config)}
+    shape = BASE._replace(**{FIELDS[series]: value})
+    rows = torch.randint(shape.vocab_size, (TOKENS // shape.context_length, shape.context_length + 1))
+    run = common.make_run(common.make_model("story_llm", shape, None), len(rows))
+    return {"ms": timed_steps(run, [(rows[:, :-1], rows[:, 1:])] * (WARM_UP + STEPS)), "mb": peak_megabytes()}
 
 
 def text_of(megabytes, folder):
@@ -80,34 +84,26 @@ def text_of(megabytes, folder):
 
 def tokenize_point(path):
     """Write a text's tokens to a file."""
-    import story_llm
+    import library
     before, began = peak_megabytes(), time.perf_counter()
-    count = story_llm.tokenize_file(path, f"{path}.bin", "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else "story")
+    count = library.tokenize(path, f"{path}.bin", "gpt2" if os.environ.get("TIKTOKEN_CACHE_DIR") else "story")
     return {"seconds": time.perf_counter() - began, "tokens": count, "mb": peak_megabytes() - before}
-
-
-def tiktoken_point(path):
-    """What tiktoken alone does with the same text, in the same blocks, on all cores; nothing is written."""
-    import story_llm
-    tokenizer, seconds = story_llm.TokenFile(f"{path}.bin").tokenizer, 0.0
-    with open(path, encoding="utf-8") as file:
-        while batch := [block for block in (file.read(story_llm.BLOCK) for _ in range(2 * os.cpu_count())) if block]:
-            began = time.perf_counter()
-            tokenizer.encoding.encode_ordinary_batch(batch, num_threads=os.cpu_count())
-            seconds += time.perf_counter() - began
-    return {"seconds": seconds}
 
 
 def train_point(path):
     """Steps on a file of tokens, windows from all over it."""
+    import library
     import story_llm
-    before, text = peak_megabytes(), story_llm.TokenFile(f"{path}.bin")
-    config = story_llm.GPTConfig(**{**BASE, "vocab_size": text.tokenizer.vocab_size})
-    train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length, openings=0.0)
-    run = story_llm.Run(story_llm.GPTModel(config), text.tokenizer, train_config, 1, text.sha256, step=25)
-    batches = story_llm.TrainingBatches(text.ids, config.context_length, train_config)
-    return {"ms": timed_steps(story_llm, run, batches), "steps": batches.steps_per_epoch,
-            "mb": peak_megabytes() - before}
+    before = peak_megabytes()
+    story_llm.keep_memory()
+    config = story_llm.GPTConfig(**BASE._asdict())
+    train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length, openings=0.0,
+                                         max_steps=WARM_UP + STEPS)
+    corpus = library.library_corpus(f"{path}.bin", train_config.val_fraction, config.context_length)
+    run = story_llm.new_run(corpus, config, train_config)
+    story_llm.start_optimizer(run)
+    milliseconds = timed_steps(run, story_llm.TrainingBatches(corpus, run))
+    return {"ms": milliseconds, "steps": run.steps_per_epoch, "mb": peak_megabytes() - before}
 
 
 def exponent(x, y):
@@ -125,9 +121,9 @@ def measure_shapes(series):
     times = [point["ms"] for point in points]
     expected = [times[-1] * law(value) / law(values[-1]) for value in values]
     print(f"\nA training step of {TOKENS:,} tokens by {series}; time by the law {words}\n")
-    common.print_table([series, "ms", "exponent", "ms by law", "exponent", "measured / law", "MB", "train says MB"], [
-        [str(value), f"{point['ms']:.1f}", shown(grown), f"{law_ms:.1f}", shown(law_grown), f"{point['ms'] / law_ms:.2f}",
-         f"{point['mb']:,.0f}", f"{point['said_mb']:,.0f}"]
+    common.print_table([series, "ms", "exponent", "ms by law", "exponent", "measured / law", "MB"], [
+        [str(value), f"{point['ms']:.1f}", shown(grown), f"{law_ms:.1f}", shown(law_grown),
+         f"{point['ms'] / law_ms:.2f}", f"{point['mb']:,.0f}"]
         for value, point, grown, law_ms, law_grown in
         zip(values, points, exponent(values, times), expected, exponent(values, expected))])
     return values, times, expected
@@ -138,30 +134,31 @@ def measure_text(sizes):
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = text_of(size, folder)
-            written, alone, trained = (common.measure(f"{name}:{path}") for name in ("tokenize", "tiktoken", "train"))
+            written, trained = (common.measure(f"{name}:{path}") for name in ("tokenize", "train"))
         seconds.append(written["seconds"])
         rows.append([f"{size:g} MB", f"{written['seconds']:.2f}", f"{written['tokens'] / written['seconds']:,.0f}",
-                     f"{alone['seconds'] / written['seconds']:.0%}", f"{written['mb']:,.0f}", f"{trained['ms']:.1f}",
-                     f"{trained['mb']:,.0f}", f"{trained['ms'] * trained['steps'] / 1000:,.0f}"])
+                     f"{written['mb']:,.0f}", f"{trained['ms']:.1f}", f"{trained['mb']:,.0f}",
+                     f"{trained['ms'] * trained['steps'] / 1000:,.0f}"])
     print("\nBy the size of the text; the law: tokenizing and an epoch linear, a step and all memory constant\n")
-    common.print_table(["text", "tokenize, s", "tokens/s", "share of tiktoken's speed", "MB", "step, ms", "MB",
-                        "epoch, s"], rows)
+    common.print_table(["text", "tokenize, s", "tokens/s", "MB", "step, ms", "MB", "epoch, s"], rows)
     return sizes, seconds, [seconds[-1] * size / sizes[-1] for size in sizes]
 
 
 def measure_processes(rounds=3):
     """Training speed of one process with two threads against two processes, by torchrun, with one thread each."""
-    launch = {"one process, two threads": ([], "2"), "two processes, one thread each": (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], "1")}
+    train = ["train", "--epochs", "10", "--tokenizer", "story"]
+    launch = {
+        "one process, two threads": ["OMP_NUM_THREADS=2", sys.executable, common.ROOT / "story_llm.py", *train],
+        "two processes, one thread each": ["OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run",
+                                           "--standalone", "--nproc-per-node", "2", EXTRAS / "scale.py", *train]}
     speeds = {name: [] for name in launch}
     for _ in range(rounds):
-        for name, (torchrun, threads) in launch.items():
+        for name, command in launch.items():
             with tempfile.TemporaryDirectory() as folder:
-                os.environ["OMP_NUM_THREADS"] = threads
-                done = common.finish([sys.executable, *torchrun, common.ROOT / "story_llm.py", "train", "--epochs", "10",
-                                      "--tokenizer", "story", "--model", Path(folder, "m.pt"),
+                done = common.finish(["env", *command, "--model", Path(folder, "m.pt"),
                                       "--plot", Path(folder, "loss.png")])
-                del os.environ["OMP_NUM_THREADS"]
+            if done.status:
+                sys.exit(done.stderr)
             speeds[name].append(float(re.findall(r"([\d,]+) tokens/s", done.stdout)[-1].replace(",", "")))
     medians = {name: statistics.median(each) for name, each in speeds.items()}
     print("\nTraining the story by several processes\n")
@@ -196,7 +193,7 @@ def main():
     options = parser.parse_args()
     if options.contender:
         name, _, value = options.contender.partition(":")
-        points = {"tokenize": tokenize_point, "tiktoken": tiktoken_point, "train": train_point}
+        points = {"tokenize": tokenize_point, "train": train_point}
         return common.answer(points[name], value) if name in points else common.answer(shape_point, name, int(value))
     print(common.machine())
     results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)

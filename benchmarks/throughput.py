@@ -5,7 +5,8 @@
     python benchmarks/throughput.py --device cuda --nanogpt PATH    (GPT-2 small, context 1,024, on a GPU)
 
 A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
-clips, AdamW; of story_llm it is its `training_step`. Same vocabulary, context, width, depth and dropout (none, or
+clips, AdamW; of story_llm it is its `training_step`, under `keep_memory`, which the program calls when it runs: glibc
+then keeps freed memory. The peers run as they are. Same vocabulary, context, width, depth and dropout (none, or
 --dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT
 and Hugging Face share one matrix between embedding and head, so their AdamW has less to do. "bf16 weights": no fp32
 copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed. Figures are medians of the rounds, in each the
@@ -19,6 +20,7 @@ import argparse
 import math
 import statistics
 import time
+from functools import partial
 
 import common
 
@@ -40,7 +42,7 @@ CONTENDERS = {
 }
 CONTENDERS_ON_GPU = {
     "story_llm": "story_llm",
-    "story_llm:compiled": "story_llm, --compile",
+    "story_llm:compiled": "story_llm, compiled",
     "reference:fp32": "LLMs-from-scratch, chapter 5, fp32",
     "optimized:bf16-weights-compiled": "LLMs-from-scratch, optimized, bf16 weights, compiled",
     "nanogpt:bf16-autocast": "nanoGPT, bf16 autocast",
@@ -87,16 +89,17 @@ def training_speed(contender, shape, batch_size, steps, options):
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
     elif project == "reference":
         optimizer, grad_clip = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1), None
-    forward = torch.compile(model) if "compiled" in precision and project != "story_llm" else model
+    if "compiled" in precision:
+        model.compile()
 
     def plain_step(inputs, targets):
         with autocast:
             if project == "nanogpt":
-                loss = forward(inputs, targets)[1]
+                loss = model(inputs, targets)[1]
             elif project == "huggingface":
-                loss = forward(inputs, labels=inputs).loss
+                loss = model(inputs, labels=inputs).loss
             else:
-                loss = F.cross_entropy(forward(inputs).flatten(0, 1), targets.flatten())
+                loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         loss.backward()
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -107,17 +110,8 @@ def training_speed(contender, shape, batch_size, steps, options):
     step, bf16 = plain_step, "bf16" in precision
     if project == "story_llm":
         import story_llm
-        config = story_llm.TrainConfig(batch_size=batch_size)
-        run = story_llm.Run(model, None, config, steps_per_epoch=1, fingerprint="", step=25)
-        optimizer, bf16 = story_llm.new_optimizer(model, config), story_llm.use_bf16(device, config.precision)
-        story_llm.choose_device(device.type)  # which turns TF32 on
-        if precision == "compiled":
-            with story_llm.autocast(device, config.precision):
-                example = torch.zeros(batch_size, shape.context_length, dtype=torch.long, device=device)
-                forward = story_llm.compile_model(model, example, print)
-
-        def step(inputs, targets):
-            story_llm.training_step(run, forward, optimizer, inputs, targets)
+        run = common.make_run(model, batch_size)
+        step, bf16 = partial(story_llm.training_step, run), story_llm.use_bf16(device, run.train_config.precision)
     times = []
     for _ in range(WARM_UP + steps):
         tokens = torch.randint(shape.vocab_size, (batch_size, shape.context_length + 1), device=device)

@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_recite.py
     python benchmarks/time_to_recite.py --text my_story.txt --tokenizers story word --seeds 1 2 3
+    python benchmarks/time_to_recite.py --two-at-once
 
 Ours is `python story_llm.py train` with defaults, the whole process from start to exit: it tokenizes, trains,
 evaluates, samples, saves, measures recall and draws. Then the saved file is loaded and its recall measured again.
@@ -14,6 +15,11 @@ often it happens. Its recall would need the whole run: not measured here. Withou
 (TIKTOKEN_CACHE_DIR) its tokens are random, one for every 4 characters, and its row says so.
 
 Seconds, memory and sizes are medians over the seeds; --reference-steps 0 leaves the reference out.
+
+--two-at-once: what if the machine has something else to do? After each training alone, the same one is started
+twice at the same moment, and the later end counts. Twice as long means that two are as fast as one after the other.
+The reference is put under the same load: two processes time its parts at the same moment, and the slower median
+of its training steps counts.
 """
 
 import argparse
@@ -22,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
@@ -29,17 +36,33 @@ import common
 EPOCHS, BATCH_SIZE, EVAL_EVERY = 10, 2, 5  # of the reference
 
 
-def train_story_llm(tokenizer, seed, text):
-    """One run of the program with its defaults."""
+def measure_training(name, seed, text, alone=True):
+    """The reference, or one run of the program with a tokenizer and its defaults; if it runs alone, with recall."""
+    if name == "reference":
+        return common.measure(name)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "story_llm.pt")
         done = common.finish([
             sys.executable, common.ROOT / "story_llm.py", "train", "--text", text, "--seed", str(seed),
-            "--tokenizer", tokenizer, "--model", model, "--plot", Path(folder, "loss.png")])
+            "--tokenizer", name, "--model", model, "--plot", Path(folder, "loss.png")])
         if done.status:
             return {"absent": f"failed: {(done.stderr.strip().splitlines() or [done.status])[-1]}"}
-        recall = common.measure("recall", ["--model", str(model)])
+        recall = common.measure("recall", ["--model", str(model)]) if alone else {}
         return {**recall, "seconds": done.seconds, "peak_mb": done.peak_mb, "saved_mb": model.stat().st_size / 1e6}
+
+
+def measure_two_at_once(name, seed, text, alone):
+    """The same, started twice at the same moment, beside the result of it alone."""
+    if "absent" in alone:
+        return alone
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: measure_training(name, seed, text, alone=False), range(2)))
+    failed = [result for result in both if "absent" in result]
+    if failed:
+        return failed[0]
+    key = "step" if name == "reference" else "seconds"
+    slower = max(result[key] for result in both)
+    return {"alone": alone[key], "two": slower, "ratio": slower / alone[key]}
 
 
 def saved_recall(model, text):
@@ -112,9 +135,19 @@ def time_reference(text, steps):
         saved_mb = file.stat().st_size / 1e6
     total_steps = EPOCHS * len(loaders[0])
     often = {"step": total_steps, "evaluation": -(-total_steps // EVAL_EVERY), "sample": EPOCHS}
-    return {"seconds": sum(often.get(part, 1) * each for part, each in seconds.items()),
+    return {"seconds": sum(often.get(part, 1) * each for part, each in seconds.items()), "step": seconds["step"],
             "saved_mb": saved_mb, "note": note,
             "parts": " + ".join(f"{often.get(part, 1)} x {each:.2f} s {part}" for part, each in seconds.items())}
+
+
+def print_two_at_once(pairs, titles):
+    """The table of --two-at-once; each ratio is one of a seed, and the median of them stands beside."""
+    missing = common.missing_of(pairs, titles)
+    print("\nTwo at once, started at the same moment; the slower of both\n")
+    common.print_table(["", "alone, s", "two at once, s", "two at once / alone", "of the seeds"], [
+        [titles[name], *(f"{common.median(rounds, key):.2f}" for key in ("alone", "two", "ratio")),
+         common.spread(rounds, "ratio", "{:.2f}")] for name, rounds in pairs.items() if titles[name] not in missing],
+        missing)
 
 
 def main():
@@ -123,6 +156,7 @@ def main():
     parser.add_argument("--tokenizers", nargs="+", default=["gpt2", "story", "word"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="each is a round")
     parser.add_argument("--reference-steps", type=int, default=5, metavar="N", help="steps timed in each round (5)")
+    parser.add_argument("--two-at-once", action="store_true", help="measure two trainings at the same time, too")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -132,15 +166,18 @@ def main():
         return common.answer(time_reference, options.text, options.reference_steps)
     size = Path(options.text).stat().st_size / 1000
     print(f"{common.machine()}\n{Path(options.text).name}, {size:.1f} KB; seeds {options.seeds}\n")
-    results = {name: [] for name in [*options.tokenizers, *["reference"] * bool(options.reference_steps)]}
-    for seed in options.seeds:
-        for name, rounds in results.items():
-            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-            rounds.append(common.measure(name) if name == "reference" else train_story_llm(name, seed, options.text))
     titles = {name: f"story_llm, {name}" for name in options.tokenizers}
-    titles["reference"] = "LLMs-from-scratch, chapter 5, scaled"
-    missing = common.missing_of(results, {name: titles[name] for name in results})
-    rows, compared = [], "reference" in results and titles["reference"] not in missing
+    if options.reference_steps:
+        titles["reference"] = "LLMs-from-scratch, chapter 5, scaled"
+    results, pairs = ({name: [] for name in titles} for _ in range(2))
+    for seed in options.seeds:
+        for name in titles:
+            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+            results[name].append(measure_training(name, seed, options.text))
+            if options.two_at_once:
+                pairs[name].append(measure_two_at_once(name, seed, options.text, results[name][-1]))
+    missing = common.missing_of(results, titles)
+    rows, compared = [], "reference" in titles and titles["reference"] not in missing
     for name, rounds in results.items():
         if titles[name] in missing:
             continue
@@ -154,6 +191,10 @@ def main():
     common.print_table(header, rows, missing)
     if compared:
         print("\nThe reference's seconds, in the last round:", results["reference"][-1]["parts"])
+    if options.two_at_once:
+        if "reference" in titles:
+            titles["reference"] = "LLMs-from-scratch, chapter 5, one training step"
+        print_two_at_once(pairs, titles)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What the tests share: a tiny story, runs small enough for a moment's training, a bare machine."""
+import dataclasses
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import settings, strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import story_llm  # noqa: E402
+
+torch.set_num_threads(1)  # the models here are too small for more
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("repeatable")
+
+PROGRAM = ROOT / "story_llm.py"
+STORY = ROOT / "Short_Story.txt"
+TEXT = """The old ferryman tied his boat to the broken post, and waited for the rain to end.
+Nobody came down to the river that day, because the new king had closed the salt road.
+At night a boy ran along the bank with a lamp, and he called out a name we all knew.
+"Prince Aadhan has come home," he said, "and he asks who will carry him over the water."
+Then every door of the village opened slowly, one after another, and people stepped into the mud.
+My mother took the long oar from the wall without a word and gave it to the ferryman.
+"""
+# letters, marks, every kind of white space, quotes, accents, other scripts, and our special tokens as text
+some_text = st.one_of(
+    st.text(), st.text(st.sampled_from("ab'’ \n\r\t\x1c\x85\xa0\u2028.,—-\"“”(<|_9é漢ह\u0301\u200d😀\0")),
+    st.lists(st.sampled_from(["<|endoftext|>", "<|unk|>", " ", "king", "’s", "\r\n"])).map("".join))
+GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+
+
+def split_settings(both):
+    """{"emb_dim": 8, "epochs": 1} to the part for GPTConfig and the part for TrainConfig."""
+    names = {f.name for f in dataclasses.fields(story_llm.GPTConfig)}
+    return ({name: value for name, value in both.items() if name in names},
+            {name: value for name, value in both.items() if name not in names})
+
+
+def tiny(text=TEXT, tokenizer="word", **changed):
+    """(an untrained run of a moment's size, its corpus)"""
+    config, train_config = split_settings({
+        "context_length": 12, "emb_dim": 32, "n_heads": 2, "n_layers": 1, "batch_size": 8, "epochs": 4,
+        "eval_every": 5, "warmup_steps": 3, "precision": "fp32", **changed})
+    config, train_config = story_llm.GPTConfig(**config), story_llm.TrainConfig(**train_config)
+    corpus = story_llm.corpus_from_text(text, tokenizer, train_config.val_fraction, config.context_length,
+                                        vocab_size=300)
+    return story_llm.new_run(corpus, config, train_config), corpus
+
+
+def trained(text=TEXT, after_step=lambda run: False, **changed):
+    """`tiny`, trained to its end; just the run."""
+    run, corpus = tiny(text, **changed)
+    story_llm.train(run, corpus, after_step)
+    return run
+
+
+def lively_model(seed=0, **config):
+    """An untrained model with weights so large that its greedy text wanders, instead of repeating one token."""
+    model = story_llm.new_model(story_llm.GPTConfig(**{
+        "vocab_size": 40, "context_length": 8, "emb_dim": 32, "n_heads": 4, "n_layers": 2, **config}), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter * 3 + noise * (parameter.dim() == 1))
+    return model.eval()
+
+
+def weights_equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def closed_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def bare_environment(cache, proxy_port=None):
+    """Environment variables of a machine without GPT-2's files, whose network is at that local port."""
+    proxy = f"http://127.0.0.1:{proxy_port or closed_port()}"
+    return {"TIKTOKEN_CACHE_DIR": str(cache), "HTTPS_PROXY": proxy, "https_proxy": proxy, "HTTP_PROXY": proxy,
+            "http_proxy": proxy, "NO_PROXY": "", "no_proxy": "", "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}

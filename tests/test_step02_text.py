@@ -1,0 +1,283 @@
+"""Step 2: a text is loaded, split in two, and cut into words; in any script, and its sentences are found."""
+import itertools
+import os
+import re
+import signal
+import unicodedata
+
+import pytest
+from hypothesis import given, strategies as st
+
+from helpers import STORY, TEXT, some_text
+from scripts import ARABIC, BETWEEN, CHINESE, JAPANESE, SCRIPTS, SENTENCES, SPACED, THAI, UNSPACED
+from story_llm import load_text, recall_exercises, sentence_starts, split_text, split_words, word_starts
+
+
+def is_mark(character):
+    return unicodedata.category(character).startswith("M")
+
+
+def is_punctuation(character):
+    return unicodedata.category(character).startswith("P")
+
+
+def is_space(character):
+    """White space as Unicode has it; Python's isspace says so of four control characters more."""
+    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+
+
+def with_their_marks(text):
+    """The characters of a text, each with the marks that follow it."""
+    characters = []
+    for character in text:
+        if characters and is_mark(character):
+            characters[-1] += character
+        else:
+            characters.append(character)
+    return characters
+
+
+def bare_words(text):
+    """The words of a text that has spaces, without the punctuation around them."""
+    words = []
+    for word in text.split():
+        while is_punctuation(word[0]):
+            word = word[1:]
+        while is_punctuation(word[-1]):
+            word = word[:-1]
+        words.append(word)
+    return words
+
+
+# loading
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfOne.\nTwo.\n", b"One.\r\nTwo.\r\n", b"One.\rTwo.\r",
+                                     b"One.\nTwo.\n"])
+def test_byte_order_mark_and_line_ends_make_no_difference(tmp_path, content):
+    (tmp_path / "story.txt").write_bytes(content)
+    assert load_text(tmp_path / "story.txt") == "One.\nTwo.\n"
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_another_encoding_is_refused_with_the_byte_and_a_remedy(tmp_path, start):
+    content = start + "Die Königin".encode("latin-1")
+    (tmp_path / "story.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="iconv") as refusal:
+        load_text(tmp_path / "story.txt")
+    place, value = re.search(r"byte (\d+) is 0x(\w\w)", str(refusal.value)).groups()
+    assert content[int(place)] == int(value, 16) == ord("ö")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n\t \xc2\xa0"])
+def test_a_text_of_nothing_is_refused(tmp_path, content):
+    (tmp_path / "story.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="empty"):
+        load_text(tmp_path / "story.txt")
+
+
+def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "missing.txt", tmp_path, tmp_path / "pipe"):
+        with pytest.raises((OSError, ValueError), match=re.escape(str(path))):
+            load_text(path)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_loaded_as_it_was_written(tmp_path, name):
+    (tmp_path / "story.txt").write_text(SCRIPTS[name], encoding="utf-8")
+    assert load_text(str(tmp_path / "story.txt")) == SCRIPTS[name]
+
+
+# splitting in two
+
+@given(some_text, st.floats(0, 1, exclude_max=True))
+def test_the_two_parts_of_a_text_are_the_text_and_no_word_is_cut_but_a_very_long_one(text, fraction):
+    train_text, val_text = split_text(text, fraction)
+    assert train_text + val_text == text
+    if train_text and val_text and not train_text[-1].isspace() and not val_text[0].isspace():
+        assert not any(character.isspace() for character in train_text[1:][-50:])
+    assert fraction or not val_text
+
+
+@pytest.mark.parametrize("title", ["", "A title\n"])
+def test_a_text_in_a_script_without_spaces_is_not_all_kept_for_validation(title):
+    train_text, val_text = split_text(title + "天地玄黄宇宙洪荒" * 500, 0.1)
+    assert len(train_text) > 3000 and len(val_text) > 300
+
+
+def test_the_validation_part_is_about_as_large_as_asked_for():
+    assert len(TEXT) * 0.2 <= len(split_text(TEXT, 0.2)[1]) <= len(TEXT) * 0.2 + 12
+
+
+# words
+
+@given(some_text)
+def test_the_pieces_in_a_row_are_the_text(text):
+    pieces = split_words(text)
+    assert "".join(pieces) == text and "" not in pieces
+
+
+@given(some_text)
+def test_a_piece_is_white_space_or_something_with_at_most_one_space_before_it(text):
+    for piece in split_words(text):
+        assert all(map(is_space, piece)) or not any(map(is_space, piece.removeprefix(" ")))
+
+
+def test_words_and_marks_are_pieces_and_the_space_goes_with_what_follows_it():
+    assert split_words("Yes, said the king's son (twice)...") == [
+        "Yes", ",", " said", " the", " king's", " son", " (", "twice", ")", ".", ".", "."]
+    assert split_words("a\n\nb c-d so(on 3rd's_9") == ["a", "\n\n", "b", " c", "-", "d", " so", "(", "on", " 3rd's_9"]
+
+
+def test_an_apostrophe_within_a_word_belongs_to_it_and_a_quote_around_it_does_not():
+    assert split_words("'tis 'the king’s' o'er") == ["'", "tis", " '", "the", " king’s", "'", " o'er"]
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_where_spaces_part_the_words_each_piece_is_a_whole_word(name):
+    text = SPACED[name]
+    assert any(is_mark(character) for character in text)
+    words = [piece.strip() for piece in split_words(text) if not is_punctuation(piece.strip()[0])]
+    assert words == bare_words(text)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("name", UNSPACED)
+def test_where_no_spaces_part_the_words_each_piece_is_one_character_with_its_marks(name, form):
+    text = unicodedata.normalize(form, UNSPACED[name])
+    pieces = [piece.removeprefix(" ") for piece in split_words(text) if not piece.isspace()]
+    assert pieces == [character for character in with_their_marks(text) if not character.isspace()]
+
+
+def test_some_characters_of_thai_and_of_decomposed_japanese_have_marks():
+    """Else the test above would not say much."""
+    for text in (THAI, unicodedata.normalize("NFD", JAPANESE)):
+        assert sum(is_mark(character) for character in text) > 10
+
+
+@given(st.text(st.sampled_from("aé कகா்ि\u0301\u0651سب天かが\u3099น้ั漢9’' \n")))
+def test_no_mark_is_torn_from_its_letter(text):
+    """But where a mark of Thai follows a letter of another script, where no mark of Thai can stand."""
+    at = 0
+    for piece in split_words(text)[:-1]:
+        at += len(piece)
+        before, behind = text[at - 1], text[at]
+        if is_mark(behind) and behind not in "้ั":
+            assert not before.isalpha() and not is_mark(before)
+
+
+def test_a_foreign_word_in_a_text_without_spaces_stays_whole():
+    assert split_words("我用GPT模型2019年写故事") == [*"我用", "GPT", *"模型", "2019", *"年写故事"]
+
+
+# sentences
+
+def starts_of(sentences, between):
+    """Where each sentence starts in the text that they make."""
+    steps = [len(sentence) + len(between) for sentence in sentences]
+    return list(itertools.accumulate(steps[:-1], initial=0))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_sentences_of_every_script_are_found(name):
+    assert sentence_starts(SCRIPTS[name]) == starts_of(SENTENCES[name], BETWEEN[name])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_sentence_of_every_script_is_an_exercise_of_five_words_and_what_follows(name):
+    text, exercises = SCRIPTS[name], recall_exercises(SCRIPTS[name])
+    assert len(exercises) == len(SENTENCES[name])
+    for (prompt, answer), sentence in zip(exercises, SENTENCES[name]):
+        assert sentence.startswith(prompt)
+        if name in SPACED:
+            assert prompt.split() == sentence.split()[:5]
+        else:
+            letters = [c for c in prompt if not (is_mark(c) or is_punctuation(c) or c.isspace())]
+            assert len(letters) == 5
+        assert answer == text.partition(prompt)[2][:80]
+
+
+@pytest.mark.parametrize("end", ["।", "॥", "۔", "؟", "?", "!", ".", "…", "?!", '."', "!’", ".)", "۔”"])
+@pytest.mark.parametrize("space", [" ", "\n", "  ", "\n\n"])
+def test_after_these_ends_and_white_space_a_sentence_starts(end, space):
+    first = f"एक दो तीन{end}{space}"
+    assert sentence_starts(first + "چار پانچ") == [0, len(first)]
+
+
+@pytest.mark.parametrize("end", ["。", "！", "？", "。”", "！」", "？』", "。）"])
+@pytest.mark.parametrize("space", ["", "\n", " ", "\u3000"])
+def test_after_these_ends_no_space_is_needed(end, space):
+    first = f"山下有人{end}{space}"
+    assert sentence_starts(first + "天亮了") == [0, len(first)]
+
+
+def test_what_is_no_sentence_end_starts_none():
+    for text in ("Pi is 3.14 or so", "one, two; three: four", "a line\nand the next one", "山下，有人、走了", "end."):
+        assert sentence_starts(text) == [0]
+
+
+@pytest.mark.parametrize("gap", ["\n\n", "\n \t\n", "\n\n\n\n", "\n\u3000\n  "])
+def test_an_empty_line_starts_a_sentence_whatever_stands_before_it(gap):
+    assert sentence_starts(f"The Title{gap}It begins") == [0, len(f"The Title{gap}")]
+
+
+@given(some_text)
+def test_sentences_start_in_order_and_never_at_white_space_and_the_first_where_the_text_begins(text):
+    starts = sentence_starts(text)
+    solid = [i for i in range(len(text)) if not is_space(text[i])]
+    assert starts == sorted(set(starts))
+    assert starts == [0] if not solid else starts[0] == solid[0] and set(starts) <= set(solid)
+
+
+@given(st.text(st.sampled_from("ab’é9_-.,!? \n\t\u3000கி"), min_size=1))
+def test_where_spaces_part_the_words_they_start_after_white_space(text):
+    starts = [i for i in range(len(text)) if not text[i].isspace() and (i == 0 or text[i - 1].isspace())]
+    assert word_starts(text) == (starts or [0])
+
+
+@pytest.mark.parametrize("name", UNSPACED)
+def test_without_spaces_every_character_starts_a_word(name):
+    text = UNSPACED[name]
+    letters = [i for i in range(len(text)) if not (is_mark(text[i]) or is_punctuation(text[i]) or text[i].isspace())]
+    assert word_starts(text) == letters
+
+
+BLANK_LINES = ["\n", " \n", "\n\t", "\n\u3000"]
+
+
+@pytest.mark.parametrize("blank", BLANK_LINES)
+def test_a_thousand_blank_lines_at_the_end_are_no_sentence(blank):
+    text = TEXT + 1000 * blank
+    assert sentence_starts(text) == sentence_starts(TEXT)
+    assert [prompt for prompt, _ in recall_exercises(text)] == [prompt for prompt, _ in recall_exercises(TEXT)]
+
+
+def test_the_search_for_sentences_reads_blank_lines_once_and_not_once_for_each_of_them():
+    """Once takes a moment, a million times a million would take hours: the alarm is there to end that."""
+    def give_up(number, frame):
+        raise AssertionError("sentence_starts has not finished")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    try:
+        assert sentence_starts(TEXT + 250_000 * "".join(BLANK_LINES)) == sentence_starts(TEXT)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# the story
+
+def test_the_story_holds_the_promised_line_before_its_last_tenth():
+    story = load_text(STORY)
+    promised = ("Once Aadhan renounced his kingdom for the love of Thamarai, its people living in fear and oppression. "
+                "Aadhan knew he had to act swiftly to overthrow his brother's oppressive regime.")
+    assert story.count(promised) == 1 and promised in split_text(story, 0.1)[0]
+    assert 20_000 <= os.path.getsize(STORY) <= 25_600
+    paragraphs = [p for p in re.split(r"\n\s*\n", story) if len(p) > 40]
+    assert len(paragraphs) == len(set(paragraphs))
+
+
+def test_mixed_scripts_in_one_text_keep_their_own_sentences():
+    text = f"{ARABIC} {CHINESE}{JAPANESE}\n\n{TEXT}"
+    assert len(sentence_starts(text)) == sum(len(SENTENCES[name]) for name in ("arabic", "chinese", "japanese")) + 6

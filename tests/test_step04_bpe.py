@@ -1,0 +1,355 @@
+"""Step 4: byte-pair encoding, learned from the story or taken from GPT-2."""
+import contextlib
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections import Counter
+
+import pytest
+import regex
+from hypothesis import given, settings, strategies as st
+
+from helpers import GPT2_FILES, STORY, TEXT, bare_environment, closed_port, some_text, story_llm
+from scripts import ARABIC, CHINESE, HINDI, JAPANESE, SCRIPTS, SPACED, TAMIL, THAI
+from story_llm import (BPETokenizer, STORY_SPLIT, ask_for_gpt2, corpus_from_text, gpt2_tokens, learn_byte_pairs,
+                       make_tokenizer, tokenizer_from)
+
+BYTES = [bytes([b]) for b in range(256)]
+
+
+def kinds_of(text):
+    """What each character is; a joiner is of the kind before it in an emoji of several, else a letter."""
+    kinds = []
+    for character in text:
+        category = unicodedata.category(character)[0]
+        if character in "\u200c\u200d":
+            kinds.append("others" if kinds[-1:] == ["others"] else "letters")
+        elif character.isspace():
+            kinds.append("space")
+        else:
+            kinds.append({"L": "letters", "M": "letters", "N": "digits"}.get(category, "others"))
+    return kinds
+
+
+def words_of(text):
+    """The words within which pairs are joined: characters of one kind, with the space before them; and white space."""
+    runs = ["".join(character for _, character in run)
+            for _, run in itertools.groupby(zip(kinds_of(text), text), lambda pair: pair[0])]
+    words, space = [], ""
+    for number, run in enumerate(runs, 1):
+        if not run.isspace():
+            words.append(space + run)
+            space = ""
+        elif number == len(runs):
+            words.append(run)
+        else:
+            space = " " if run.endswith(" ") else ""
+            words += [part for part in (run[:-1], run[-1].removeprefix(" ")) if part]
+    return words
+
+
+def learn_naively(text, vocab_size):
+    """Count all pairs anew for each merge; of pairs that are equally frequent, the smallest."""
+    words = [[bytes([b]) for b in word.encode()] for word in words_of(text)]
+    tokens = list(BYTES)
+    while len(tokens) < vocab_size - 1:
+        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not counts or max(counts.values()) < 2:
+            break
+        first, second = best = min(counts, key=lambda pair: (-counts[pair], pair))
+        if first + second not in tokens:
+            tokens.append(first + second)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [first + second]
+                i += 1
+    return tokens
+
+
+def pieces(tokenizer, text):
+    return [tokenizer.tokens[token_id] for token_id in tokenizer.encode(text)]
+
+
+def gpt2_pieces(encoding, text):
+    return [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(text)]
+
+
+# where a text is split before pairs are joined
+
+@given(st.text(st.sampled_from("abé 's \n\t12½.,-—😀_கா்ि\u0301\u200dعَ漢か\u3099")))
+def test_the_story_is_split_where_letters_digits_others_and_white_space_meet(text):
+    assert regex.findall(STORY_SPLIT, text) == words_of(text)
+
+
+@given(some_text)
+def test_the_split_loses_nothing(text):
+    assert "".join(regex.findall(STORY_SPLIT, text)) == text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_word_of_any_script_is_split_before_a_mark(name):
+    for word in regex.findall(STORY_SPLIT, SCRIPTS[name]):
+        assert not unicodedata.category(word.strip(" ")[:1] or " ").startswith("M")
+
+
+@pytest.mark.parametrize("name", SPACED)
+def test_any_word_of_a_script_with_marks_can_become_one_token(name):
+    words = {word.strip(".,:?!؟،।") for word in SPACED[name].split()}
+    assert sum(unicodedata.category(c).startswith("M") for word in words for c in word) > 5
+    for word in words:
+        tokenizer = BPETokenizer(learn_byte_pairs(f" {word}" * 3, 1000), "story")
+        assert pieces(tokenizer, f" {word}") == [f" {word}".encode()]
+
+
+@pytest.mark.parametrize("word", ["நான்\u200cகு", "क्\u200dष", "می\u200cروم", "ไม่ไป", "か\u3099く", "مُحَمَّد"])
+def test_joiners_and_marks_in_a_row_keep_a_word_together(word):
+    tokenizer = BPETokenizer(learn_byte_pairs(word + " x " + word, 1000), "story")
+    assert pieces(tokenizer, word) == [word.encode()]
+
+
+# learning
+
+@pytest.mark.parametrize("text", [TEXT, "a b a b c", "aaaaaaa aaa aa a", "abab abab ab", "don't can't won't  \n\n  x",
+                                  "漢漢 漢 é é 😀😀", "the then them there " * 3, *SCRIPTS.values()],
+                         ids=lambda text: text[:12])
+def test_the_learned_tokens_are_those_of_a_naive_learner(text):
+    assert learn_byte_pairs(text, 400) == learn_naively(text, 400)
+
+
+@given(st.text(st.sampled_from("aab \nbé்க9."), max_size=60), st.integers(257, 300))
+def test_the_learned_tokens_are_those_of_a_naive_learner_for_any_text(text, vocab_size):
+    assert learn_byte_pairs(text, vocab_size) == learn_naively(text, vocab_size)
+
+
+def test_the_vocabulary_has_at_most_the_size_asked_for():
+    assert len(learn_byte_pairs(TEXT, 257)) == 256
+    assert len(learn_byte_pairs(TEXT, 300)) == 299
+    assert BPETokenizer(learn_byte_pairs(TEXT, 300), "story").vocab_size == 300
+
+
+@pytest.mark.parametrize("size", [256, 0, -1])
+def test_a_vocabulary_too_small_for_all_bytes_is_refused(size):
+    with pytest.raises(ValueError, match=f"257.*{size}"):
+        learn_byte_pairs(TEXT, size)
+
+
+# encoding and decoding
+
+LEARNED = BPETokenizer(learn_byte_pairs(TEXT, 400), "story")
+
+
+@given(some_text)
+def test_decoding_what_was_encoded_gives_any_text_back(text):
+    ids = LEARNED.encode(text)
+    assert LEARNED.decode(ids) == text
+    assert all(0 <= i < LEARNED.vocab_size for i in ids) and LEARNED.end_of_text not in ids
+
+
+@pytest.mark.parametrize("learned_from", SCRIPTS)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_given_back_by_a_tokenizer_of_any_script(learned_from, name):
+    tokenizer = BPETokenizer(learn_byte_pairs(SCRIPTS[learned_from], 400), "story")
+    assert tokenizer.decode(tokenizer.encode(SCRIPTS[name])) == SCRIPTS[name]
+
+
+@pytest.mark.parametrize("text", [TEXT, TAMIL, HINDI, ARABIC, THAI, CHINESE, JAPANESE], ids=lambda text: text[:12])
+def test_a_learned_encoding_makes_its_text_shorter_and_no_token_crosses_a_word(text):
+    tokenizer = BPETokenizer(learn_byte_pairs(text, 500), "story")
+    tokens = pieces(tokenizer, text)
+    assert len(tokens) < len(text.encode()) * 2 / 3
+    ends = set(itertools.accumulate(len(token) for token in tokens))
+    assert ends >= set(itertools.accumulate(len(word.encode()) for word in words_of(text)))
+
+
+def test_bytes_that_make_no_character_are_decoded_as_the_replacement_sign():
+    assert LEARNED.decode([0xC3]) == "\ufffd"
+
+
+def test_a_lone_surrogate_does_not_raise():
+    assert LEARNED.decode(LEARNED.encode("a\ud800b"))[0] == "a"
+    assert learn_byte_pairs("a\ud800 a\ud800", 300)
+
+
+def test_the_special_token_is_decoded_as_it_is_written_and_never_encoded():
+    assert LEARNED.decode([LEARNED.end_of_text]) == "<|endoftext|>"
+    assert LEARNED.end_of_text == len(LEARNED.tokens) not in LEARNED.encode("<|endoftext|>")
+
+
+@pytest.mark.parametrize("tokens", [BYTES[1:], BYTES + [b"ab", b"ab"], BYTES + [b"a"]])
+def test_a_saved_vocabulary_with_a_double_or_without_a_byte_is_refused(tokens):
+    with pytest.raises(ValueError, match="tokenizer"):
+        tokenizer_from({"kind": "story", "tokens": [token.decode("latin-1") for token in tokens]})
+
+
+# choosing a tokenizer
+
+@pytest.mark.parametrize("kind", ["bytes", "", None, "GPT2"])
+def test_an_unknown_kind_is_refused_by_name(kind):
+    with pytest.raises(ValueError, match=repr(kind)):
+        make_tokenizer(kind, TEXT)
+
+
+def test_a_learned_tokenizer_knows_nothing_of_the_validation_text():
+    assert " Vikram" not in make_tokenizer("word", TEXT, " Vikram" * 99).tokens
+    assert make_tokenizer("story", TEXT, " Vikram" * 99, 300).tokens == learn_byte_pairs(TEXT, 300)
+
+
+def test_byte_pairs_are_learned_from_the_beginning_of_a_long_text(monkeypatch):
+    monkeypatch.setattr(story_llm, "LEARN_FROM", len(TEXT))
+    tokenizer = make_tokenizer("story", TEXT + "Vikram " * 999, vocab_size=300)
+    assert tokenizer.tokens == learn_byte_pairs(TEXT, 300)
+
+
+# without GPT-2's files
+
+def test_without_files_and_network_auto_learns_from_the_story(bare):
+    tokenizer = make_tokenizer("auto", TEXT, vocab_size=300)
+    assert tokenizer.kind == "story" and tokenizer.tokens == learn_byte_pairs(TEXT, 300)
+
+
+def test_without_files_and_network_gpt2_is_refused_with_all_that_is_needed_to_get_it(bare):
+    with pytest.raises(OSError) as refusal:
+        make_tokenizer("gpt2", TEXT)
+    for needed in ("vocab.bpe", "encoder.json", *GPT2_FILES, "TIKTOKEN_CACHE_DIR", "--tokenizer story"):
+        assert needed in str(refusal.value)
+
+
+def test_damaged_files_are_as_good_as_none(bare):
+    for name in GPT2_FILES:
+        (bare / name).write_bytes(b"#version: 0.2\n")
+    assert isinstance(ask_for_gpt2(), OSError) and make_tokenizer("auto", TEXT).kind == "story"
+    with pytest.raises(OSError):
+        gpt2_tokens()
+
+
+@pytest.fixture
+def hangs_up():
+    """(the port of a network that hangs up on everybody who asks, the list of those who asked)"""
+    asked = []
+
+    def serve():
+        with contextlib.suppress(OSError):      # until it is shut
+            while True:
+                connection, address = listener.accept()
+                asked.append(address)
+                connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], asked
+        listener.shutdown(socket.SHUT_RDWR)     # wakes the thread
+    thread.join()
+
+
+def test_a_network_that_failed_is_not_asked_again(bare, hangs_up, monkeypatch):
+    port, asked = hangs_up
+    for name, value in bare_environment(bare, port).items():
+        monkeypatch.setenv(name, value)
+    failure = ask_for_gpt2()
+    once = len(asked)
+    assert isinstance(failure, OSError) and once > 0
+    assert ask_for_gpt2() is failure
+    corpus = corpus_from_text("Far too short a text to keep a part.", "auto", 0.5)     # it makes its tokenizer twice
+    assert corpus.tokenizer.kind == "story" and len(corpus.val_ids) == 0
+    with pytest.raises(OSError):
+        gpt2_tokens([TEXT])
+    assert len(asked) == once
+    ask_for_gpt2.cache_clear()
+    ask_for_gpt2()
+    assert len(asked) == 2 * once       # they would have been counted
+
+
+def test_a_network_that_never_answers_is_given_up_and_not_waited_for_again(tmp_path):
+    """In a process of its own, which must end too, although a thread of it still waits, but never a second one."""
+    program = ("import story_llm, threading\n"
+               "before = threading.active_count()\n"
+               "first = story_llm.ask_for_gpt2(seconds=1)\n"
+               "second = story_llm.ask_for_gpt2(seconds=1)\n"
+               "print(type(first), second is first, threading.active_count() - before, first)\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = subprocess.run([sys.executable, "-c", program], env=bare_environment(tmp_path, silent.getsockname()[1]),
+                              capture_output=True, text=True, timeout=60)
+        silent.setblocking(False)
+        silent.accept()     # it did ask this network,
+        with pytest.raises(BlockingIOError):
+            silent.accept()     # and only once
+    assert done.stdout.startswith("<class 'OSError'> True 1 no answer") and done.returncode == 0, done.stderr
+
+
+def test_a_closed_port_is_really_closed():
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", closed_port()), timeout=5):
+        pass
+
+
+# GPT-2's own encoding
+
+KNOWN = {"Hello, I am": [15496, 11, 314, 716],
+         "Once Aadhan renounced his kingdom": [7454, 38746, 7637, 8851, 8918, 465, 13239]}
+ODD = "I'll we've it's they're don't you'd I'm  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 1234567 ...!? <|endoftext|> İ"
+
+
+def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):
+    tokenizer = make_tokenizer("gpt2", TEXT, full_vocab=True)
+    assert tokenizer.vocab_size == 50257 and tokenizer.end_of_text == 50256
+    for text, ids in KNOWN.items():
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == text
+    for text in (ODD, TEXT, *SCRIPTS.values()):
+        assert tokenizer.encode(text) == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("text", [TEXT, ODD, *KNOWN, *SCRIPTS.values()], ids=lambda text: text[:12])
+def test_the_kept_vocabulary_splits_its_text_as_gpt2_does(gpt2, text):
+    tokenizer = make_tokenizer("gpt2", text)
+    assert pieces(tokenizer, text) == gpt2_pieces(gpt2, text) and tokenizer.vocab_size < 1000
+
+
+def test_the_kept_vocabulary_splits_the_story_as_gpt2_does_and_is_much_smaller(gpt2):
+    story = story_llm.load_text(STORY)
+    tokenizer = make_tokenizer("auto", *story_llm.split_text(story, 0.1))
+    assert tokenizer.kind == "gpt2" and tokenizer.vocab_size < 50257 / 10
+    for part in story_llm.split_text(story, 0.1):
+        assert pieces(tokenizer, part) == gpt2_pieces(gpt2, part)
+
+
+@settings(max_examples=20)
+@given(train_text=some_text, val_text=some_text)
+def test_the_kept_vocabulary_splits_both_parts_of_any_text_as_gpt2_does(gpt2, train_text, val_text):
+    tokenizer = make_tokenizer("gpt2", train_text, val_text)
+    for text in (train_text, val_text):
+        assert pieces(tokenizer, text) == gpt2_pieces(gpt2, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.fixture(scope="module")
+def kept(gpt2):
+    return make_tokenizer("gpt2", TEXT)
+
+
+@given(words=st.lists(st.sampled_from(regex.findall(r" [^\s\W]+(?=\W)", TEXT))))
+def test_the_kept_vocabulary_splits_the_same_words_in_another_order_as_gpt2_does(gpt2, kept, words):
+    assert pieces(kept, "".join(words)) == gpt2_pieces(gpt2, "".join(words))
+
+
+@given(text=some_text)
+def test_the_kept_vocabulary_gives_any_other_text_back(kept, text):
+    assert kept.decode(kept.encode(text)) == text
+
+
+def test_the_kept_entries_are_what_the_text_needs_and_no_more(gpt2):
+    """In GPT-2's order, with all bytes; each longer entry is one that occurs, or part of another one that is kept."""
+    everything, kept = gpt2_tokens(), gpt2_tokens([TEXT])
+    ranks = {token: rank for rank, token in enumerate(everything)}
+    places = [ranks[token] for token in kept]
+    assert len(everything) == 50256 and places == sorted(set(places)) and set(BYTES) <= set(kept)
+    occur = set(gpt2_pieces(gpt2, TEXT))
+    assert occur <= set(kept)
+    for token in set(kept) - occur - set(BYTES):
+        assert any(token in other and ranks[token] < ranks[other] for other in kept if other != token)
+    for token in set(kept) - set(BYTES):
+        assert any(token[:i] in kept and token[i:] in kept for i in range(1, len(token))), token
