@@ -110,6 +110,7 @@ def split_text(text, val_fraction):
     >>> split_text("They went upriver by boat.", 0.3)
     ('They went upriver', ' by boat.')
     """
+    check(0 <= val_fraction < 1, f"val_fraction must be 0 or more, below 1, not {val_fraction}")
     if val_fraction == 0:
         return text, ""
     cut = len(text) - int(len(text) * val_fraction)
@@ -433,7 +434,6 @@ def causal_mask(T, S, device=None):
 
 def attend(queries, keys, values, drop_rate=0.0):
     """What each query gathers, (..., T, D): queries (..., T, D), keys and values (..., S, D).
-
     Two tokens, D = 2. The second one's query is like the first one's key: its scores are 2 and 0;
     divided by sqrt(2), 1.41 and 0; and its shares 0.80 and 0.20. The first one sees only itself:
     >>> queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -464,8 +464,7 @@ def attend(queries, keys, values, drop_rate=0.0):
 # One head might look for the last person that was named, another for the last verb. So there are H
 # heads. Each Linear still reads all C numbers of a token; its C results are cut into H pieces of D,
 # and each head attends by itself. It costs no more: three Linears, and one that mixes what the
-# heads have found, are 4 C^2 weights for any H. (`linear`, below, is an nn.Linear with its first
-# weights.)
+# heads have found, are 4 C^2 weights for any H. (`linear`, below, makes an nn.Linear.)
 class MultiHeadAttention(nn.Module):
     """H attentions side by side: (B, T, C) -> (B, T, C).
     >>> attention = MultiHeadAttention(GPTConfig(emb_dim=32, n_heads=4))
@@ -644,8 +643,8 @@ def count_parameters(part):
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
 #     Once Aadhan renounced his kingdom c cpppbourp crowd
 def generate_text_simple(model, idx, max_new_tokens, context_size):
-    """Append `max_new_tokens` greedily chosen tokens to idx (B, T); returns (B, T +
-    max_new_tokens). The model sees the last `context_size` tokens.
+    """Append `max_new_tokens` greedily chosen tokens to idx, (B, T); returns the longer rows.
+    The model sees the last `context_size` tokens.
 
     Anything that makes logits of ids will do as a model. This one knows five tokens, and that after
     each comes the next, and after the last the first:
@@ -707,8 +706,8 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 #
 #     $ python story_llm.py evaluate --untrained
 #     an untrained model:
-#       Train loss               7.846
-#       Val loss                 7.848
+#       Train loss               7.750
+#       Val loss                 7.746
 #       ln(2079), a blind guess  7.640
 #     Recall 0.0%: 0 of 173 sentences continued to the letter after five words
 
@@ -959,23 +958,25 @@ def next_token_probabilities(logits, sampling):
     """
     if sampling.temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    best = logits.max(dim=-1, keepdim=True).values
-    probabilities = ((logits - best).float() / sampling.temperature).softmax(dim=-1)
+    logits = logits.double() - logits.max(dim=-1, keepdim=True).values     # the best becomes 0
+    probabilities = (logits / sampling.temperature).softmax(dim=-1)
     in_order, order = probabilities.sort(dim=-1, descending=True)
     if sampling.top_k:
         in_order[..., sampling.top_k:] = 0
-    likelier = in_order.cumsum(dim=-1) - in_order             # of all better ones together
-    in_order[likelier > sampling.top_p * in_order.sum(dim=-1, keepdim=True)] = 0
+    if sampling.top_p < 1:
+        likelier = in_order.cumsum(dim=-1) - in_order         # of all better ones together
+        enough = sampling.top_p * in_order.sum(dim=-1, keepdim=True)
+        in_order[..., 1:][likelier[..., 1:] >= enough] = 0    # the best always stays
     kept = torch.zeros_like(probabilities).scatter(-1, order, in_order)      # back to their places
-    return kept / kept.sum(dim=-1, keepdim=True)
+    return (kept / kept.sum(dim=-1, keepdim=True)).float()
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
     """Continue token_ids (B, T), T > 0: yields one tensor (B,) after the other, the new token of
     each row. Greedy, it chooses the same tokens as `generate_text_simple`, only faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
-    window = token_ids[:, -context_length:].to(model.tok_emb.weight.device)
-    generator = torch.Generator(window.device).manual_seed(sampling.seed)
+    window = token_ids[:, -context_length:].cpu()             # chance is the same on all machines
+    generator = torch.Generator().manual_seed(sampling.seed)
     cache = KeyValueCache()
     new = window
     for _ in range(max_new_tokens):
@@ -983,7 +984,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
             cache = KeyValueCache()
             new = window
         with inference(model):
-            logits = model(new, cache)[:, -1, :]              # (B, vocabulary)
+            logits = model(new, cache)[:, -1, :].cpu()        # (B, vocabulary)
         probabilities = next_token_probabilities(logits, sampling)
         new = torch.multinomial(probabilities, 1, generator=generator)      # one by chance, (B, 1)
         yield new[:, 0]
@@ -1068,15 +1069,15 @@ def encode_corpus(tokenizer, train_text, val_text):
     both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", "replace")
     return Corpus(tokenizer, train_text, train_ids, val_ids, hashlib.sha256(both).hexdigest())
 
-# A sentence starts at the beginning, behind . ! ? and the like, or behind an empty line. (`*+` is a
-# `*` that gives nothing back: without the plus, a thousand empty lines would take seconds.)
+# A sentence starts at the beginning, behind . ! ? and the like, or behind an empty line.
 
 SENTENCE_START = regex.compile(
-    r"""(?:\A|[.!?…।॥؟۔]["'”’)\]]*\s|[。！？]["'”’」』）]*|\n[^\S\n]*\n)\s*+(?=\S)""")
+    r"""(?:\A|[.!?…।॥؟۔።។။]["'”’)\]]*\s|[。！？]["'”’」』）]*|\n[^\S\n]*\n)\s*""")
 SPOKEN_WORD = regex.compile(rf"\p{{P}}*{UNSPACED}\p{{M}}*\p{{P}}*|[\S--{UNSPACED}]+", regex.V1)
 
 def sentence_starts(text):
-    return [match.end() for match in SENTENCE_START.finditer(text)] or [0]
+    ends = [match.end() for match in SENTENCE_START.finditer(text)]
+    return [end for end in ends if end < len(text)] or [0]
 
 def word_starts(text):
     return [match.start() for match in SPOKEN_WORD.finditer(text)] or [0]
@@ -1127,8 +1128,8 @@ def count_hits(model, tokenizer, exercises):
             new_tokens = generate(model, rows, max_new_tokens=320)
             undecided = True
             while undecided:
-                columns = [column.to(rows.device) for column in itertools.islice(new_tokens, 8)]
-                rows = torch.cat([rows, *[column[:, None] for column in columns]], dim=1)
+                columns = [column[:, None] for column in itertools.islice(new_tokens, 8)]
+                rows = torch.cat([rows, *columns], dim=1)
                 texts = [tokenizer.decode(row)[n:] for row, n in zip(rows.tolist(), shown)]
                 pairs = [(text.rstrip("\ufffd"), answer) for text, (_, answer) in zip(texts, some)]
                 undecided = columns and any(text != answer and answer.startswith(text)
@@ -1160,7 +1161,7 @@ def own_random_numbers(*names, device=torch.device("cpu")):
 def new_model(config, seed=0):
     """An untrained model; same seed, same weights."""
     with own_random_numbers("weights", seed):
-        return GPTModel(config)
+        return GPTModel(config).eval()
 
 # ═══ Workshop: GPT-2's encoding ════════════════════════════════════════════════════════════════
 

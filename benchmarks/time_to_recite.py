@@ -16,10 +16,10 @@ often it happens. Its recall would need the whole run: not measured here. Withou
 
 Seconds, memory and sizes are medians over the seeds; --reference-steps 0 leaves the reference out.
 
---two-at-once: what if the machine has something else to do? After each training alone, the same one is started
-twice at the same moment, and the later end counts. Twice as long means that two are as fast as one after the other.
-The reference is put under the same load: two processes time its parts at the same moment, and the slower median
-of its training steps counts.
+--two-at-once: after each training alone, the same training is started twice at the same moment, as on a machine that
+has something else to do; the later end counts. If the machine is shared without loss, the ratio to one alone is 2 at
+most. The reference is put under the same load: two processes time its parts at the same moment (with twice the
+memory), and the slower median of its training steps counts. Recall is measured of the training alone.
 """
 
 import argparse

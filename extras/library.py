@@ -153,13 +153,13 @@ def parse(argv):
     """The command line as a namespace, with `given`: what of it was really given."""
     parser = argparse.ArgumentParser(prog="library.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
-    command = commands.add_parser("tokenize", help="make a file of token ids")
+    command = commands.add_parser("tokenize", help="make a file of token ids", allow_abbrev=False)
     command.add_argument("--text", required=True, help="a UTF-8 text file")
     command.add_argument("--out", default="library.bin", help="the file to write (library.bin)")
     command.add_argument("--tokenizer", choices=("gpt2", "story"), default="gpt2",
                          help="GPT-2's, or one that is learned from the text (gpt2)")
     story_llm.add_option(command, "vocab_size")
-    command = commands.add_parser("train", help="train on a file of token ids")
+    command = commands.add_parser("train", help="train on a file of token ids", allow_abbrev=False)
     command.add_argument("--data", default="library.bin", help="the file of ids (library.bin)")
     options = f"preset {story_llm.SHAPE} {story_llm.TRAINING} prompt model resume device".split()
     options.remove("openings")      # these are made of the text

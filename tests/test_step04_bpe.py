@@ -291,7 +291,7 @@ def test_a_closed_port_is_really_closed():
 
 KNOWN = {"Hello, I am": [15496, 11, 314, 716],
          "Once Aadhan renounced his kingdom": [7454, 38746, 7637, 8851, 8918, 465, 13239]}
-ODD = "I'll we've it's they're don't you'd I'm  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 1234567 ...!? <|endoftext|> İ"
+ODD = "I'll we've it's they're you'd I'm don't  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 123456 ...! <|endoftext|> İ"
 
 
 def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):

@@ -27,6 +27,7 @@ from story_llm import (FORMAT, encode_corpus, generate_text, generate_text_simpl
                        measure_recall, optimizer_state, plot_losses, save_checkpoint, train)
 
 POSIX = os.name == "posix"
+UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")       # what ends a line or steers a terminal
 
 
 def same(a, b):
@@ -71,8 +72,9 @@ def write_state(path, state):
 
 
 def check_refusal(error, path):
-    """A refusal is one line that can be read and shown, and says which file."""
-    assert str(path) in str(error) and len(str(error)) < 1000 + len(str(path)) and str(error).isprintable(), error
+    """A refusal is one line, not a long one, that says which file, and that a terminal can show."""
+    message = str(error)
+    assert str(path) in message and len(message) < 1000 + len(str(path)) and not UNFIT.search(message), repr(message)
 
 
 def refusal(path, kind=ValueError):
@@ -294,7 +296,7 @@ def assert_untouched(path, saved):
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_litter(saved, copied):
-    """A real limit on the size of files, wherever in the file it is met: in the tensors, at the end, in the checksum."""
+    """A real limit on the size of files, wherever in the file it is met: in tensors, at the end, in the checksum."""
     pytest.importorskip("resource")          # Windows has none
     size = copied.stat().st_size
     code = """if True:
@@ -562,7 +564,15 @@ def smallest(tmp_path_factory):
     train(run, corpus, lambda run: run.step == 3)
     run.asked = {"epochs": 3}
     save_checkpoint(path, run)
-    return lambda: (read_state(path), corpus)
+    state = read_state(path)
+    return lambda: (fresh(state), corpus)
+
+
+def fresh(node):
+    """A copy of dictionaries and lists; what is in them is shared."""
+    if isinstance(node, dict):
+        return {key: fresh(value) for key, value in node.items()}
+    return [fresh(value) for value in node] if isinstance(node, list) else node
 
 
 odd_numbers = st.sampled_from([0, -1, 1, 2, 7, 1 << 31, 1 << 53, 1 << 63, -(1 << 63), 10**18, 10**300, 0.5, -0.0,
@@ -590,9 +600,10 @@ def nested(depth, kind):
 
 
 ALIKE = [lambda t: t * math.nan, lambda t: t - 1e30, lambda t: t * 0 - 1, lambda t: t.double(), lambda t: t.bfloat16(),
-         lambda t: t.reshape(-1), lambda t: t.T, lambda t: t[..., None], lambda t: t.sum(), lambda t: t.tolist(),
-         lambda t: t.clone().requires_grad_(), lambda t: torch.zeros(1).expand(t.shape), torch.nn.Parameter,
-         lambda t: t.to_sparse() if t.dim() else t, lambda t: torch.zeros(t.shape, device="meta")]
+         lambda t: t.reshape(-1), lambda t: t.mT if t.dim() > 1 else t, lambda t: t[..., None], lambda t: t.sum(), lambda t: t.tolist(),
+         lambda t: t.clone().requires_grad_(), lambda t: torch.zeros(()).expand(t.shape), torch.nn.Parameter,
+         lambda t: t.to_sparse() if t.dim() else t, lambda t: torch.zeros(t.shape, device="meta"),
+         lambda t: t * 2, torch.zeros_like, torch.ones_like, lambda t: t[:1].expand(t.shape) if t.dim() else t]
 
 
 def tamper(data, state):
@@ -602,7 +613,7 @@ def tamper(data, state):
         parent = node
         key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
         node = node[key]
-    how = data.draw(st.sampled_from(["other", "other", "other", "less", "more", "alike", "alike", "nested", "kind"]))
+    how = data.draw(st.sampled_from(["other", "other", "less", "more", "alike", "alike", "alike", "nested", "kind"]))
     if how == "less":
         del parent[key]
     elif how == "more" and isinstance(node, dict):
@@ -615,8 +626,8 @@ def tamper(data, state):
         parent[key] = OrderedDict(node)
     elif how == "alike" and isinstance(node, torch.Tensor):
         parent[key] = data.draw(st.sampled_from(ALIKE))(node)
-    elif how == "alike" and type(node) in (int, float):
-        parent[key] = data.draw(odd_numbers)
+    elif how == "alike" and type(node) in (int, float, str):
+        parent[key] = data.draw(odd_texts if type(node) is str else odd_numbers)
     else:
         parent[key] = data.draw(anything)
 
@@ -633,8 +644,7 @@ def load_or_refuse(path, state, corpus):
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_a_signed_file_with_anything_in_it_loads_into_a_usable_run_or_is_refused_in_one_line(
-        smallest, tmp_path_factory, data):
+def test_a_signed_file_with_anything_in_it_is_a_usable_run_or_refused_in_one_line(smallest, tmp_path_factory, data):
     state, corpus = smallest()
     for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]))):
         tamper(data, state)
@@ -702,7 +712,7 @@ class RunsCode:
 
 
 GIGABYTE = b"c%s\nbytearray\n(J" + struct.pack("<i", 10**9) + b"tR"
-DEEP = 300_000
+DEEP = 150_000
 
 
 def harmful_files(folder, state):
@@ -793,7 +803,7 @@ def test_files_that_would_run_code_take_memory_or_crash_are_refused_before_they_
     assert [result[0] for result in results] == names
     bad = []
     for name, kind, message, grown in results:
-        fine = kind == "ValueError" and name in message and len(message) < 1000 and message.isprintable()
+        fine = kind == "ValueError" and name in message and len(message) < 1000 and not UNFIT.search(message)
         if not fine or grown > 60e6:
             bad.append(f"{name}: {kind}, {message[:100]!r}, {grown / 1e6:.0f} MB more")
     assert not bad, "\n".join(bad)
