@@ -747,7 +747,7 @@ def train(run, corpus, after_step=lambda run: False, take_step=None):
     while True:
         if evaluation_due(run):
             run.history.append(evaluate(run, corpus))
-        if after_step(run) or run.step == run.total_steps:
+        if after_step(run) or run.step >= run.total_steps:
             break
         run.model.train()                # dropout on
         inputs, targets = batches[run.step]
@@ -1789,7 +1789,8 @@ def command_words(args):
 def command_bpe(args):
     run, corpus = untrained(args)
     tokenizer, text = run.tokenizer, corpus.train_text
-    some = token_names(tokenizer, range(256, min(270, tokenizer.vocab_size)))
+    start = min(256, max(0, tokenizer.vocab_size - 14))      # behind the bytes, or the last ones
+    some = token_names(tokenizer, range(start, min(start + 14, tokenizer.vocab_size)))
     log(f"the text: {len(text):,} characters; {len(corpus.train_ids):,} {tokenizer.kind} tokens\n"
         f"the vocabulary: {tokenizer.vocab_size:,} entries, for example {' '.join(some)}\n"
         f"encoded and decoded, it is the same: {tokenizer.decode(tokenizer.encode(text)) == text}")
@@ -1845,7 +1846,8 @@ class Progress:
     def __enter__(self):
         def ask(number, frame):
             self.stop = True
-            signal.signal(number, signal.default_int_handler)
+            for each in self.handlers:
+                signal.signal(each, signal.default_int_handler)
 
         here = threading.current_thread() is threading.main_thread()       # no other may do this
         signals = (signal.SIGINT, signal.SIGTERM) if here else ()
@@ -1872,11 +1874,12 @@ class Progress:
             log_evaluation(run, speed)
         elif sys.stderr.isatty():                # a line that the next one replaces
             log(f"step {run.step} of {run.total_steps}{speed}", sys.stderr, end="\x1b[K\r")
-        last = self.stop or run.step == run.total_steps
+        stop = self.stop                         # asked once: it may change at any moment
+        last = stop or run.step >= run.total_steps
         if last or (looked and run.step > 0 and time.perf_counter() > self.next_save):
             self.save(run)
         self.clock = time.perf_counter()
-        return self.stop
+        return stop
 
     def save(self, run):
         """Save, but not so often that it takes more than 2 % of the time."""
@@ -1950,7 +1953,7 @@ def command_next(args):
 def command_generate(args):
     sampling = chosen(Sampling(), args)
     run = saved_or_untrained(args)
-    if args.untrained:      # step 8's own function
+    if args.untrained and sampling.temperature == 0:       # step 8's own function
         longer = generate_text_simple(run.model, prompt_tokens(args, run), args.max_new_tokens,
                                       run.config.context_length)
         log(run.tokenizer.decode(longer[0].tolist()))
@@ -1971,10 +1974,9 @@ def command_tour(args):
     with contextlib.chdir(folder):
         for number, (title, command, sentence) in enumerate(STEPS, 1):
             log(f"\n\n═══ {number}: {title} ═══\n\n{sentence}\n\n$ python story_llm.py {command}\n")
-            if command in shown:
-                log("(its output stands above)")
-            elif main(shlex.split(command)) != 0:
-                return 1
+            status = log("(see above)") if command in shown else main(shlex.split(command))
+            if status:
+                return status
             shown.add(command)
             if args.pause:
                 log("\n[Enter] ", end="")
@@ -2059,6 +2061,8 @@ def parse(argv):
         if "untrained" not in given:
             parsers.choices[command].error(f"--{name.replace('_', '-')} goes with --untrained: a "
                                            "saved model has its settings in its file")
+    if "untrained" in given and "model" in given:
+        parsers.choices[command].error("give --untrained or --model, not both")
     usual = {**USUAL, "plot": PLOTS.get(command), "command": command, "argv": argv}
     args = argparse.Namespace(**{**usual, **given, "given": given})
     Options(**{f.name: getattr(args, f.name) for f in fields(Options)})      # checks them
@@ -2067,6 +2071,9 @@ def parse(argv):
 def main(argv=None):
     """Run the program; returns the exit status: 0; 1 after a mistake, 2 after wrong usage, 130
     after Ctrl-C or a request to end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):       # in a notebook it may be something else
+            stream.reconfigure(errors="replace")        # a terminal that lacks a character shows ?
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         handler = COMMANDS[args.command][0] if args.command else command_map
@@ -2084,12 +2091,12 @@ def main(argv=None):
         mistake = "the GPU has too little memory: try a smaller --batch-size or model"
     except (ValueError, OSError) as error:
         mistake = error
-    print(f"error: {mistake}", file=sys.stderr)
+    note(f"error: {mistake}")
     return 1
 
-# Threads that wait for each other look again and again, so as not to lose time; while another program
-# has the processor, that takes many times as long as the work itself. GOMP_SPINCOUNT, at the
-# beginning of this file, makes them fall asleep after some thousand looks.
+# Threads that wait for each other look again and again, so as not to lose time; while another
+# program has the processor, that takes many times as long as the work itself. GOMP_SPINCOUNT, at
+# the beginning of this file, makes them fall asleep after some thousand looks.
 
 def keep_memory():
     """Let glibc keep freed memory for the next step: clearing it anew takes a third of the time."""

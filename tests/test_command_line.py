@@ -490,7 +490,7 @@ def test_a_package_that_is_missing_is_named_with_the_remedy(folder, trained_here
 def test_text_that_the_terminal_cannot_show_is_no_error(folder, run_program):
     (folder / "story.txt").write_text("“Thāmarai — 天地 😀,” said the king to the old one.\n" * 3, encoding="utf-8")
     done = run_program(folder, "words", "--text", "story.txt", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "king" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and "said" in done.stdout and "rror" not in done.stderr
 
 
 # the terminal
