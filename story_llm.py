@@ -1006,9 +1006,11 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import glob
 import hashlib
 import itertools
 import pickletools
+import reprlib
 import shlex
 import signal
 import sys
@@ -1042,7 +1044,8 @@ def check_settings(settings):
             right = value in choices
         elif right and at_least is not None:
             right = at_least <= value < below
-        check(right or value is f.default is None, f"{f.name} must be {allowed(f)}, not {value!r}")
+        check(right or value is f.default is None,
+              f"{f.name} must be {allowed(f)}, not {reprlib.repr(value)}")
     if isinstance(settings, GPTConfig):
         width, heads = settings.emb_dim, settings.n_heads
         check(width % heads == 0, f"emb_dim ({width}) must be divisible by n_heads ({heads}), "
@@ -1332,9 +1335,10 @@ def count_steps(steps_per_epoch, config):
 
 def start_optimizer(run):
     """Give a run its optimizer, with what that remembers from before."""
+    memory = optimizer_state(run)
     run.optimizer = make_optimizer(run.model, run.train_config)
     weights = dict(run.model.named_parameters())
-    for name, remembered in run.optimizer_state.items():
+    for name, remembered in memory.items():
         run.optimizer.state[weights[name]] = {
             what: tensor.to(weights[name].device).clone() for what, tensor in remembered.items()}
 
@@ -1380,7 +1384,9 @@ class TrainingBatches:
         """The text from `start` on as one window, filled up where the text ends before it."""
         text = self.corpus.train_text
         end = start + 16 * self.length               # long enough, and cheaper than all the rest
-        piece, _ = split_text(text[start:end], 0.1 if end < len(text) else 0.0)     # between words
+        piece = text[start:end]
+        if end < len(text):
+            piece = split_text(piece, 0.1)[0].rstrip()     # not within a word, nor within spaces
         token_ids = self.corpus.tokenizer.encode(piece)[:self.length]
         return token_ids + [IGNORED] * (self.length - len(token_ids))
 
@@ -1454,11 +1460,14 @@ def state_of(run):
     state["weights"] = dict(run.model.state_dict())
     state["optimizer_state"] = optimizer_state(run)
     state["fixed_loss"] = fixed_loss(run.model)
+    finite = all(weight.isfinite().all() for weight in state["weights"].values())
+    check(finite and math.isfinite(state["fixed_loss"]), "the model calculates with numbers that are "
+          "none (infinite, or nan): it is not saved, an old file remains")
     return state
 
 def run_from(state, device):
     model = new_model(GPTConfig(**state["config"]))
-    model.load_state_dict(state["weights"])
+    model.load_state_dict(dict(state["weights"]))
     run = Run(model.to(device).eval(), tokenizer_from(state["tokenizer"]),
               TrainConfig(**state["train_config"]), optimizer_state=state["optimizer_state"],
               history=[Evaluation(**evaluation) for evaluation in state["history"]],
@@ -1470,7 +1479,7 @@ def write_whole(path, state):
     """Write a dictionary to `path` in one go: to a file of its own beside it, which then takes its
     place. A link stays a link. Raises OSError, and leaves the old file, if that fails."""
     path = Path(path).resolve()
-    for orphan in path.parent.glob(f"{path.name}.*.tmp"):       # of a process that was killed
+    for orphan in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):     # of a killed process
         with contextlib.suppress(OSError):
             if time.time() - orphan.stat().st_mtime > 3600:
                 orphan.unlink()
@@ -1491,6 +1500,7 @@ def write_whole(path, state):
 
 def read_whole(path):
     """The dictionary that `write_whole` wrote, checked. Raises ValueError with what is wrong."""
+    check(Path(path).is_file() or not Path(path).exists(), "it is no file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
         check(size > 0, "it is too short")
@@ -1500,19 +1510,21 @@ def read_whole(path):
         check(digest.digest() == file.read(), "its checksum is wrong")
         archive = zipfile.ZipFile(file)
         check(sum(entry.file_size for entry in archive.infolist()) <= size, "it is packed")
-        pickled = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
-        for operation, argument, _ in pickletools.genops(b"".join(pickled)):
+        pickled = [name for name in archive.namelist() if name.lower().endswith("data.pkl")]
+        check(len(pickled) == 1, "its parts are others")
+        for operation, argument, _ in pickletools.genops(archive.read(pickled[0])):
             if "GLOBAL" in operation.name:
                 check(argument in IN_A_PICKLE, f"it asks for {argument}")
         file.seek(0)
         state = torch.load(file, map_location="cpu", weights_only=True)
     check(type(state) is dict and "format" in state, "it holds something else")
     found = state["format"]
-    check(found == FORMAT, f"it has format {found}, and this program reads format {FORMAT}")
+    check(found == FORMAT, f"it has format {reprlib.repr(found)}, this program reads {FORMAT}")
     check(state.keys() == IN_A_FILE, "its entries are others")
     # Before a model of its size is made, the file must hold as much: a block has C by C numbers.
     config = GPTConfig(**state["config"])
-    numbers = config.emb_dim * max(config.vocab_size, config.n_layers * config.emb_dim)
+    rows = max(config.vocab_size, config.context_length, config.n_layers * config.emb_dim)
+    numbers = config.emb_dim * rows
     check(4 * numbers <= size, "it is smaller than its settings say")
     return state
 
@@ -1530,10 +1542,12 @@ def check_run(run, expected_loss):
           "its options are of another type")
     weights = dict(run.model.named_parameters())
     for name, remembered in run.optimizer_state.items():
-        check(remembered.keys() == {"step", "exp_avg", "exp_avg_sq"}, f"it has no memory of {name}")
-        for tensor in remembered.values():
-            check(tensor.dtype == torch.float32 and tensor.isfinite().all()
-                  and tensor.shape in ((), weights[name].shape), f"it remembers wrongly of {name}")
+        shapes = {"step": (), "exp_avg": weights[name].shape, "exp_avg_sq": weights[name].shape}
+        check(remembered.keys() == shapes.keys(), f"it remembers something else of {name}")
+        for what, tensor in remembered.items():
+            check(type(tensor) is torch.Tensor and tensor.shape == shapes[what]
+                  and tensor.dtype == torch.float32 and tensor.is_contiguous()
+                  and tensor.isfinite().all(), f"it remembers {name} wrongly")
     found = fixed_loss(run.model)
     if not math.isclose(found, expected_loss, rel_tol=1e-4):
         raise AnotherProgram(f"it is of another version of this program: on the same tokens, its "
@@ -1559,7 +1573,8 @@ def tokenizer_state(tokenizer):
 
 def tokenizer_from(state):
     kind, tokens = state["kind"], state["tokens"]
-    check(kind in TOKENIZERS and len(set(tokens)) == len(tokens), "its tokenizer is wrong")
+    check(kind in TOKENIZERS and all(type(token) is str for token in tokens)
+          and len(set(tokens)) == len(tokens), "its tokenizer is wrong")
     if kind == "word":
         check({END_OF_TEXT, UNKNOWN} <= set(tokens), "its tokenizer lacks the special tokens")
         return WordTokenizer(tokens)
@@ -1578,7 +1593,8 @@ def what_is_wrong_with_model(path):
     except AnotherProgram as error:
         raise ValueError(f"{path}: {error}. Use that version, or train again") from None
     except Exception as error:      # a file that is not ours may break anything in here
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        first_line = (str(error) or type(error).__name__).split("\n")[0]
+        reason = CONTROL.sub("?", first_line)[:200]
         raise ValueError(f"{path} is damaged or no checkpoint of story_llm ({reason}): train again "
                          "or give another --model") from error
 

@@ -72,6 +72,7 @@ def test_any_text_is_cut_without_loss_and_between_words_its_tokens_stay(tmp_path
 def test_a_block_is_cut_at_the_last_place_between_words(tmp_path):
     (tmp_path / "text").write_text("one two\n\n  three four", encoding="utf-8")
     assert blocks_of(tmp_path / "text", 16) == ["one two\n\n ", " three", " four"]
+    assert blocks_of(tmp_path / "text", 10) == ["one", " two\n\n  three", " four", ""]
 
 
 def test_a_text_without_spaces_is_cut_all_the_same(tmp_path):

@@ -238,8 +238,11 @@ def test_processes_join_whatever_torch_was_built_for(as_by_torchrun, monkeypatch
 
 def test_a_mistake_of_the_first_process_is_raised_in_all(as_by_torchrun, monkeypatch):
     scale.join_processes(torch.device("cpu"))
+    letters = []
+    monkeypatch.setattr(distributed, "broadcast_object_list", letters.append)
     with pytest.raises(ValueError, match="no text"):
         scale.from_first(lambda: story_llm.check(False, "no text"))
+    assert str(letters[0][0]) == "no text"
     monkeypatch.setattr(scale, "RANK", 1)
     monkeypatch.setattr(distributed, "broadcast_object_list", lambda letter: letter.__setitem__(0, OSError("no disk")))
     with pytest.raises(OSError, match="no disk"):
