@@ -169,8 +169,8 @@ def train(args, accumulate, compiled):
     take_step = SharedStep(run, accumulate, compiled)
     weights = story_llm.count_parameters(run.model)
     if RANK == 0:
-        log(f"{PROCESSES} processes, a batch in {accumulate} parts for each; {weights:,} "
-            f"parameters; {run.total_steps} steps")
+        log(f"{weights:,} parameters; {run.total_steps} steps; processes: {PROCESSES}; parts of a "
+            f"batch in each: {accumulate}")
     with SharedProgress(args.model) as progress:
         story_llm.train(run, corpus, progress, take_step)
     if run.step < run.total_steps:
