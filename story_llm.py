@@ -756,14 +756,14 @@ def train(run, corpus, after_step=lambda run: False, take_step=None):
 
 def training_step(run, inputs, targets):
     """One step on a batch, (B, T) ids each; leaves the loss on it in `run.loss`."""
-    model, optimizer, config = run.model, run.optimizer, run.train_config
+    config = run.train_config
 
     # `backward` adds to the gradients that are there: forget those of the step before.
-    optimizer.zero_grad()
+    run.optimizer.zero_grad()
 
     # How wrong is the model? (The workshop knows in which precision to calculate.)
     with precision_of(run):
-        loss = batch_loss(model, inputs, targets)
+        loss = batch_loss(run.model, inputs, targets)
 
     # Which way does the loss grow with each weight? Back through all that was calculated.
     loss.backward()
@@ -771,11 +771,11 @@ def training_step(run, inputs, targets):
     # One odd batch can have a gradient a hundred times as long as the others, and throw the weights
     # far off. All gradients together are one vector: if it is longer than grad_clip (the root of
     # the sum of squares), it is shortened to that.
-    length = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    length = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
 
-    for group in optimizer.param_groups:      # the optimizer keeps its weights in groups
+    for group in run.optimizer.param_groups:  # the optimizer keeps its weights in groups
         group["lr"] = learning_rate(run.step, run.total_steps, config)
-    optimizer.step()                          # moves the weights
+    run.optimizer.step()                      # moves the weights
     run.step += 1
     run.loss = loss.item()
     check_finite(run.loss + length.item(), run)    # not a number: stop here, and save nothing
@@ -993,7 +993,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # That is the whole way. The model was noise, and now:
 #
 #     $ python story_llm.py generate --max-new-tokens 12
-#     Once Aadhan renounced his kingdom for the love of Thamarai, its people living
+#     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
 #
 # What it cannot do: it knows no English, only one story, by heart. A model that talks is the same
 # program, with a library in place of the story, and months of many machines.
@@ -1461,8 +1461,8 @@ def state_of(run):
     state["optimizer_state"] = optimizer_state(run)
     state["fixed_loss"] = fixed_loss(run.model)
     finite = all(weight.isfinite().all() for weight in state["weights"].values())
-    check(finite and math.isfinite(state["fixed_loss"]), "the model calculates with numbers that are "
-          "none (infinite, or nan): it is not saved, an old file remains")
+    check(finite and math.isfinite(state["fixed_loss"]), "the model calculates with numbers "
+          "that are infinite, or none: it is not saved, an old file remains")
     return state
 
 def run_from(state, device):
@@ -1964,7 +1964,7 @@ def command_next(args):
     log(f"  {'next token':<16}{'logit':>7}{'softmax':>9}   with {sampling}")
     for name, token in zip(token_names(run.tokenizer, best.tolist()), best):
         row = f"  {name:<16}{logits[token]:>7.2f}{by_model[token]:>9.2%}{by_chance[token]:>9.2%}"
-        log(f"{row}  {'█' * round(40 * by_chance[token].item())}".rstrip())
+        log(f"{row}  {''.ljust(round(40 * by_chance[token].item()), '█')}".rstrip())
 
 def command_generate(args):
     sampling = chosen(Sampling(), args)
@@ -2019,8 +2019,9 @@ class Options(Settings):
     plot: str = setting(None, "the picture to draw: .png, .svg or .pdf")
     pause: bool = setting(False, "wait for the Enter key after each step")
 
-FIELDS = {f.name: f for settings in (Sampling, TrainConfig, GPTConfig, Options)
-          for f in fields(settings)}
+FIELDS = {}
+for settings in (Sampling, TrainConfig, GPTConfig, Options):
+    FIELDS |= {f.name: f for f in fields(settings)}
 USUAL = {name: f.default for name, f in FIELDS.items()}
 TOKENIZER = "text tokenizer vocab_size full_vocab"
 CHOICE = " ".join(f.name for f in fields(Sampling))

@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT / "extras"))
 import scale  # noqa: E402
 
 PROGRAM = str(ROOT / "extras" / "scale.py")
-SMALL = ["train", "--text", "story.txt", "--tokenizer", "word", "--emb-dim", "32", "--n-layers", "1", "--context-length",
-         "12", "--batch-size", "9", "--eval-every", "5", "--precision", "fp32", "--learning-rate", "0.01", "--model"]
+SMALL = ["train", "--text", "story.txt", "--tokenizer", "word", "--emb-dim", "32", "--n-layers", "1",
+         "--context-length", "12", "--batch-size", "9", "--eval-every", "5", "--precision", "fp32",
+         "--learning-rate", "0.01", "--model"]
 
 
 @pytest.fixture
@@ -220,8 +221,10 @@ def test_without_a_compiler_a_model_is_not_compiled_and_one_line_says_so(folder,
 @pytest.fixture
 def as_by_torchrun(monkeypatch):
     """This process, as torchrun would start it alone."""
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(closed_port()))):
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(closed_port()))
     yield
     if distributed.is_initialized():
         distributed.destroy_process_group()
