@@ -219,7 +219,6 @@ def learn_byte_pairs(text, vocab_size):
     occurrences = Counter(regex.findall(STORY_SPLIT, text))     # each different word only once
     words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in occurrences]
     times = list(occurrences.values())
-
     # How often does each pair stand in the text, and in which words? Counted once; a join then
     # changes the counts of the few words that it touches.
     pair_count = Counter()
@@ -432,7 +431,7 @@ def causal_mask(T, S, device=None):
     everything = torch.ones(T, S, dtype=torch.bool, device=device)
     return everything.triu(diagonal=1 + S - T)    # keeps the upper right triangle: keys after it
 
-def attend(queries, keys, values, drop_rate=0.0):
+def attend(queries, keys, values, drop_rate=0.0, mask=None):
     """What each query gathers, (..., T, D): queries (..., T, D), keys and values (..., S, D).
     Two tokens, D = 2. The second one's query is like the first one's key: its scores are 2 and 0;
     divided by sqrt(2), 1.41 and 0; and its shares 0.80 and 0.20. The first one sees only itself:
@@ -449,8 +448,7 @@ def attend(queries, keys, values, drop_rate=0.0):
             [0.8044, 0.1956]])
     """
     T, D = queries.shape[-2:]
-    S = keys.shape[-2]
-    mask = causal_mask(T, S, queries.device)
+    mask = causal_mask(T, keys.shape[-2], queries.device) if mask is None else mask
     if fused_is_faster(queries):                                  # the same in one call (workshop)
         return attend_fused(queries, keys, values, mask, drop_rate)
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)      # (..., T, S); swaps two axes
@@ -498,10 +496,13 @@ class MultiHeadAttention(nn.Module):
             queries, keys = rotate(queries, keys)
         return queries, keys, values
 
+    def gather(self, queries, keys, values):
+        drop_rate = self.config.drop_rate if self.training else 0.0
+        return attend(queries, keys, values, drop_rate)
+
     def forward(self, x, cache=None):
         queries, keys, values = self.queries_keys_values(x, cache)
-        drop_rate = self.config.drop_rate if self.training else 0.0
-        gathered = attend(queries, keys, values, drop_rate)       # (B, H, T, D)
+        gathered = self.gather(queries, keys, values)             # (B, H, T, D)
         side_by_side = gathered.transpose(1, 2).flatten(2)        # (B, T, H, D), then (B, T, C)
         return self.out_proj(side_by_side)                        # mixes what the heads have found
 
@@ -551,6 +552,9 @@ def spread(config):
     """The standard deviation of first weights: two of three lie between -spread and spread."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
 
+def norm(config):
+    return nn.LayerNorm(config.emb_dim)
+
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what was there: (B, T, C) -> (B, T, C).
     In training, dropout sets some of the added numbers to 0 at random (`drop_rate` of them), so
@@ -560,9 +564,9 @@ class TransformerBlock(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm1 = norm(config)
         self.att = MultiHeadAttention(config)
-        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = norm(config)
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
 
@@ -594,7 +598,7 @@ class GPTModel(nn.Module):
             self.pos_emb = fixed_positions(config)                  # workshop
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(C)      # the blocks normed what they read, not the sum
+        self.final_norm = norm(config)         # the blocks normed what they read, not the sum
         self.out_head = linear(C, config.vocab_size, config, bias=False)
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
@@ -645,7 +649,6 @@ def count_parameters(part):
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` greedily chosen tokens to idx, (B, T); returns the longer rows.
     The model sees the last `context_size` tokens.
-
     Anything that makes logits of ids will do as a model. This one knows five tokens, and that after
     each comes the next, and after the last the first:
     >>> def counting(idx):
@@ -757,10 +760,8 @@ def train(run, corpus, after_step=lambda run: False, take_step=None):
 def training_step(run, inputs, targets):
     """One step on a batch, (B, T) ids each; leaves the loss on it in `run.loss`."""
     config = run.train_config
-
     # `backward` adds to the gradients that are there: forget those of the step before.
     run.optimizer.zero_grad()
-
     # How wrong is the model? (The workshop knows in which precision to calculate.)
     with precision_of(run):
         loss = batch_loss(run.model, inputs, targets)
@@ -772,7 +773,6 @@ def training_step(run, inputs, targets):
     # far off. All gradients together are one vector: if it is longer than grad_clip (the root of
     # the sum of squares), it is shortened to that.
     length = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-
     for group in run.optimizer.param_groups:  # the optimizer keeps its weights in groups
         group["lr"] = learning_rate(run.step, run.total_steps, config)
     run.optimizer.step()                      # moves the weights
@@ -1386,7 +1386,7 @@ class TrainingBatches:
         end = start + 16 * self.length               # long enough, and cheaper than all the rest
         piece = text[start:end]
         if end < len(text):
-            piece = split_text(piece, 0.1)[0].rstrip()     # not within a word, nor within spaces
+            piece = regex.sub(r"\s+\S*\Z", "", piece)     # not within a word, nor within spaces
         token_ids = self.corpus.tokenizer.encode(piece)[:self.length]
         return token_ids + [IGNORED] * (self.length - len(token_ids))
 
@@ -1467,6 +1467,9 @@ def state_of(run):
 
 def run_from(state, device):
     model = new_model(GPTConfig(**state["config"]))
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    if shapes != {name: weight.shape for name, weight in state["weights"].items()}:
+        raise AnotherProgram("its weights have other names or shapes than this program gives them")
     model.load_state_dict(dict(state["weights"]))
     run = Run(model.to(device).eval(), tokenizer_from(state["tokenizer"]),
               TrainConfig(**state["train_config"]), optimizer_state=state["optimizer_state"],
@@ -1478,7 +1481,7 @@ def run_from(state, device):
 def write_whole(path, state):
     """Write a dictionary to `path` in one go: to a file of its own beside it, which then takes its
     place. A link stays a link. Raises OSError, and leaves the old file, if that fails."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     for orphan in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):     # of a killed process
         with contextlib.suppress(OSError):
             if time.time() - orphan.stat().st_mtime > 3600:
@@ -1557,12 +1560,12 @@ class AnotherProgram(ValueError):
     """A checkpoint is whole, but the program that wrote it was another."""
 
 def fixed_loss(model):
-    """The loss on a few fixed tokens, on the CPU, in float32."""
+    """The loss on a full window of fixed tokens, on the CPU, in float32."""
     if model.tok_emb.weight.device.type != "cpu":
         on_cpu = new_model(model.config)
         on_cpu.load_state_dict(model.state_dict())
         model = on_cpu
-    window = torch.arange(1 + min(model.config.context_length, 16)) % model.config.vocab_size
+    window = torch.arange(1 + model.config.context_length) % model.config.vocab_size
     return mean_loss(model, window)
 
 def tokenizer_state(tokenizer):
@@ -1654,7 +1657,7 @@ def attention_maps(model, token_ids):
         queries, keys, values = part.queries_keys_values(inputs[0])
         T = keys.shape[-2]
         ones = torch.eye(T, dtype=keys.dtype, device=keys.device)       # see `attend`
-        maps.append(attend(queries, keys, ones.expand(*keys.shape[:2], T, T))[0])
+        maps.append(part.gather(queries, keys, ones.expand(*keys.shape[:2], T, T))[0])
 
     with inference(model), watch([block.att for block in model.trf_blocks], listen):
         model(token_ids)

@@ -23,7 +23,7 @@ IF_UNTRAINED = {name: [option for option in options.split() if option not in ALW
 
 
 def option(name, value=None):
-    """The words of an option on a command line: its default, or the smallest that it may be, unless there is a value."""
+    """The words of an option on a command line, with its default unless there is a value."""
     f = FIELDS[name]
     words = ["--" + name.replace("_", "-")]
     if f.type is bool:
@@ -325,7 +325,8 @@ def test_a_vocabulary_smaller_than_all_bytes_is_one_line_that_names_it(folder, c
 
 @pytest.mark.parametrize("options, name", [
     (["--tokenizer", "word", "--vocab-size", "300"], "--vocab-size"), (["--tokenizer", "word", "--full-vocab"], "full"),
-    (["--tokenizer", "story", "--full-vocab"], "--full-vocab"), (["--tokenizer", "gpt2", "--vocab-size", "300"], "vocab")])
+    (["--tokenizer", "story", "--full-vocab"], "--full-vocab"),
+    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size")])
 def test_what_a_tokenizer_cannot_use_is_refused(folder, call, options, name):
     assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, options[1])
 

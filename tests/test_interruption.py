@@ -1,4 +1,4 @@
-"""Interruption and going on: after Ctrl-C, a request to end, or a kill, training ends in the same weights as without."""
+"""Interruption and going on: after Ctrl-C, or a request to end, training comes to the same weights as without."""
 import os
 import re
 import shlex
@@ -18,7 +18,7 @@ not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows sen
 
 
 def interrupt_at(monkeypatch, module, name, turn, *signals):
-    """Send signals to this process within the given call of a function, as a terminal would. Returns the calls so far."""
+    """Send signals to this process within the given call of a function, as a terminal would."""
     original, calls = getattr(module, name), []
 
     def interrupted(*args, **kwargs):
@@ -28,7 +28,6 @@ def interrupt_at(monkeypatch, module, name, turn, *signals):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, interrupted)
-    return calls
 
 
 def stopped_at(err):

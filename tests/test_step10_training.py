@@ -244,6 +244,13 @@ def test_same_seed_same_weights_bit_for_bit_another_seed_others(precision):
     assert not weights_equal(first.model, other.model)
 
 
+def test_an_untrained_run_has_the_weights_of_its_seed():
+    torch.manual_seed(1)
+    one = tiny(seed=1)[0].model
+    torch.manual_seed(2)
+    assert weights_equal(one, tiny(seed=1)[0].model) and not weights_equal(one, tiny(seed=2)[0].model)
+
+
 def test_the_largest_seed_is_as_good_as_any():
     assert trained(seed=(1 << 63) - 1, max_steps=2).step == 2
 

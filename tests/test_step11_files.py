@@ -507,6 +507,10 @@ WRONG = {
     "a number among the tokens": lambda state: state["tokenizer"]["tokens"].__setitem__(3, 5),
     "bytes among the tokens": lambda state: state["tokenizer"]["tokens"].__setitem__(3, b"bytes"),
     "a token twice": lambda state: state["tokenizer"]["tokens"].__setitem__(3, state["tokenizer"]["tokens"][4]),
+    "a token less": lambda state: state["tokenizer"]["tokens"].pop(3),
+    "a token more": lambda state: state["tokenizer"]["tokens"].insert(3, "more"),
+    "no end of text among the words": lambda state: state["tokenizer"]["tokens"].__setitem__(-2, "end"),
+    "no unknown word among the words": lambda state: state["tokenizer"]["tokens"].__setitem__(-1, "unknown"),
     "no tokenizer that we know": change("tokenizer", kind="letters"),
     "memory of an unknown weight": change("optimizer_state", more={}),
     "memory of another shape": remember(exp_avg=torch.zeros(2, 2)),
@@ -524,6 +528,14 @@ WRONG = {
 def test_a_signed_file_with_wrong_contents_is_refused(saved, tmp_path, wrong):
     state = read_state(saved[0])
     WRONG[wrong](state)
+    write_state(tmp_path / "model.pt", state)
+    refusal(tmp_path / "model.pt")
+
+
+def test_byte_pairs_that_lack_a_byte_are_refused(tmp_path):
+    save_checkpoint(tmp_path / "model.pt", tiny(tokenizer="story")[0])
+    state = read_state(tmp_path / "model.pt")
+    state["tokenizer"]["tokens"][200] = "no byte"
     write_state(tmp_path / "model.pt", state)
     refusal(tmp_path / "model.pt")
 
