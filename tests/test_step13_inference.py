@@ -159,6 +159,11 @@ def test_the_likeliest_are_kept_until_together_they_reach_top_p_and_no_more(equa
     assert (found > 0).sum() == kept and found.max() == 1 / kept
 
 
+def test_top_p_is_a_share_of_what_top_k_has_left():
+    found = next_token_probabilities(torch.zeros(4), Sampling(temperature=1.0, top_k=2, top_p=0.5))
+    assert sorted(found.tolist()) == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("top_p", [1.0, 2.0])
 def test_a_top_p_of_1_leaves_every_token_its_probability_however_small(top_p):
     logits = 6 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))

@@ -292,7 +292,7 @@ def test_each_head_is_drawn_with_its_own_shares(layers, heads):
 
 
 def test_the_picture_is_written_whatever_the_names(tmp_path):
-    names = ["a", "$b$", "$", "d_", "\\e", "␣f^{"]
+    names = ["a", "$b$", "$", "d_", "$\\e{$", "␣f^{"]
     plot_attention(attention_maps(lively_model(n_layers=1, n_heads=1), IDS), names, tmp_path / "one.png")
     content = (tmp_path / "one.png").read_bytes()
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
