@@ -1110,7 +1110,7 @@ def mean_loss(model, token_ids, max_windows=32):
     count = min(len(windows), max_windows)
     chosen = torch.arange(count) * len(windows) // count      # evenly spread, in whole numbers
     total = 0.0
-    with inference(model):                                    # no gradients, no dropout (workshop)
+    with inference(model):                                    # no gradients, no dropout
         for some in chosen.split(max(1, 1024 // T)):          # not all at once, to save memory
             inputs, targets = windows[some]
             total += batch_loss(model, inputs, targets).item() * len(some)    # item: Python's float
