@@ -71,6 +71,7 @@ class GPTConfig(Settings):
     drop_rate: float = setting(0.0, "share of numbers dropped in training", 0, 1)
     qkv_bias: bool = setting(False, "biases in queries, keys and values, as GPT-2 has them")
     tie_weights: bool = setting(False, "one matrix for tokens and for the head, as GPT-2 has it")
+    gelu: str = setting("exact", "its form; GPT-2 has tanh", choices=("exact", "tanh"))
     position: str = setting("learned", "how tokens know their places",
                             choices=("learned", "sinusoidal", "rotary"))
 
@@ -517,11 +518,12 @@ class FeedForward(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
+        self.form = {"exact": "none", "tanh": "tanh"}[config.gelu]      # as torch calls them
         self.widen = linear(config.emb_dim, 4 * config.emb_dim, config)
         self.narrow = linear(4 * config.emb_dim, config.emb_dim, config, into_sum=True)
 
     def forward(self, x):
-        return self.narrow(F.gelu(self.widen(x)))
+        return self.narrow(F.gelu(self.widen(x), approximate=self.form))
 
 # A gradient goes back from the loss (step 9: how wrong the guesses were) and is multiplied by the
 # slope of every layer on its way: twelve slopes of 0.5 make 0.0002, and the first layers learn
