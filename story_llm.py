@@ -9,9 +9,9 @@
     python story_llm.py generate --prompt "Once Aadhan renounced his kingdom"
 
 The lesson, 13 steps, is to be read from top to bottom, in an evening, by anybody who programs in
-Python. The workshop behind it makes the same code sturdy and fast; the command line makes commands
-of it all: `python story_llm.py` prints a map of the steps, `python story_llm.py tour` runs them.
-What stands behind `>>>` is an example, and below it stands what Python answers.
+Python. The workshop after it makes the same code sturdy and fast; the command line makes a command
+of each step: `python story_llm.py` prints a map of them, `python story_llm.py tour` runs them all.
+What follows `>>>` is an example, and below it stands what Python answers.
 """
 import math
 import os
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
-if __name__ == "__main__":      # before torch is loaded; see "keep_memory", at the end
+if __name__ == "__main__":      # for speed, before torch is loaded: explained at the very end
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import regex    # comes with tiktoken; like re, but it knows the letters of every script
@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 # ═══ Step 1: what to install, and the settings ═════════════════════════════════════════════════
 # A language model does one thing: it reads the beginning of a text and says, for every token it
-# knows, how likely that token comes next. (A token is a word, or a piece of one.) Take the
-# likeliest, write it down behind the text, and ask again: so it writes.
+# knows, how likely it is to come next. (A token is a word, or a piece of one.) Take the likeliest,
+# append it to the text, and ask again: so it writes.
 #
 # It is told no rules. It guesses the next token at a thousand places of a story, sees what really
 # came there, and is changed a little, so that it would have guessed better; and that 180 times:
@@ -47,7 +47,7 @@ from torch.nn import functional as F
 #
 # All numbers that we choose ourselves are fields of two classes: come back to them when their words
 # mean more. `setting` stores a default, what it means, and its limits: at least the first number,
-# below the second. The workshop makes checks of them, and the options of the command line.
+# below the second, which only stops slips. Checks and options are made of them (workshop).
 def setting(default, meaning, at_least=None, below=math.inf, choices=None):
     limits = {"at_least": at_least, "below": below, "choices": choices}
     return field(default=default, metadata={"meaning": meaning, **limits})
@@ -63,7 +63,7 @@ class GPTConfig(Settings):
     Traceback (most recent call last):
     ValueError: emb_dim (30) must be divisible by n_heads (4), for each head gets an equal part
     """
-    vocab_size: int = setting(50257, "tokens that there are; the tokenizer says", 1, 1 << 24)
+    vocab_size: int = setting(50257, "how many tokens there are; the tokenizer says", 1, 1 << 24)
     context_length: int = setting(32, "tokens that the model sees at once", 1, 1 << 20)
     emb_dim: int = setting(256, "numbers that stand for one token: the model's width", 1, 1 << 16)
     n_heads: int = setting(4, "attention heads, which share the width", 1, 1 << 16)
@@ -98,11 +98,10 @@ class TrainConfig(Settings):
 def load_text(path):
     """The text of a UTF-8 file, with line ends as Python has them, `\\n`.
     Raises OSError or ValueError if there is no such file, no UTF-8 in it, or no text."""
-    with what_is_wrong_with(path):      # the workshop says it in words, and how to mend it
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")      # sig: the mark that some editors put in front
+    with what_is_wrong_with(path):                  # workshop: says it in words, and what to do
+        text = Path(path).read_text("utf-8-sig")    # without the mark (sig) of some editors
     check(text.strip(), f"{path} is empty: give a text of five words or more")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return text
 
 # The model practises on most of the story. The end is kept away from it, to see how well it guesses
 # in a text that it has never read: that is the validation split.
@@ -112,27 +111,19 @@ def split_text(text, val_fraction):
     ('They went upriver', ' by boat.')
     """
     check(0 <= val_fraction < 1, f"val_fraction must be 0 or more, below 1, not {val_fraction}")
-    if val_fraction == 0:
-        return text, ""
     cut = len(text) - int(len(text) * val_fraction)
-    for place in range(cut, max(cut - 50, 0), -1):      # some scripts have no spaces: then anywhere
-        if text[place:place + 1].isspace():
-            return text[:place], text[place:]
+    space = text.rfind(" ", max(cut - 50, 0), cut + 1)      # the last one before the cut
+    if space > 0 and cut < len(text):       # -1: there is none, as in Chinese: then cut anywhere
+        cut = space
     return text[:cut], text[cut:]
 
 # Now the words. The plainest way to make numbers of them: cut the text into words and punctuation
 # marks, write down every different one in a list, and take its place in the list as its number.
 #
-# A regular expression does the cutting. In it, \p{L} is any letter, \p{N} any digit, and \p{M} a
-# sign that belongs to the letter before it, as the vowel signs of Hindi and Tamil do. Chinese,
-# Japanese, Thai and some others put no spaces between words: there, each character is a piece. A
-# space goes with the word behind it, so no character is lost: the pieces in a row are the text.
-
-UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"     # `--`: but for these
-WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"            # a character, or a whole word
-PIECE = regex.compile(rf" ?(?:{WORD}|\S)|\s+", regex.V1)             # or a mark; or white space
-
+# A regular expression does the cutting. For English, r" ?\w+| ?[^\w\s]|\s+" would do: a word, or a
+# mark, or white space. (The workshop's, PIECE, knows all scripts; in those that put no spaces
+# between words, as Chinese, each character is a piece.) A space goes with the word after it, so no
+# character is lost: joined, the pieces give the text back.
 def split_words(text):
     """A text as a list of words and marks, each with the space before it, and other white space.
     >>> split_words("Yes, said the king's son.")
@@ -156,7 +147,7 @@ def build_vocabulary(text):
 #
 # What if a word comes that is not in the list? For that there is `<|unk|>`, "unknown": we can go
 # on, but the word is lost. `<|endoftext|>` marks the end of a text, in models that learn from many;
-# our story is one, and nothing becomes that token, not even these letters in a story.
+# we have one text, and never use it.
 class WordTokenizer:
     """Words and punctuation marks as tokens; `vocabulary` is a list like `build_vocabulary`'s.
     >>> tokenizer = WordTokenizer(build_vocabulary("the king and the ferryman"))
@@ -178,7 +169,7 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            if piece not in self.ids:       # the first word: the story has it behind a space
+            if piece not in self.ids:       # a first word: within the story it follows a space
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
         return token_ids
@@ -195,18 +186,12 @@ class WordTokenizer:
 # token; then again, and again:
 #
 #     l o w    _ l o w e r    _ l o w l y     three words (_ is the space); l o and o w: 3 times
-#     lo w     _ lo w e r     _ lo w l y      l o came first in the alphabet; lo w: 3 times
+#     lo w     _ lo w e r     _ lo w l y      l o: of equals, the first in the alphabet
 #     low      _ low e r      _ low l y       now _ low: 2 times, more than any other
 #     low      _low e r       _low l y
 #
 # Frequent words end up as one token, rare ones as a few. A pair never reaches across two words: the
-# text is split first, each word with the space before it. GPT-2 does that by the expression below;
-# ours for a story also keeps \p{M}, the signs, inside a word; else Tamil is torn at every vowel.
-
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-#               's 't 'll ...         word     number    other marks          white space
-STORY_SPLIT = r" ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-
+# text is split first, in much the same way as in step 2 (STORY_SPLIT, in the workshop).
 def learn_byte_pairs(text, vocab_size):
     """Learn a byte-pair vocabulary: the 256 bytes, then the joined tokens in the order of joining.
     Returns `vocab_size - 1` byte strings (`<|endoftext|>` comes on top), or fewer, if no pair
@@ -216,34 +201,34 @@ def learn_byte_pairs(text, vocab_size):
     """
     check(vocab_size > 256, f"vocab_size must be 257 or more (256 bytes and {END_OF_TEXT}), "
           f"not {vocab_size}")
-    tokens = {bytes([byte]): None for byte in range(256)}      # a dictionary: in order, none twice
-    occurrences = Counter(regex.findall(STORY_SPLIT, text))     # each different word only once
+    occurrences = Counter(regex.findall(STORY_SPLIT, text))     # {word: how often it stands there}
     words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in occurrences]
     times = list(occurrences.values())
+    tokens = [bytes([byte]) for byte in range(256)]
     # How often does each pair stand in the text, and in which words? Counted once; a join then
     # changes the counts of the few words that it touches.
     pair_count = Counter()
     words_with = defaultdict(set)
 
-    def count_pairs(number, sign):
+    def count_pairs(number, sign):      # sign +1: of a word that comes in; -1: that goes out
         for pair in pairwise(words[number]):
             pair_count[pair] += sign * times[number]
             words_with[pair].add(number)
 
     for number in range(len(words)):
         count_pairs(number, +1)
-    while len(tokens) < vocab_size - 1 and pair_count:
-        most = max(pair_count.values())
+    while len(tokens) < vocab_size - 1:
+        most = max(pair_count.values(), default=0)
         if most < 2:
             break
         best = min(pair for pair, count in pair_count.items() if count == most)
-        tokens[best[0] + best[1]] = None
-        for number in words_with.pop(best):
+        if best[0] + best[1] not in tokens:     # ab + c and a + bc make the same token
+            tokens.append(best[0] + best[1])
+        for number in list(words_with[best]):
             count_pairs(number, -1)
             words[number] = join_pair(words[number], best)
             count_pairs(number, +1)
-        del pair_count[best]
-    return list(tokens)
+    return tokens
 
 def join_pair(parts, pair):
     """The parts of a word, with each occurrence of the pair joined."""
@@ -272,7 +257,7 @@ class BPETokenizer:
         import tiktoken     # here, so that nobody waits for it who does not use it
         self.tokens = list(tokens)
         self.kind = kind
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}     # its place in the list
         self.end_of_text = len(ranks)
         self.vocab_size = len(ranks) + 1
         self.encoding = tiktoken.Encoding(
@@ -287,8 +272,8 @@ class BPETokenizer:
 
 # GPT-2 has learned 50,000 joins, from eight million web pages (with the 256 bytes and
 # `<|endoftext|>`, 50,257 tokens). They are better than what one story can teach, so we take them
-# where tiktoken has them. A story needs some 2,000 of them; the workshop (`make_tokenizer`) keeps
-# those alone, so that the model does not spend its time on the others.
+# where tiktoken has them. Our story needs 2,079 of the tokens, all the bytes among them; the
+# workshop (`make_tokenizer`) keeps those alone: the model shall not spend its time on the others.
 
 # ─── A few words of torch ──────────────────────────────────────────────────────────────────────
 def a_few_words_of_torch():
@@ -298,30 +283,37 @@ def a_few_words_of_torch():
     >>> x.shape, (10 * x)[1], x[:, -1]        # row 1, counted from 0; of all rows, the last number
     (torch.Size([2, 3]), tensor([40., 50., 60.]), tensor([3., 6.]))
 
+    `dim` names a direction: 0 the rows, 1 what stands in them; -1 is the last one. What lacks a
+    direction is used again and again along it, as 1000 and 2000 here, for each row:
+    >>> x.sum(dim=-1), x + torch.tensor([1000, 2000, 0])
+    (tensor([ 6., 15.]), tensor([[1001., 2002.,    3.],
+            [1004., 2005.,    6.]]))
+
     `@` multiplies two tables: each row of the first with each column of the second, number by
-    number, added up. nn.Linear does that with a table of weights, numbers that are learned,
-    and adds another to each result, the bias. nn.Embedding is a table with a learned row for every
-    token id.
+    number, added up; of more directions, it takes the last two, table by table (`...` stands for
+    all the others). nn.Linear does that with a table of weights, numbers that are learned, and adds
+    one more to each column, its bias. nn.Embedding is a table with a learned row for every token.
     >>> x @ torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
     tensor([[ 6.,  6.],
             [15., 12.]])
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
 
-    Both are an nn.Module, a part with weights; so are whole models, made of such parts. Call a
+    Each is an nn.Module, a part with weights; so are whole models, made of such parts. Call a
     module like a function, and torch runs its `forward`. Learning needs to know how a result
-    changes when a weight does. torch remembers what was calculated from what, and `backward` goes
-    that way back, multiplies the slopes of all that it passes, and adds the product to `.grad` of
-    the weight: its gradient. (2w - 10)^2 is 16 for w = 3, and 15.84 for w = 3.01: it falls 16 times
-    as fast as w grows. (Slope of the square at -4: -8; of 2w - 10: 2; their product: -16.)
+    changes when a weight does. (2w - 10)^2 is 16 for w = 3, and 15.84 for w = 3.01: it falls 16
+    times as fast as w grows; its slope is -16. torch remembers what was calculated from what, and
+    `backward` goes that way back: 2w - 10 grows twice as fast as w; the square of -4 falls 8 times
+    as fast as what is squared grows; it multiplies these slopes, and adds the product, 2 x -8, to
+    `.grad` of the weight: its gradient.
     >>> w = torch.tensor(3.0, requires_grad=True)
     >>> result = (2 * w - 10) ** 2
     >>> result.backward()
     >>> w.grad
     tensor(-16.)
 
-    A small step against the gradient makes the result smaller: that is all of learning. Where we
-    only want an answer, `with torch.no_grad():` tells torch to remember nothing."""
+    A small step against the gradient makes the result smaller: that is how a model learns. Where
+    we only want an answer, `with torch.no_grad():` tells torch to remember nothing."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
 # What does the model practise? To guess the next token. The input is a window, some tokens that
@@ -333,10 +325,10 @@ def a_few_words_of_torch():
 # Read it in columns: each is an exercise. After "Once" comes "Aadhan"; after "Once Aadhan" comes
 # "renounced"; after all four, "kingdom". So four tokens give four exercises, done all at once: at
 # each place, the model sees what stands there and to the left. Without the shift, it could copy.
-class SlidingWindowDataset(torch.utils.data.Dataset):
+class SlidingWindowDataset:
     """Windows of `context_length` tokens and their targets, `stride` tokens apart.
     `token_ids` (N,) must be more than a window, else ValueError. Item i is (input, target), each of
-    shape (context_length,); for B numbers in a tensor, (B, context_length).
+    shape (context_length,); for a tensor of several i, a row for each of them.
     >>> windows = SlidingWindowDataset(torch.tensor([10, 11, 12, 13, 14, 15, 16]), 4, stride=2)
     >>> len(windows)
     2
@@ -347,16 +339,16 @@ class SlidingWindowDataset(torch.utils.data.Dataset):
         check(context_length > 0 and stride > 0, "context_length and stride must be 1 or more")
         check(len(token_ids) > context_length, f"{len(token_ids)} tokens are too few for a window "
               f"of {context_length} and its targets: give a longer text or a shorter context")
-        # One token more than a window, for the last target. unfold copies nothing: it looks at the
-        # same numbers again and again, so a million windows take no memory.
+        # One token more than a window, for the last target. unfold gives all pieces of that length;
+        # it copies nothing, but looks at the same numbers again and again.
         self.windows = token_ids.unfold(0, context_length + 1, stride)
 
     def __len__(self):
         return len(self.windows)
 
     def __getitem__(self, index):
-        window = self.windows[index].long()     # long: whole numbers, as an embedding wants them
-        return window[..., :-1], window[..., 1:]        # all but its last token; its first
+        window = self.windows[index].long()     # long: torch's whole numbers of 64 bits
+        return window[..., :-1], window[..., 1:]        # all but its last token; all but its first
 
 # A text is split and encoded once. That makes a corpus, on which all that follows works.
 @dataclass
@@ -376,7 +368,7 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
     ('They went upriver for', 4, 3)
     """
     train_text, val_text = split_text(text, val_fraction)
-    tokenizer = make_tokenizer(kind, train_text, val_text, **options)
+    tokenizer = make_tokenizer(kind, train_text, val_text, **options)   # learns from the first only
     corpus = encode_corpus(tokenizer, train_text, val_text)
     if val_text and len(corpus.val_ids) <= context_length:
         return corpus_from_text(text, kind, 0.0, context_length, **options)
@@ -391,24 +383,25 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 #     B  windows in a batch        C  numbers per token, the width of the model (emb_dim)
 #     T  tokens in a window        H  attention heads         D  numbers per head, C / H
-#     S  tokens that have keys and values: T of them, until step 13 looks at one after the other
+#     S  tokens that can be looked at: all T, until step 13 gives the model only the new ones
 #
 # How does a token know whom to look at? From each token's vector, three Linears make three more: a
 # query ("whom do I look for?"), a key ("who am I?") and a value ("what I give"). Why three? "his"
 # looks for a person, but is none: query and key must differ. "Aadhan" is found as a person, but
-# gives what he did: so must key and value. Nobody sets that: training finds what lowers the loss.
-# The score is the dot product of a query and a key (multiply number by number, add up): large where
-# both are large in the same places, with the same signs.
+# what "his" needs of him is which one: key and value must differ, too. Nobody sets that: training
+# finds what lowers the loss. The score is the dot product of a query and a key (multiply number by
+# number, add up): large where both are large in the same places, with the same signs.
 #
 # Softmax turns a row of scores into shares that add up to 1: e to the score (e is 2.718...),
-# divided by the sum of them all. The largest score gets the largest share, the others theirs:
+# divided by the sum of them all:
 #
 #     softmax(2, 1, 0) = (7.39, 2.72, 1) / 11.11 = 0.67, 0.24, 0.09
 #
-# The scores must not be large. A dot product adds up D numbers (here 256 / 4 = 64), as often
-# negative as positive: as after D coin tosses, left or right, one is about sqrt(D) = 8 away. But
-# softmax(8, 0) and softmax(8.1, 0) are both 0.9997, 0.0003: where nothing changes, nothing is
-# learned. Divided by sqrt(D), 8 is 1: softmax(1, 0) is 0.73, 0.27, and softmax(1.1, 0) 0.75, 0.25.
+# The scores must not be large. A dot product adds up D products (here 256 / 4 = 64). If each is +1
+# or -1 by chance, their sum is usually about sqrt(D) from 0, as one who goes left or right by the
+# toss of a coin is after D steps: after 64, about 8. But softmax(8, 0) and softmax(8.1, 0) are both
+# 0.9997, 0.0003: where nothing changes, nothing is learned. Divided by sqrt(D), 8 is 1, and there
+# something does: softmax(1, 0) is 0.73, 0.27, and softmax(1.1, 0) 0.75, 0.25.
 #
 # One thing is forbidden: to look ahead. In training, the token to be guessed stands in the same
 # window, one place to the right. Without this rule the model would copy it, and when it is to
@@ -420,50 +413,44 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 # Q, K and V have a row for each token. K^T is K with rows and columns swapped, so Q K^T is the
 # table of all scores: a row for each query, a column for each key.
 def causal_mask(T, S, device=None):
-    """(T, S) table for T queries and S keys: True where a query may not look. If there are fewer
-    queries than keys, they are those of the last tokens.
+    """(T, S) table for S keys, and the queries of the last T of those tokens: True where a query
+    may not look, since the key stands after it.
     >>> causal_mask(3, 3).int()
     tensor([[0, 1, 1],
             [0, 0, 1],
             [0, 0, 0]], dtype=torch.int32)
-    >>> causal_mask(1, 3).int()
-    tensor([[0, 0, 0]], dtype=torch.int32)
     """
-    everything = torch.ones(T, S, dtype=torch.bool, device=device)
-    return everything.triu(diagonal=1 + S - T)    # keeps the upper right triangle: keys after it
+    places = torch.arange(S, device=device)
+    return places > places[S - T:, None]     # a row (S,) against a column (T, 1): each with each
 
-def attend(queries, keys, values, drop_rate=0.0, mask=None):
+def attend(queries, keys, values, mask, drop_rate=0.0):
     """What each query gathers, (..., T, D): queries (..., T, D), keys and values (..., S, D).
     Two tokens, D = 2. The second one's query is like the first one's key: its scores are 2 and 0;
     divided by sqrt(2), 1.41 and 0; and its shares 0.80 and 0.20. The first one sees only itself:
     >>> queries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> keys = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    >>> attend(queries, keys, values=torch.tensor([[10.0, 0.0], [0.0, 30.0]]))
+    >>> attend(queries, keys, torch.tensor([[10.0, 0.0], [0.0, 30.0]]), causal_mask(2, 2))
     tensor([[10.0000,  0.0000],
             [ 8.0443,  5.8671]])
 
-    8.04 is 80 % of 10, and 5.87 is 20 % of 30. If each token gives a 1 in a column of its own, what
-    is gathered are the shares themselves:
-    >>> attend(queries, keys, values=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    tensor([[1.0000, 0.0000],
-            [0.8044, 0.1956]])
+    8.04 is 80 % of 10, and 5.87 is 20 % of 30.
     """
-    T, D = queries.shape[-2:]
-    mask = causal_mask(T, keys.shape[-2], queries.device) if mask is None else mask
     if fused_is_faster(queries):                                  # the same in one call (workshop)
         return attend_fused(queries, keys, values, mask, drop_rate)
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)      # (..., T, S); swaps two axes
+    D = queries.shape[-1]
+    scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)      # (..., T, S); K^T: see above
     scores = scores.masked_fill(mask, -math.inf)
-    shares = scores.softmax(dim=-1)
+    shares = scores.softmax(dim=-1)                               # each row by itself
     shares = F.dropout(shares, drop_rate)     # see TransformerBlock; by default nothing is dropped
     return shares @ values
 
 # One head has one row of shares, which add up to 1: what it gives to one token, it takes from
 # another. But a token has several questions: "his" wants to know who "he" is, and also what he did.
 # One head might look for the last person that was named, another for the last verb. So there are H
-# heads. Each Linear still reads all C numbers of a token; its C results are cut into H pieces of D,
-# and each head attends by itself. It costs no more: three Linears, and one that mixes what the
-# heads have found, are 4 C^2 weights for any H. (`linear`, below, makes an nn.Linear.)
+# heads. Each Linear still reads all C numbers of a token; its C results are cut into H pieces of D:
+# 0 to 63 for the first head, 64 to 127 for the second, ...; and each attends by itself. It costs no
+# more: three Linears, and one that mixes what the heads have found, are 4 C^2 weights for any H.
+# (`linear`, below, makes an nn.Linear whose weights begin small.)
 class MultiHeadAttention(nn.Module):
     """H attentions side by side: (B, T, C) -> (B, T, C).
     >>> attention = MultiHeadAttention(GPTConfig(emb_dim=32, n_heads=4))
@@ -481,10 +468,11 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = linear(C, C, config, into_sum=True)
 
     def split_heads(self, x):
-        """(B, T, C) -> (B, H, T, D): the first D numbers are head 1's, the next D head 2's, ..."""
+        """(B, T, C) -> (B, H, T, D)."""
         B, T, C = x.shape
         H = self.config.n_heads
-        return x.reshape(B, T, H, C // H).transpose(1, 2)      # `attend` works on the last two axes
+        pieces = x.reshape(B, T, H, C // H)      # the last direction is cut into H pieces
+        return pieces.transpose(1, 2)            # swaps T and H: `attend` works on the last two
 
     def queries_keys_values(self, x, cache=None):
         """(B, T, C) -> three times (B, H, T, D); with a cache, keys and values of all S tokens."""
@@ -498,13 +486,14 @@ class MultiHeadAttention(nn.Module):
         return queries, keys, values
 
     def gather(self, queries, keys, values):
+        mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
         drop_rate = self.config.drop_rate if self.training else 0.0
-        return attend(queries, keys, values, drop_rate)
+        return attend(queries, keys, values, mask, drop_rate)
 
     def forward(self, x, cache=None):
         queries, keys, values = self.queries_keys_values(x, cache)
         gathered = self.gather(queries, keys, values)             # (B, H, T, D)
-        side_by_side = gathered.transpose(1, 2).flatten(2)        # (B, T, H, D), then (B, T, C)
+        side_by_side = gathered.transpose(1, 2).flatten(2)        # (B, T, H, D), joined: (B, T, C)
         return self.out_proj(side_by_side)                        # mixes what the heads have found
 
 class FeedForward(nn.Module):
@@ -527,22 +516,23 @@ class FeedForward(nn.Module):
 
 # A gradient goes back from the loss (step 9: how wrong the guesses were) and is multiplied by the
 # slope of every layer on its way: twelve slopes of 0.5 make 0.0002, and the first layers learn
-# nothing. So a block does not replace the vectors, it adds to them: x + f(x), the residual. Its
-# slope is 1 + f'; two in a row have (1 + f')(1 + g') = 1 + f' + g' + f'g'. However small f' and g'
-# are, the 1 remains: on that way the gradient arrives whole, from any depth.
+# nothing. So a block does not replace the vectors, it adds to them: x + f(x), the residual. With f'
+# for the slope of f, its slope is 1 + f'; two in a row have (1 + f')(1 + g') = 1 + f' + g' + f'g'.
+# However small f' and g' are, the 1 remains: on that way the gradient arrives whole, at any depth.
 #
 # But what only adds grows. Ten times larger queries and keys make scores a hundred times larger,
 # and softmax gives all to one. So each part reads x through a LayerNorm: it takes the mean from a
-# token's C numbers, divides them by their usual distance from it, then scales and shifts them as it
-# has learned. That is x + f(norm(x)), "pre-norm": only f reads the normed x, the 1 stays as it is.
-# In norm(x + f(x)), the 1, too, would be multiplied by the norm's slope, twice in every block.
+# token's C numbers, and divides them by their spread: the root of the mean of their squares, which
+# is 1.63 for 2, 4, 6 (less their mean, -2, 0, 2). Then it scales and shifts them as it has learned.
+# That is x + f(norm(x)), "pre-norm": only f reads the normed x, the 1 stays as it is. In norm(x +
+# f(x)), the 1, too, would be multiplied by the norm's slope, twice in every block.
 #
 # All weights start at random; if they were alike, all heads would learn the same. They start small,
 # so that sums of C products are not large: GPT-2 takes a spread of 0.02 for C = 768; with fewer to
-# add up, they may be larger. A block adds to x twice, so n_layers blocks do so 2 n_layers times:
-# what they add starts smaller by the root of that, and x does not begin larger in a deeper model.
+# add up, they may be larger. n_layers blocks add to x 2 n_layers times; as with the coins, such a
+# sum grows with the root of that, so what they add starts smaller by that root.
 def linear(inputs, outputs, config, bias=True, into_sum=False):
-    """An nn.Linear with such weights, and biases of 0."""
+    """An nn.Linear with weights as above, and biases of 0; `into_sum` if its results are added."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     shrink = math.sqrt(2 * config.n_layers) if into_sum else 1
     nn.init.normal_(layer.weight, std=spread(config) / shrink)
@@ -551,7 +541,7 @@ def linear(inputs, outputs, config, bias=True, into_sum=False):
     return layer
 
 def spread(config):
-    """The standard deviation of first weights: two of three lie between -spread and spread."""
+    """The spread (standard deviation) of first weights: two of three are not further from 0."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
 
 def norm(config):
@@ -560,7 +550,7 @@ def norm(config):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what was there: (B, T, C) -> (B, T, C).
     In training, dropout sets some of the added numbers to 0 at random (`drop_rate` of them), so
-    that the model relies on none. That helps on unread text; to learn by heart, the default is 0.
+    that the model relies on none. That helps on unread text; ours is to be learned by heart: 0.
     >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()    # detach: just the numbers
     tensor([-1.2247,  0.0000,  1.2247])
     """
@@ -577,10 +567,10 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Without more, a score would not know where two tokens stand: to the token behind them, "dog bites
-# man" and "man bites dog" would give the same values in the same shares. So each place of the
-# window, 0 to 31, has a vector too, learned like the tokens' own, and what enters the first block
-# is the sum of both (Radford et al. 2019; two other ways are in the workshop).
+# So far, nothing tells a score where two tokens stand: to the token after them, "dog bites man" and
+# "man bites dog" would give the same values in the same shares. So each place of the window, 0 to
+# 31, has a vector too, learned like the tokens' own, and what enters the first block is the sum of
+# both (Radford et al. 2019; two other ways are in the workshop).
 class GPTModel(nn.Module):
     """Token ids (B, T) to logits (B, T, vocabulary): at each place, a number for every token that
     could come next, larger if likelier. Raises ValueError if T is more than the context.
@@ -599,6 +589,7 @@ class GPTModel(nn.Module):
         if config.position != "learned":
             self.pos_emb = fixed_positions(config)                  # workshop
         self.drop_emb = nn.Dropout(config.drop_rate)
+        # A list whose parts torch knows as parts of this one:
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = norm(config)         # the blocks normed what they read, not the sum
         self.out_head = linear(C, config.vocab_size, config, bias=False)
@@ -608,22 +599,22 @@ class GPTModel(nn.Module):
     def forward(self, token_ids, cache=None):
         token_ids = token_ids.to(self.tok_emb.weight.device)        # to where the weights are
         T = token_ids.shape[1]
-        start = 0 if cache is None else len(cache)
+        start = 0 if cache is None else cache.length
         check(start + T <= self.config.context_length, f"{start + T} tokens are more than the "
               f"context of {self.config.context_length}: give the model only the last ones")
         places = torch.arange(start, start + T, device=token_ids.device)
         x = self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(places))   # (B, T, C)
         for block in self.trf_blocks:
             x = block(x, cache)                                             # (B, T, C)
-        if cache is not None:                # step 13: only the last place is asked for then
-            x = x[:, -1:]                                                   # (B, 1, C)
+        if cache is not None:                # step 13: then only the last place is asked for, T = 1
+            x = x[:, -1:]
         return self.out_head(self.final_norm(x))                            # (B, T, vocabulary)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
-# Before we train anything, we push a batch through and look at what becomes of it: two windows of
-# 32 tokens. And where is the model large? Two fifths of its numbers say what the tokens are
-# (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in each: 4 for
-# attention, 8 for the feed-forward.
+# Before we train anything, the command `model` pushes a batch through, two windows of 32 tokens,
+# and shows what becomes of it. And where is the model large? Two fifths of its numbers say what the
+# tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in each: 4
+# for attention, 8 for the feed-forward.
 #
 #     $ python story_llm.py model
 #     ...
@@ -642,9 +633,9 @@ def count_parameters(part):
     return sum(weight.numel() for weight in part.parameters() if weight.requires_grad)
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
-# To write, we ask for the likeliest next token, append it, and ask again. "Greedy" means to take
-# the likeliest each time; argmax is the place of the largest number in a row, here its id. The
-# untrained model answers with noise, but it answers:
+# Now the model writes, as step 1 said. "Greedy" means to take the likeliest token each time; argmax
+# is the place of the largest number in a row, here its id. The untrained model answers with noise,
+# but it answers:
 #
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
 #     Once Aadhan renounced his kingdom c cpppbourp crowd
@@ -652,7 +643,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` greedily chosen tokens to idx, (B, T); returns the longer rows.
     The model sees the last `context_size` tokens.
     Anything that makes logits of ids will do as a model. This one knows five tokens, and that after
-    each comes the next, and after the last the first:
+    each comes the next, and after the last the first (one_hot: a 1 in its place, else 0):
     >>> def counting(idx):
     ...     return F.one_hot((idx + 1) % 5, num_classes=5)
     >>> counting(torch.tensor([[3]]))
@@ -665,8 +656,8 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
         with torch.no_grad():
             logits = model(idx_cond)                                # (B, T, vocabulary)
         last = logits[:, -1, :]                                     # only the last place is asked
-        idx_next = torch.argmax(last, dim=-1, keepdim=True)         # (B, 1)
-        idx = torch.cat([idx, idx_next.to(idx.device)], dim=1)      # (B, T + 1)
+        idx_next = torch.argmax(last, dim=-1, keepdim=True)         # (B, 1), not (B,)
+        idx = torch.cat([idx, idx_next.to(idx.device)], dim=1)      # side by side: (B, T + 1)
     return idx
 
 # ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
@@ -677,14 +668,12 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #
 # The weights of an untrained model are small, so its logits are all near 0, and softmax makes of
 # them about 1/2079 each: the loss is about -ln(1/2079) = ln(2079) = 7.64. A little more is normal:
-# of two tokens, 0.5 and 0.5 cost 0.69 each, 0.6 and 0.4 cost 0.51 and 0.92. Much more is a mistake.
-
-IGNORED = -100      # as a target: nothing is asked, where a window is longer than the text
-
+# of two tokens, 0.5 and 0.5 cost 0.69 each, 0.6 and 0.4 cost 0.51 and 0.92, in the mean 0.71. Much
+# more would mean a mistake in the program.
 def batch_loss(model, inputs, targets):
     """The mean loss on a batch, inputs and targets (B, T) ids each.
     >>> def model(inputs):                                        # sure of token 1, whatever comes
-    ...     return torch.tensor([0.0, 2.0, 0.0]).expand(*inputs.shape, 3)
+    ...     return torch.tensor([0.0, 2.0, 0.0]).expand(*inputs.shape, 3)     # at every place
     >>> batch_loss(model, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     tensor(1.2395)
     >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                   # softmax: 0.79 for token 1
@@ -695,12 +684,12 @@ def batch_loss(model, inputs, targets):
     logits = model(inputs)                            # (B, T, vocabulary)
     guesses = logits.flatten(0, 1)                    # every place is a guess: (B * T, vocabulary)
     answers = targets.flatten().to(logits.device)     # (B * T,)
-    return F.cross_entropy(guesses, answers, ignore_index=IGNORED)
+    return F.cross_entropy(guesses, answers, ignore_index=IGNORED)     # softmax, -ln, and the mean
 
-# The loss does not tell what we came for: can the model go on with the story? So we try. Recall is
-# the share of sentences that it continues to the letter, for 80 characters, from their first five
-# words alone. That is hard: nothing before those words shows where in the story we are. It is
-# measured on the text that the model has practised; the end, which it never saw, nobody could know.
+# The loss does not tell what we want to know: can the model go on with the story? So we try. Recall
+# is the share of sentences that it continues to the letter, for 80 characters, from their first
+# five words alone. That is hard: nothing before those words shows where in the story we are. It is
+# measured on the text that the model practises: the end, which it never sees, nobody could guess.
 def measure_recall(model, tokenizer, text, max_sentences=1000):
     """Recall on `text`, from 0 to 1, of its sentences with 8 words or more (or of some of them)."""
     exercises = recall_exercises(text, max_sentences)       # [(five words, what follows), ...]
@@ -717,10 +706,24 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 #     Recall 0.0%: 0 of 173 sentences continued to the letter after five words
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
-# Now the model practises. Take a batch of windows, ask how wrong the model is on it, ask for every
-# weight which way it must move to be less wrong, move it a little; then the next batch. That is all
-# of it, a hundred and eighty times for our story, and the noise turns into the story. A run is a
-# model with all that belongs to it while it learns.
+# Now the model practises. All that it takes are the five lines of the loop below. Here, a small
+# model learns to count to three, from 1 2 3 1 2 3 ...; for our story, the loop runs 180 times.
+def a_training_loop():
+    """
+    >>> windows = SlidingWindowDataset(torch.tensor([1, 2, 3] * 9), context_length=4)
+    >>> model = GPTModel(GPTConfig(vocab_size=4, context_length=4, emb_dim=16))
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    >>> for step in range(50):
+    ...     inputs, targets = windows[torch.randint(len(windows), (8,))]    # 8 of them, by chance
+    ...     optimizer.zero_grad()                        # forget the gradients of the step before
+    ...     loss = batch_loss(model, inputs, targets)    # how wrong is the model?
+    ...     loss.backward()                              # how does the loss grow with each weight?
+    ...     optimizer.step()                             # move each a little, the other way
+    >>> generate_text_simple(model, torch.tensor([[2, 3, 1]]), max_new_tokens=4, context_size=4)
+    tensor([[2, 3, 1, 2, 3, 1, 2]])
+    """
+
+# The real loop has a run to work on: a model with all that belongs to it while it learns.
 @dataclass
 class Run:
     """A model, how it is trained, and how far it has come."""
@@ -747,58 +750,53 @@ def train(run, corpus, after_step=lambda run: False, take_step=None):
     after each step, to print and to save; if it returns True, training stops there. `take_step` may
     replace `training_step` (extras). Raises ValueError if the loss is no longer a number."""
     take_step = take_step or training_step
-    batches = TrainingBatches(corpus, run)      # what to practise in each step: see below
+    batches = TrainingBatches(corpus, run)      # windows for each step: "Which windows?", below
     start_optimizer(run)                        # `make_optimizer`, and what a saved one remembers
     while True:
-        if evaluation_due(run):
+        if evaluation_due(run):                 # every 45 steps: the losses, recall, a sample
             run.history.append(evaluate(run, corpus))
         if after_step(run) or run.step >= run.total_steps:
             break
-        run.model.train()                # dropout on
+        run.model.train()                       # the model's own `train`: dropout on
         inputs, targets = batches[run.step]
         take_step(run, inputs, targets)
-    run.model.eval()                     # dropout off
+    run.model.eval()                            # dropout off
 
 def training_step(run, inputs, targets):
     """One step on a batch, (B, T) ids each; leaves the loss on it in `run.loss`."""
     config = run.train_config
-    # `backward` adds to the gradients that are there: forget those of the step before.
-    run.optimizer.zero_grad()
-    # How wrong is the model? (The workshop knows in which precision to calculate.)
-    with precision_of(run):
+    run.optimizer.zero_grad()         # `backward` adds to the gradients that are there
+    with precision_of(run):           # where the machine is faster so: with fewer digits (workshop)
         loss = batch_loss(run.model, inputs, targets)
-
-    # Which way does the loss grow with each weight? Back through all that was calculated.
     loss.backward()
-
     # One odd batch can have a gradient a hundred times as long as the others, and throw the weights
     # far off. All gradients together are one vector: if it is longer than grad_clip (the root of
     # the sum of squares), it is shortened to that.
     length = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-    for group in run.optimizer.param_groups:  # the optimizer keeps its weights in groups
+    for group in run.optimizer.param_groups:       # all weights have the same learning rate
         group["lr"] = learning_rate(run.step, run.total_steps, config)
-    run.optimizer.step()                      # moves the weights
+    run.optimizer.step()
     run.step += 1
-    run.loss = loss.item()
-    check_finite(run.loss + length.item(), run)    # not a number: stop here, and save nothing
+    run.loss = loss.item()                         # item: as a number of Python
+    check_finite(run.loss + length.item(), run)    # one is not a number: stop, and save nothing
 
 # The plainest optimizer moves each weight by -lr * gradient (lr: the learning rate). Adam takes the
-# mean of a weight's last gradients over their usual size: 3, 1, 2 and 0.03, 0.01, 0.02 both give
-# 0.9, so all weights move at a similar pace; 3, -3, 3, -3, mere noise, gives 0. The W is for weight
-# decay: a pull towards zero, which keeps small what nothing needs. That helps on unread text; to
-# learn by heart all is needed, so the default is no decay.
+# mean of a weight's last gradients, divided by their usual size (the root of their mean square): 3,
+# 1, 2 and 0.03, 0.01, 0.02 both give 0.9, so all weights move at a similar pace; 3, -3, 3, -3, mere
+# noise, gives 0. The W is for weight decay: a pull towards zero, which keeps small what nothing
+# needs. That helps on unread text; ours is to be learned by heart: no decay.
 def make_optimizer(model, config):
     """AdamW (Loshchilov & Hutter 2019), with decay for matrices, not for biases and norms."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
-    # betas: means over about 10 gradients and 50 sizes. fused: all weights are moved in one go.
+    # betas: means of about the last 10 gradients, and 50 sizes. fused: all are moved in one go.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 def learning_rate(step, total_steps, config):
     """How far the weights move in a step. At first Adam's means rest on few batches and are not to
     be trusted, so it rises for some steps (warm-up). Near the end, large steps would jump around
-    the best place, so it falls along half a cosine to nothing.
+    the best place, so it falls, along half a cosine, to nothing.
     >>> config = TrainConfig(learning_rate=1.0, warmup_steps=2)
     >>> [round(learning_rate(step, 10, config), 2) for step in range(10)]
     [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
@@ -809,8 +807,8 @@ def learning_rate(step, total_steps, config):
     progress = (step - warmup) / (total_steps - warmup)           # from 0 to 1
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
-# Every 45 steps, and more often at first, we look how far the model has come: at the losses, at
-# recall (of some sentences), and at a sample of its writing.
+# After 2, 5 and 20 % of the way, and every 45 steps, we look how far the model has come: at the
+# losses, at recall (of some sentences), and at a sample of its writing.
 @dataclass
 class Evaluation:
     """What we saw of a run at some step. What could not be measured is None."""
@@ -824,13 +822,13 @@ class Evaluation:
     sample: str                          # how the model goes on from the prompt
 
 # Which windows? If they began at the same places in every epoch, each word of the story would
-# always stand at the same place of its window, and the model would know it only there. So an epoch,
-# one reading of the text, begins one window at a place by chance in each stretch of T tokens.
+# always stand at the same place of its window, and the model would know it only there. So in an
+# epoch, one reading of the text, a window begins at a random place in each stretch of T tokens.
 #
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
-# in the text. Windows hardly ever begin so. Hence half of each batch are openings: windows cut at a
-# sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without them
-# recall ends at 91 %. Here it is, in twenty readings:
+# in the text. Windows hardly ever begin so. So to these, each batch adds as many openings: windows
+# cut at a sentence's start (some at any word, for other prompts) and encoded as a prompt is.
+# Without them, recall ends at 91 %. Twenty readings:
 #
 #     $ python story_llm.py train
 #     ...
@@ -841,11 +839,12 @@ class Evaluation:
 #     Ep 20 (Step 000180): Train loss 0.206, Val loss 6.269, recall 100%, 27,035 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# Why does the validation loss rise, and recall too? They ask about different texts: recall about
-# the practised one, the validation loss about the unread end. At its best, the model gave the right
-# token there, say, 1/180, which costs 5.2. Then it becomes sure: it takes every "Aadhan thanked"
-# for the one it knows; where something else comes, at 1/10,000, that costs 9.2. Surely wrong is
-# worse than unsure. It memorises: with one short story that is normal, and wanted.
+# Why does the validation loss get worse while recall gets better? They ask about different texts:
+# recall about the practised one, the validation loss about the unread end. At its best, the model
+# gave the right token there, say, 1/180, which costs 5.2. Then it becomes sure: it takes every
+# "Aadhan thanked" for the one it knows; where something else comes, at 1/10,000, that costs 9.2. To
+# be wrong and sure costs more than to be unsure. It memorises: with one short story that is normal,
+# and wanted.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # All that a run is goes into one file: settings, tokenizer, weights, what the optimizer remembers,
@@ -878,7 +877,8 @@ def load_checkpoint(path, device="cpu"):
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # Two curves tell what happened. If both fall, the model learns the language; if training falls and
-# validation rises, it learns this text by heart; if both stay near ln(vocabulary), nothing.
+# validation rises, it learns this text by heart; if both stay near ln(vocabulary), it learns
+# nothing.
 def plot_losses(history, vocab_size, path=None):
     """Draw losses and recall of a history, to `path` (.png, .svg, .pdf) too. Returns the figure.
     >>> history = [Evaluation(0, 0.0, 0, 7.8, 7.8, 0.0, "", ""),
@@ -907,20 +907,17 @@ def plot_losses(history, vocab_size, path=None):
     return save_figure(figure, path)
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
-# `generate_text_simple` reads the whole text again for each new token. That is wasteful: since no
-# token looks ahead, what a token has made of those before it cannot change when another comes
-# behind. Only the new token has to be calculated, and all that it needs of the others are their
-# keys and values. So we keep those, in a cache. It is valid as long as every token keeps its place;
-# when the context is full, the window slides with every new token, all get another place, and the
-# cache begins anew.
+# `generate_text_simple` calculates the whole window again for each new token. That is wasteful:
+# since no token looks ahead, what a token has made of those before it cannot change when another
+# comes after it. Only the new token has to be calculated, and all that it needs of the others are
+# their keys and values. So we keep those, in a cache. It is valid as long as every token keeps its
+# place; when the context is full, the window slides with every new token, all get another place,
+# and the cache begins anew.
 class KeyValueCache:
     """Keys and values of the tokens so far, (B, H, S, D) each, for every attention layer."""
     def __init__(self):
-        self.known = {}
-
-    def __len__(self):
-        """How many tokens all layers know."""
-        return min((keys.shape[2] for keys, values in self.known.values()), default=0)
+        self.known = {}         # {layer: (keys, values)}
+        self.length = 0         # how many tokens they are of
 
     def append(self, layer, keys, values):
         """Add those of new tokens to a layer's; returns all of them."""
@@ -929,19 +926,20 @@ class KeyValueCache:
             keys = torch.cat([old_keys, keys], dim=2)
             values = torch.cat([old_values, values], dim=2)
         self.known[layer] = (keys, values)
+        self.length = keys.shape[2]
         return keys, values
 
 # A story known by heart is continued by the likeliest token. In any other, the likeliest after a
 # phrase is often that phrase again: there, one lets chance choose, by the probabilities. A
 # temperature makes them sharper (below 1) or flatter (above 1): the logits are divided by it before
 # the softmax. top_k leaves only the k likeliest tokens to choose from; top_p the likeliest, until
-# together they reach it.
+# their probabilities add up to it.
 @dataclass(frozen=True)
 class Sampling(Settings):
     """How the next token is chosen."""
     temperature: float = setting(0.0, "0: the likeliest token; more: more chance", 0)
     top_k: int = setting(0, "choose among so many of the likeliest; 0: all", 0)
-    top_p: float = setting(1.0, "choose among the likeliest that together have this probability", 0)
+    top_p: float = setting(1.0, "choose among the likeliest that add up to this; 1: all", 1e-9)
     seed: int = setting(42, "where chance starts: same seed, same text", 0, 1 << 63)
 
 def next_token_probabilities(logits, sampling):
@@ -958,19 +956,17 @@ def next_token_probabilities(logits, sampling):
     >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.9))    # 0.88 < 0.9
     tensor([0.6652, 0.2447, 0.0900, 0.0000])
     """
-    if sampling.temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    logits = logits.double() - logits.max(dim=-1, keepdim=True).values     # the best becomes 0
-    probabilities = (logits / sampling.temperature).softmax(dim=-1)
+    temperature = max(sampling.temperature, 0.001)            # so small, only the likeliest is left
+    probabilities = (logits / temperature).softmax(dim=-1)
     in_order, order = probabilities.sort(dim=-1, descending=True)
     if sampling.top_k:
         in_order[..., sampling.top_k:] = 0
+        in_order = in_order / in_order.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
-        likelier = in_order.cumsum(dim=-1) - in_order         # of all better ones together
-        enough = sampling.top_p * in_order.sum(dim=-1, keepdim=True)
-        in_order[..., 1:][likelier[..., 1:] >= enough] = 0    # the best always stays
+        likelier = in_order.cumsum(dim=-1) - in_order         # of all likelier ones together
+        in_order[likelier >= sampling.top_p] = 0
     kept = torch.zeros_like(probabilities).scatter(-1, order, in_order)      # back to their places
-    return (kept / kept.sum(dim=-1, keepdim=True)).float()
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
     """Continue token_ids (B, T), T > 0: yields one tensor (B,) after the other, the new token of
@@ -982,13 +978,15 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     cache = KeyValueCache()
     new = window
     for _ in range(max_new_tokens):
-        if len(cache) + new.shape[1] > context_length:        # full: the window slides
+        if cache.length + new.shape[1] > context_length:      # full: the window slides
             cache = KeyValueCache()
             new = window
         with inference(model):
             logits = model(new, cache)[:, -1, :].cpu()        # (B, vocabulary)
-        probabilities = next_token_probabilities(logits, sampling)
-        new = torch.multinomial(probabilities, 1, generator=generator)      # one by chance, (B, 1)
+        new = logits.argmax(dim=-1, keepdim=True)             # (B, 1): greedy, as in step 8
+        if sampling.temperature > 0:
+            probabilities = next_token_probabilities(logits, sampling)
+            new = torch.multinomial(probabilities, 1, generator=generator)      # one by chance
         yield new[:, 0]
         window = torch.cat([window, new], dim=1)[:, -context_length:]
 
@@ -997,8 +995,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #     $ python story_llm.py generate --max-new-tokens 12
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
 #
-# What it cannot do: it knows no English, only one story, by heart. A model that talks is the same
-# program, with a library in place of the story, and months of many machines.
+# What it cannot do: it knows no English, only one story, by heart. A model that talks is in essence
+# the same, with a library in place of the story, and months of many machines.
 
 # ═══ Workshop: checks, texts, random numbers ═══════════════════════════════════════════════════
 # From here on, nothing new is taught. What stands below makes the lesson's code sturdy (it says in
@@ -1074,7 +1072,19 @@ def encode_corpus(tokenizer, train_text, val_text):
     both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", "replace")
     return Corpus(tokenizer, train_text, train_ids, val_ids, hashlib.sha256(both).hexdigest())
 
-# A sentence starts at the beginning, behind . ! ? and the like, or behind an empty line.
+# The pieces of steps 2 and 4, for all scripts. \p{L} is any letter, \p{N} any digit, and \p{M} a
+# sign that belongs to the letter before it: without it, Hindi and Tamil are torn at every vowel.
+# `--` means "but for". Chinese, Japanese, Thai and some others put no spaces between words.
+
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"
+WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"            # a character, or a whole word
+PIECE = regex.compile(rf" ?(?:{WORD}|\S)|\s+", regex.V1)             # or a mark; or white space
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+#               's 't 'll ...         word     number    other marks          white space
+STORY_SPLIT = r" ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+
+# A sentence starts at the beginning, after . ! ? and the like, or behind an empty line.
 
 SENTENCE_START = regex.compile(
     r"""(?:\A|[.!?…।॥؟۔።។။]["'”’)\]]*\s|[。！？]["'”’」』）]*|\n[^\S\n]*\n)\s*""")
@@ -1101,6 +1111,8 @@ def recall_exercises(text, max_sentences=1000):
             exercises.append((text[start:ends[4]], text[ends[4]:ends[4] + 80]))
     every = max(1, math.ceil(len(exercises) / max_sentences))
     return exercises[::every]
+
+IGNORED = -100      # as a target: nothing is asked, where a window is longer than the text
 
 def mean_loss(model, token_ids, max_windows=32):
     """Mean loss over token_ids (N,); None if N < 2. The windows stand side by side; of more than
@@ -1658,8 +1670,9 @@ def attention_maps(model, token_ids):
     def listen(part, inputs, output):
         queries, keys, values = part.queries_keys_values(inputs[0])
         T = keys.shape[-2]
-        ones = torch.eye(T, dtype=keys.dtype, device=keys.device)       # see `attend`
-        maps.append(part.gather(queries, keys, ones.expand(*keys.shape[:2], T, T))[0])
+        # If each token gives a 1 in a column of its own, what is gathered are the shares.
+        ones = torch.eye(T, dtype=keys.dtype, device=keys.device).expand(*keys.shape[:2], T, T)
+        maps.append(part.gather(queries, keys, ones)[0])
 
     with inference(model), watch([block.att for block in model.trf_blocks], listen):
         model(token_ids)

@@ -20,8 +20,9 @@ def same_numbers_in_each_test():
 
 def shares_of(queries, keys, drop_rate=0.0):
     """What is gathered of values that are a 1 in a column of their own: the shares themselves."""
-    S = keys.shape[-2]
-    return attend(queries, keys, torch.eye(S).expand(*keys.shape[:-2], S, S), drop_rate)
+    T, S = queries.shape[-2], keys.shape[-2]
+    ones = torch.eye(S).expand(*keys.shape[:-2], S, S)
+    return attend(queries, keys, ones, causal_mask(T, S), drop_rate)
 
 
 # attention
@@ -37,7 +38,8 @@ def test_attention_equals_torchs_own(queries_of):
     """The queries are the last ones: with fewer of them than keys, they see as much as they did among all."""
     queries, keys, values = torch.randn(3, 2, 4, 7, 8)
     expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)[..., -queries_of:, :]
-    torch.testing.assert_close(attend(queries[..., -queries_of:, :], keys, values), expected)
+    found = attend(queries[..., -queries_of:, :], keys, values, causal_mask(queries_of, 7))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("queries_of", [7, 3, 1])

@@ -443,7 +443,7 @@ def test_a_file_of_a_changed_program_is_refused_in_words_that_say_so(kind, tmp_p
         run = trained() if kind == "trained" else tiny()[0]
     save_checkpoint(tmp_path / "model.pt", run)
     with monkeypatch.context() as patched:
-        patched.setattr(torch.nn.functional, "gelu", torch.nn.functional.silu)
+        patched.setattr(torch.nn.functional, "gelu", lambda x, approximate: torch.nn.functional.silu(x))
         message = refusal(tmp_path / "model.pt")
         assert "version" in message and "program" in message and "damaged" not in message
     assert weights_equal(load_checkpoint(tmp_path / "model.pt").model, run.model)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from helpers import lively_model, story_llm
-from story_llm import (GPTConfig, GPTModel, KeyValueCache, MultiHeadAttention, attend, attention_maps, plot_attention,
+from story_llm import (GPTConfig, GPTModel, KeyValueCache, MultiHeadAttention, attend, attention_maps, causal_mask, plot_attention,
                        rotate)
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -65,7 +65,7 @@ def some(T, S, D=4, dtype=torch.float32):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_attention_equals_a_naive_loop(either_way, T, S, fused, dtype, tolerance):
     tensors = some(T, S, dtype=dtype)
-    found = either_way(fused, attend, *tensors)
+    found = either_way(fused, attend, *tensors, causal_mask(T, S))
     assert found.dtype == dtype
     queries, keys, values = [tensor.double().flatten(0, 1).tolist() for tensor in tensors]
     expected = [attend_naively(*head) for head in zip(queries, keys, values)]
@@ -79,7 +79,7 @@ def test_both_kinds_of_attention_have_the_same_gradients(either_way, T, S):
 
     def gradients():
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        return torch.autograd.grad((attend(*leaves) * weight).sum(), leaves)
+        return torch.autograd.grad((attend(*leaves, causal_mask(T, S)) * weight).sum(), leaves)
 
     written, fused = either_way(False, gradients), either_way(True, gradients)
     for one, other in zip(written, fused):
