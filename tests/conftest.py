@@ -113,3 +113,13 @@ def trained_here(folder, trained_once):
     """`folder`, after that training; gives what it printed."""
     shutil.copytree(trained_once[0], folder, dirs_exist_ok=True)
     return trained_once[1]
+
+
+@pytest.fixture(scope="session")
+def trained_on_bytes(tmp_path_factory, small):
+    """The path of a model with a learned byte-pair tokenizer."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "my.txt").write_text(TEXT, encoding="utf-8")
+    files = ["--text", str(folder / "my.txt"), "--model", str(folder / "b.pt"), "--plot", str(folder / "b.png")]
+    assert story_llm.main(small("train", "--tokenizer", "story", "--vocab-size", "300", "--epochs", "1", *files)) == 0
+    return folder / "b.pt"

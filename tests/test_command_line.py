@@ -159,7 +159,7 @@ def test_training_tells_its_progress_and_recall_and_writes_its_two_files(folder,
 def test_every_command_works_after_training(folder, trained_here, call):
     text = ["--text", "my.txt"]
     for command in ("words", "bpe", "windows", "model", "evaluate", "plot", "generate", "attention", "next"):
-        options = {"plot": [], "generate": ["--max-new-tokens", "5"], "next": [], "attention": []}.get(command, text)
+        options = {"plot": [], "generate": ["--prompt", PROMPT], "next": [], "attention": []}.get(command, text)
         status, out, err = call(command, *options)
         assert status == 0 and out and "error" not in err and "nan" not in out.lower(), command
 
@@ -198,7 +198,28 @@ def test_generate_writes_prompt_and_continuation_to_stdout_and_nothing_else(fold
     saved = load_checkpoint("story_llm.pt")
     expected = PROMPT + "".join(story_llm.generate_text(saved.model, saved.tokenizer, PROMPT, 12)) + "\n"
     assert call("generate", "--prompt", PROMPT, "--max-new-tokens", 12) == (0, expected, "")
-    assert call("generate", "--max-new-tokens", 12)[1] == expected      # its text's own first words
+
+
+def test_without_a_prompt_each_line_of_stdin_is_one(folder, trained_here, call, monkeypatch):
+    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1] for prompt in (PROMPT, "At night"))
+    for typed in (f"{PROMPT}\n\n  \nAt night\n", f"{PROMPT}\r\nAt night"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert call("generate", "--max-new-tokens", 5) == (0, expected, "")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert call("generate") == (0, "", "")
+
+
+@pytest.mark.parametrize("typed", [f"{PROMPT}\nAt night\n\nThe boy\n", f"{PROMPT}\nAt night\n\x04"])
+def test_on_a_terminal_prompts_are_asked_for_until_an_empty_line_or_ctrl_d(folder, trained_here, call, typed):
+    pty = pytest.importorskip("pty")
+    master, terminal = pty.openpty()
+    os.write(master, typed.encode())
+    with open(terminal, encoding="utf-8") as stdin, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, out, err = call("generate", "--max-new-tokens", 5)
+    os.close(master)
+    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1] for prompt in (PROMPT, "At night"))
+    assert (status, out) == (0, expected) and err.count("first words") == 3
 
 
 def test_generation_by_chance_depends_on_the_seed(folder, trained_here, call):
@@ -207,7 +228,7 @@ def test_generation_by_chance_depends_on_the_seed(folder, trained_here, call):
 
 
 @pytest.mark.parametrize("wish", [["--temperature", "1e-300"], ["--temperature", "5", "--top-k", "1"],
-                                  ["--temperature", "5", "--top-p", "0"]])
+                                  ["--temperature", "5", "--top-p", "1e-9"]])
 def test_chance_that_leaves_one_token_is_greedy(folder, trained_here, call, wish):
     assert call("generate", "--prompt", PROMPT, *wish) == call("generate", "--prompt", PROMPT)
 
@@ -220,7 +241,7 @@ def test_the_same_command_makes_the_same_weights(folder, trained_here, call, sma
 def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folder, call, small):
     out = call(*small("train"), "--prompt", "At night a boy")[1]
     assert len(re.findall(r"^    At night a boy \.\.\.", out, re.MULTILINE)) == out.count("Train loss") > 1
-    assert call("generate", "--max-new-tokens", "1")[1].startswith("At night a boy")
+    assert load_checkpoint("story_llm.pt").prompt == "At night a boy"
 
 
 # pictures, and looking inside
@@ -275,8 +296,8 @@ def test_without_network_and_files_the_real_story_is_trained_on_and_continued(fo
     status, out, err = call(*small("train", "--text", STORY, "--tokenizer", "auto", "--max-steps", "3"))
     assert status == 0 and len(err.splitlines()) == 1 and "--tokenizer gpt2" in err
     assert re.match(r"story tokenizer, vocabulary [12],\d{3};", out)
-    status, out, err = call("generate", "--max-new-tokens", "3")
-    assert (status, err) == (0, "") and out.startswith("Once Aadhan renounced his kingdom")
+    status, out, err = call("generate", "--prompt", "Once Aadhan", "--max-new-tokens", "3")
+    assert (status, err) == (0, "") and out.startswith("Once Aadhan")
 
 
 def test_without_network_and_files_gpt2_by_name_is_an_error_that_tells_how_to_get_it(folder, call):
@@ -337,19 +358,9 @@ def test_what_a_tokenizer_cannot_use_is_refused(folder, call, options, name):
     ("--device", "abacus"), ("--model", "missing.pt"), ("--model", "my.txt"), ("--model", "."), ("--model", "loss.png"),
     ("--seed", "1" + "0" * 30), ("--seed", "-1")])
 def test_a_wrong_value_for_generating_is_one_line_before_the_prompt_is_printed(folder, trained_here, call, name, value):
-    result = call("generate", name, value)
+    result = call("generate", *([] if name == "--prompt" else ["--prompt", PROMPT]), name, value)
     assert_one_line_error(result, value)
     assert result[1] == ""
-
-
-@pytest.fixture(scope="module")
-def trained_on_bytes(tmp_path_factory, small):
-    """The path of a model with a learned byte-pair tokenizer."""
-    folder = tmp_path_factory.mktemp("bytes")
-    (folder / "my.txt").write_text(TEXT, encoding="utf-8")
-    files = ["--text", str(folder / "my.txt"), "--model", str(folder / "b.pt"), "--plot", str(folder / "b.png")]
-    assert story_llm.main(small("train", "--tokenizer", "story", "--vocab-size", "300", "--epochs", "1", *files)) == 0
-    return folder / "b.pt"
 
 
 @pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n", "-"])
@@ -449,7 +460,8 @@ def test_the_tour_walks_all_steps_in_its_own_folder_and_touches_nothing_else(fol
     assert status == 0 and "error" not in err and sys.stdin.read() == "not read"
     assert [int(number) for number in re.findall(r"^═══ (\d+): ", out, re.MULTILINE)][:13] == list(range(1, 14))
     commands = re.findall(r"^\$ python story_llm.py ?(.*)$", out, re.MULTILINE)
-    assert {"train", "generate", "attention", "words", "bpe", "windows", "model", "plot"} <= set(commands)
+    names = {command.split()[0] for command in commands if command}
+    assert {"train", "generate", "attention", "words", "bpe", "windows", "model", "plot"} <= names
     assert sorted(os.listdir()) == sorted(["my.txt", "story_llm_tour", *mine]) and os.getcwd() == str(folder)
     assert all((folder / name).read_text() == content for name, content in mine.items())
     assert load_checkpoint("story_llm_tour/story_llm.pt").step == 3
@@ -547,7 +559,7 @@ def test_no_text_and_no_prompt_can_steer_the_terminal(folder, small):
     assert_harmless(on_a_terminal(
         ["words", *text, "--prompt", EVIL], small("bpe", *text, "--tokenizer", "story", "--prompt", EVIL),
         small("windows", *text), small("train", *text, "--epochs", "1"), ["evaluate", *text], ["next"],
-        ["generate"], ["generate", "--prompt", f"a{EVIL}b"]))
+        ["generate", "--prompt", EVIL], ["generate", "--prompt", f"a{EVIL}b"]))
 
 
 def test_no_name_and_no_file_can_steer_the_terminal_through_an_error(folder, small):

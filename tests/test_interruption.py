@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import PROGRAM, TEXT, story_llm, weights_equal
 
 from story_llm import COMMANDS, FIELDS, load_checkpoint
@@ -235,7 +236,7 @@ CANNOT = [name for name in " ".join(COMMANDS["train"][2:]).split() if name not i
 def test_resuming_with_anything_changed_is_refused_with_the_difference(folder, trained_here, call, small, name):
     (folder / "other.txt").write_text(TEXT.replace("boat", "raft"))
     f = FIELDS[name]
-    if name == "text":
+    if name in ("text", "start"):
         value = ["other.txt"]
     elif f.type is bool:
         value = []
@@ -280,3 +281,64 @@ def test_going_on_where_nothing_is_left_to_do_changes_nothing(folder, trained_he
         after = load_checkpoint("story_llm.pt")
         assert "Traceback" not in err and weights_equal(before.model, after.model) and after.history == before.history
         assert status == 0 or "error" in err
+
+
+# beginning with the weights of another
+
+def test_a_start_has_the_weights_and_tokenizer_of_a_model_and_an_own_history(folder, trained_on_bytes, call):
+    (folder / "other.txt").write_text(TEXT.replace("boat", "raft").replace("river", "lake") * 3)
+    old = load_checkpoint(trained_on_bytes)
+    assert call("train", "--start", trained_on_bytes, "--text", "other.txt", "--max-steps", 3,
+                "--learning-rate", 1e-9)[0] == 0
+    run = load_checkpoint("story_llm.pt")
+    assert run.config == old.config and run.tokenizer.tokens == old.tokenizer.tokens
+    assert run.step == run.total_steps == 3 and run.history[0].step == 0
+    for one, other in zip(run.model.parameters(), old.model.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+    assert run.fingerprint != old.fingerprint and old.step > 0
+
+
+def test_a_start_learns_with_half_the_usual_rate_unless_another_is_given(folder, trained_on_bytes, call):
+    (folder / "other.txt").write_text(TEXT)
+    for more, rate in ([], story_llm.TrainConfig().learning_rate / 2), (["--learning-rate", "0.003"], 0.003):
+        assert call("train", "--start", trained_on_bytes, "--text", "other.txt", "--max-steps", 1, *more)[0] == 0
+        assert load_checkpoint("story_llm.pt").train_config.learning_rate == rate
+
+
+@pytest.mark.parametrize("text, options, context", [("other.txt", ["--context-length", "5"], 5), ("short.txt", [], None)])
+def test_a_start_can_have_a_shorter_context_its_first_places_stay(folder, trained_on_bytes, call, text, options, context):
+    (folder / "other.txt").write_text(TEXT)
+    (folder / "short.txt").write_text("The old man")
+    old = load_checkpoint(trained_on_bytes)
+    assert call("train", "--start", trained_on_bytes, "--text", text, *options, "--max-steps", 1,
+                "--learning-rate", 1e-9)[0] == 0
+    run = load_checkpoint("story_llm.pt")
+    T = run.config.context_length
+    assert T < old.config.context_length and context in (T, None)
+    torch.testing.assert_close(run.model.pos_emb.weight, old.model.pos_emb.weight[:T], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("options, names", [
+    (["--n-layers", "2"], ["--n-layers", "--start"]), (["--tokenizer", "story"], ["--tokenizer"]),
+    (["--preset", "story"], ["--preset"]), (["--context-length", "99"], ["99"])])
+def test_what_the_model_of_a_start_has_settled_is_refused(folder, trained_on_bytes, call, options, names):
+    (folder / "other.txt").write_text(TEXT)
+    assert_refused(call("train", "--start", trained_on_bytes, "--text", "other.txt", *options), *names)
+    assert not (folder / "story_llm.pt").exists()
+
+
+def test_a_word_tokenizer_cannot_be_started_from_nor_can_what_is_no_model(folder, trained_here, call):
+    assert_refused(call("train", "--start", "story_llm.pt", "--text", "my.txt"), "story_llm.pt", "words")
+    assert_refused(call("train", "--start", "my.txt", "--text", "my.txt"), "my.txt")
+
+
+def test_a_start_that_was_interrupted_goes_on_with_the_same_options(folder, trained_on_bytes, call):
+    (folder / "other.txt").write_text(TEXT)
+    command = ["train", "--start", trained_on_bytes, "--text", "other.txt", "--eval-every", 100]
+    assert call(*command, "--model", "whole.pt", "--max-steps", 6)[0] == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGINT)
+        status, out, err = call(*command, "--max-steps", 6)
+    assert status == 130 and "--resume" in err and "--start" in err
+    assert call(*command, "--max-steps", 6, "--resume")[0] == 0
+    assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("whole.pt").model)

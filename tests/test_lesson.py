@@ -192,7 +192,8 @@ def test_copied_alone_beside_a_text_the_file_works(tmp_path, run_program):
     small = ["--tokenizer", "word", "--emb-dim", "32", "--n-layers", "1", "--max-steps", "3"]
     done = run_program(tmp_path, "train", "--text", "my.txt", *small, program=program, PYTHONPATH="")
     assert done.returncode == 0 and "saved story_llm.pt" in done.stdout, done.stderr
-    done = run_program(tmp_path, "generate", "--max-new-tokens", "3", program=program, PYTHONPATH="")
+    done = run_program(tmp_path, "generate", "--prompt", "The old ferryman tied his", "--max-new-tokens", "3",
+                       program=program, PYTHONPATH="")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("The old ferryman tied his ")
     assert {name for name in os.listdir(tmp_path) if name != "__pycache__"} == {
         "story_llm.py", "my.txt", "story_llm.pt", "loss.png"}

@@ -263,7 +263,7 @@ def test_weights_that_were_fixed_stay_fixed():
 
 
 @pytest.mark.parametrize("kind", [{"tokenizer": "story", "precision": "bf16"}, {"position": "sinusoidal"},
-                                  {"position": "rotary"}, {"tie_weights": True, "qkv_bias": True}], ids=str)
+                                  {"position": "rotary"}, {"tie_weights": True, "qkv_bias": True}, {"gelu": "tanh"}], ids=str)
 def test_training_comes_to_know_the_text_whatever_the_kind_of_model(kind):
     run = trained(emb_dim=64, epochs=70, eval_every=1000, val_fraction=0.0, batch_size=16, learning_rate=4e-3, **kind)
     assert measure_recall(run.model, run.tokenizer, TEXT) == 1.0
@@ -535,7 +535,7 @@ def test_what_is_dropped_depends_on_seed_and_step_alone():
 @pytest.mark.parametrize("kind", [
     {"drop_rate": 0.1}, {"precision": "bf16", "tokenizer": "story"},
     {"tie_weights": True, "position": "rotary", "drop_rate": 0.2, "precision": "bf16"},
-    {"position": "sinusoidal", "weight_decay": 0.1, "qkv_bias": True}], ids=str)
+    {"position": "sinusoidal", "weight_decay": 0.1, "qkv_bias": True}, {"optimizer": "muon", "gelu": "tanh"}], ids=str)
 def test_training_can_stop_after_every_single_step_and_ends_as_if_it_had_not(kind, tmp_path):
     kind = {"max_steps": 8, "eval_every": 3, **kind}
     on_the_way, path = [], tmp_path / "model.pt"
