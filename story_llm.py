@@ -81,8 +81,7 @@ class TrainConfig(Settings):
     epochs: int = setting(0, "readings of the text; 0: as many as usually suffice", 0)
     max_steps: int = setting(0, "steps to take, whatever the epochs; 0: as the epochs say", 0)
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
-    optimizer: str = setting("adamw", "what moves the weights; muon needs half the readings",
-                             choices=("adamw", "muon"))
+    optimizer: str = setting("adamw", "what moves the weights", choices=("adamw", "muon"))
     learning_rate: float = setting(2e-3, "how far a step moves a weight, about", 1e-9)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero", 0)
@@ -455,10 +454,8 @@ def attend(queries, keys, values, mask, drop_rate=0.0):
 # (`linear`, below, makes an nn.Linear whose weights begin small.)
 class MultiHeadAttention(nn.Module):
     """H attentions side by side: (B, T, C) -> (B, T, C).
-    >>> attention = MultiHeadAttention(GPTConfig(emb_dim=32, n_heads=4))
-    >>> x = torch.zeros(2, 3, 32)
-    >>> attention.split_heads(x).shape, attention(x).shape
-    (torch.Size([2, 4, 3, 8]), torch.Size([2, 3, 32]))
+    >>> MultiHeadAttention(GPTConfig(emb_dim=32, n_heads=4))(torch.zeros(2, 3, 32)).shape
+    torch.Size([2, 3, 32])
     """
     def __init__(self, config):
         super().__init__()
@@ -591,7 +588,6 @@ class GPTModel(nn.Module):
         if config.position != "learned":
             self.pos_emb = fixed_positions(config)                  # workshop
         self.drop_emb = nn.Dropout(config.drop_rate)
-        # A list whose parts torch knows as parts of this one:
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = norm(config)         # the blocks normed what they read, not the sum
         self.out_head = linear(C, config.vocab_size, config, bias=False)
