@@ -223,8 +223,7 @@ def learn_byte_pairs(text, vocab_size):
         if most < 2:
             break
         best = min(pair for pair, count in pair_count.items() if count == most)
-        if best[0] + best[1] not in tokens:     # ab + c and a + bc make the same token
-            tokens.append(best[0] + best[1])
+        tokens.append(best[0] + best[1])
         for number in list(words_with[best]):
             count_pairs(number, -1)
             words[number] = join_pair(words[number], best)
@@ -1873,6 +1872,17 @@ def resumed(args):
     run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
     return run, corpus
 
+def to_train(args):
+    """(the run to be trained, its corpus), once it is clear that the results can be written."""
+    check_writable(args.model)
+    check_writable(args.plot, PICTURES)
+    if args.resume:
+        run, corpus = resumed(args)
+    else:
+        run, corpus = started(args) if args.start else untrained(args)
+    run.prompt = args.prompt or run.prompt
+    return run, corpus
+
 def saved_or_untrained(args):
     return untrained(args)[0] if args.untrained else load_checkpoint(args.model, args.device)
 
@@ -2006,13 +2016,7 @@ def log_evaluation(run, speed):
     log("    " + " ".join(f"{now.prompt} ...{now.sample}".split()))
 
 def command_train(args):
-    if args.resume:
-        run, corpus = resumed(args)
-    else:
-        run, corpus = started(args) if args.start else untrained(args)
-    run.prompt = args.prompt or run.prompt
-    check_writable(args.model)
-    check_writable(args.plot, PICTURES)
+    run, corpus = to_train(args)
     weights = count_parameters(run.model)
     log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; {weights:,} "
         f"parameters, {16 * weights / 1e6:,.0f} MB with all that training keeps of them; "

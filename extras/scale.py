@@ -69,7 +69,7 @@ def from_first(make):
 
 def sum_of_all(number, device):
     """The sum of a number over all processes."""
-    total = torch.tensor(number, dtype=torch.float64, device=device)
+    total = torch.as_tensor(number, dtype=torch.float64, device=device)
     if distributed.is_initialized():
         distributed.all_reduce(total)
     return total.item()
@@ -131,7 +131,7 @@ class SharedStep:
             loss = share * self.loss_of(inputs, targets)
         # DistributedDataParallel divides the sum of the gradients by the number of processes.
         (PROCESSES * loss).backward()
-        return loss.item()
+        return loss.detach()        # as a tensor: to ask for the number is to wait for the GPU
 
 class SharedProgress(story_llm.Progress):
     """Only the first process prints and saves, and if any is asked to stop, all stop after the same
@@ -152,19 +152,11 @@ class SharedProgress(story_llm.Progress):
         print_and_save = super().__call__
         return from_first(lambda: print_and_save(run))
 
-def prepare(args):
-    """(run, corpus) on the CPU, as `story_llm.py train` makes them."""
-    story_llm.check_writable(args.model)
-    story_llm.check_writable(args.plot, story_llm.PICTURES)
-    run, corpus = story_llm.resumed(args) if args.resume else story_llm.untrained(args)
-    run.prompt = args.prompt or run.prompt
-    return run, corpus
-
 def train(args, accumulate, compiled):
     device = choose_device(args.device)
     join_processes(device)
     args.device = "cpu"
-    run, corpus = from_first(lambda: prepare(args))
+    run, corpus = from_first(lambda: story_llm.to_train(args))
     run.model.to(device)
     take_step = SharedStep(run, accumulate, compiled)
     weights = story_llm.count_parameters(run.model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TEXT, bare_environment, closed_port, story_llm, tiny, weights_equal
+from helpers import ROOT, TEXT, bare_environment, closed_port, note_questions, story_llm, tiny, weights_equal
 from torch import distributed
 
 sys.path.insert(0, str(ROOT / "extras"))
@@ -295,3 +295,21 @@ def test_a_request_to_stop_counts_when_all_have_agreed_on_it(monkeypatch, tmp_pa
     monkeypatch.setattr(scale, "sum_of_all", ask)
     story_llm.train(run, corpus, progress)
     assert answers == [False, False, False, True] and run.step == 3 and saved[-1] == 3
+
+
+def test_no_number_is_asked_for_between_the_last_backward_and_the_step(monkeypatch):
+    run, corpus = tiny(batch_size=9)
+    story_llm.start_optimizer(run)
+    take_step = scale.SharedStep(run, 3, compiled=False)
+    events = note_questions(monkeypatch, run)
+    take_step(run, *story_llm.TrainingBatches(corpus, run)[0])
+    assert events.count("backward") == 3 and "item" in events
+    assert events[events.index("step") - 1] == "backward"
+
+
+def test_a_start_is_made_by_processes_too(folder, capsys):
+    assert story_llm.main(["train", "--text", "story.txt", "--tokenizer", "story", "--vocab-size", "300", "--emb-dim", "32",
+                           "--max-steps", "2", "--model", "old.pt"]) == 0
+    assert scale.main(["train", "--text", "story.txt", "--start", "old.pt", "--max-steps", "1"]) == 0
+    old, new = story_llm.load_checkpoint("old.pt"), story_llm.load_checkpoint("story_llm.pt")
+    assert new.tokenizer.tokens == old.tokenizer.tokens and new.config == old.config and new.step == 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from helpers import PROGRAM, TEXT, story_llm, tiny, trained, weights_equal
+from helpers import PROGRAM, TEXT, note_questions, story_llm, tiny, trained, weights_equal
 from story_llm import (IGNORED, TrainConfig, TrainingBatches, batch_loss, corpus_from_text, deal, generate_text,
                        learning_rate, load_checkpoint, make_optimizer, mean_loss, measure_recall, new_run,
                        optimizer_state, save_checkpoint, start_optimizer, train, training_step, use_bf16)
@@ -629,3 +629,15 @@ def test_a_text_that_is_long_enough_keeps_its_context_and_its_validation():
 def test_a_text_of_one_token_is_refused(text):
     with pytest.raises(ValueError, match="short"):
         new_run(corpus_from_text(text, "word"))
+
+
+# on a GPU, whoever asks for a number waits until it is there
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_number_is_asked_for_between_backward_and_step(optimizer, monkeypatch):
+    run, corpus = tiny(optimizer=optimizer, max_steps=9)
+    start_optimizer(run)
+    events = note_questions(monkeypatch, run)
+    training_step(run, *TrainingBatches(corpus, run)[0])
+    assert events.count("backward") == 1 and "item" in events      # the loss, at the end
+    assert events[events.index("backward"):][:2] == ["backward", "step"]
