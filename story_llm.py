@@ -1273,7 +1273,7 @@ def rotate(queries, keys):
     angles = position_angles(*keys.shape[-2:], keys.device)
 
     def turn(x, angles):
-        first, second = x.float().chunk(2, dim=-1)      # the pairs are (x[i], x[i + D / 2])
+        first, second = x.chunk(2, dim=-1)      # the pairs are (x[i], x[i + D / 2])
         turned = [first * angles.cos() - second * angles.sin(),
                   first * angles.sin() + second * angles.cos()]
         return torch.cat(turned, dim=-1).to(x.dtype)
@@ -1348,7 +1348,9 @@ def count_steps(steps_per_epoch, config):
     usual = max(USUAL_EPOCHS * steps_per_epoch, FEWEST_STEPS)
     if config.optimizer == "muon":
         usual = math.ceil(usual * MUON_READINGS)
-    return config.max_steps or config.epochs * steps_per_epoch or usual
+    steps = config.max_steps or config.epochs * steps_per_epoch or usual
+    check(steps < 1 << 22, f"{steps:,} steps are too many: give fewer --epochs or --max-steps")
+    return steps
 
 def start_optimizer(run):
     """Give a run its optimizer, with what that remembers from before."""

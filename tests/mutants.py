@@ -69,7 +69,6 @@ MUTANTS = [
     ("if run.history and run.history[-1].step == run.step:", "if False:", "step10 interruption"),
     ("seed, run.step, *names, device=device", "seed, *names, device=device", "step10"),
     ('able.get("avx512_bf16") or able.get("amx_bf16")', 'False', "step10"),
-    ("torch.default_generator.manual_seed(seed)\n", "torch.manual_seed(seed)\n", "step10"),
     # Muon
     ('adjust_lr_fn="match_rms_adamw"', 'adjust_lr_fn="original"', "workshop_muon"),
     ("ns_steps=3", "ns_steps=1", "workshop_muon"),
@@ -100,7 +99,8 @@ MUTANTS = [
     # workshop: positions
     ("first * angles.cos() - second * angles.sin()", "first * angles.cos() + second * angles.sin()", "workshop_attention"),
     ("turn(queries, angles[-queries.shape[-2]:])", "turn(queries, angles[:queries.shape[-2]])", "workshop_attention step13"),
-    ("first, second = x.float().chunk(2, dim=-1)", "first, second = x.chunk(2, dim=-1)", "workshop_attention"),
+    ("angles = position_angles(*keys.shape[-2:], keys.device)",
+     "angles = position_angles(*keys.shape[-2:], keys.device).to(keys.dtype)", "workshop_attention"),
     ("keys, values, ~mask, drop_rate)", "keys, values, ~mask)", "step06 workshop_attention"),
     # the command line
     ("CONTROL.sub(\"\\ufffd\", message) if file.isatty() else message", "message", "command_line"),

@@ -641,3 +641,9 @@ def test_no_number_is_asked_for_between_backward_and_step(optimizer, monkeypatch
     training_step(run, *TrainingBatches(corpus, run)[0])
     assert events.count("backward") == 1 and "item" in events      # the loss, at the end
     assert events[events.index("backward"):][:2] == ["backward", "step"]
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 10**9}, {"max_steps": 10**9}])
+def test_more_steps_than_memory_could_hold_the_plan_of_are_refused(changed):
+    with pytest.raises(ValueError, match=r"0,000 steps are too many"):
+        tiny(**{"epochs": 0, **changed})
