@@ -8,9 +8,9 @@
     python story_llm.py train
     python story_llm.py generate --prompt "Once Aadhan renounced his kingdom"
 
-The lesson, 13 steps, is to be read from top to bottom, in an evening, by anybody who programs in
-Python. The workshop after it makes the same code sturdy and fast; the command line makes a command
-of each step: `python story_llm.py` prints a map of them, `python story_llm.py tour` runs them all.
+The lesson, 13 steps, is for anybody who programs in Python, to be read from top to bottom in an
+evening. The workshop after it makes the same code sturdy and fast; in the command line, each step
+has its command: `python story_llm.py` prints a map of them, `python story_llm.py tour` runs them.
 What follows `>>>` is an example, and below it stands what Python answers.
 """
 import math
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 # append it to the text, and ask again: so it writes.
 #
 # It is told no rules. It guesses the next token at a thousand places of a story, sees what really
-# came there, and is changed a little, so that it would have guessed better; and that 180 times:
+# came there, and is changed a little, so that it would have guessed better; this happens 180 times:
 #
 #      2-4   take the story apart into tokens, and make numbers of them
 #       5    cut the numbers into exercises: some tokens, and the one that came next
@@ -46,8 +46,8 @@ from torch.nn import functional as F
 # byte-pair encodings (step 4), matplotlib draws (step 12).
 #
 # All numbers that we choose ourselves are fields of two classes: come back to them when their words
-# mean more. `setting` stores a default, what it means, and its limits: at least the first number,
-# below the second, which only stops slips. Checks and options are made of them (workshop).
+# mean more. `setting` stores a default, its meaning, and limits: the smallest value, and one that
+# it must stay below (often huge: only against slips). Checks and options are made of them.
 def setting(default, meaning, at_least=None, below=math.inf, choices=None):
     limits = {"at_least": at_least, "below": below, "choices": choices}
     return field(default=default, metadata={"meaning": meaning, **limits})
@@ -70,7 +70,7 @@ class GPTConfig(Settings):
     n_layers: int = setting(2, "transformer blocks, one after the other", 1, 1 << 10)
     drop_rate: float = setting(0.0, "share of numbers dropped in training", 0, 1)
     qkv_bias: bool = setting(False, "biases in queries, keys and values, as GPT-2 has them")
-    tie_weights: bool = setting(False, "one matrix for tokens and for the head, as GPT-2 has it")
+    tie_weights: bool = setting(False, "one matrix for tokens in and tokens out, as GPT-2 has it")
     gelu: str = setting("exact", "its form; GPT-2 has tanh", choices=("exact", "tanh"))
     position: str = setting("learned", "how tokens know their places",
                             choices=("learned", "sinusoidal", "rotary"))
@@ -121,8 +121,8 @@ def split_text(text, val_fraction):
 # Now the words. The plainest way to make numbers of them: cut the text into words and punctuation
 # marks, write down every different one in a list, and take its place in the list as its number.
 #
-# A regular expression does the cutting. For English, r" ?\w+| ?[^\w\s]|\s+" would do: a word, or a
-# mark, or white space. (The workshop's, PIECE, knows all scripts; in those that put no spaces
+# A regular expression does the cutting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do: a word, or
+# a mark, or white space. (The workshop's, PIECE, knows all scripts; in those that put no spaces
 # between words, as Chinese, each character is a piece.) A space goes with the word after it, so no
 # character is lost: joined, the pieces give the text back.
 def split_words(text):
@@ -181,13 +181,13 @@ class WordTokenizer:
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
 # Words are crude tokens. A language has hundreds of thousands; "king", "kings" and "kingdom" are as
 # different as any three; and every new word is `<|unk|>`. Letters would do for any word, but then a
-# text is long, and each token says little. GPT-2, OpenAI's model of 2019, whose plan we follow,
+# text is long, and each token says little. GPT-2, OpenAI's model of 2019, whose design we follow,
 # takes the middle way (Radford et al. 2019, section 2.2): it starts from the 256 bytes, so no text
 # is unknown to it, and then joins the two neighbours that stand side by side most often into a new
 # token; then again, and again:
 #
-#     l o w    _ l o w e r    _ l o w l y     three words (_ is the space); l o and o w: 3 times
-#     lo w     _ lo w e r     _ lo w l y      l o: of equals, the first in the alphabet
+#     l o w    _ l o w e r    _ l o w l y     l o and o w: 3 times (_ is the space); l o is first
+#     lo w     _ lo w e r     _ lo w l y      in the alphabet. Now lo w: 3 times
 #     low      _ low e r      _ low l y       now _ low: 2 times, more than any other
 #     low      _low e r       _low l y
 #
@@ -224,7 +224,7 @@ def learn_byte_pairs(text, vocab_size):
             break
         best = min(pair for pair, count in pair_count.items() if count == most)
         tokens.append(best[0] + best[1])
-        for number in list(words_with[best]):
+        for number in list(words_with[best]):       # list: a copy, for the sets change meanwhile
             count_pairs(number, -1)
             words[number] = join_pair(words[number], best)
             count_pairs(number, +1)
@@ -272,8 +272,9 @@ class BPETokenizer:
 
 # GPT-2 has learned 50,000 joins, from eight million web pages (with the 256 bytes and
 # `<|endoftext|>`, 50,257 tokens). They are better than what one story can teach, so we take them
-# where tiktoken has them. Our story needs 2,079 of the tokens, all the bytes among them; the
-# workshop (`make_tokenizer`) keeps those alone: the model shall not spend its time on the others.
+# where tiktoken has them. The story that comes with this file needs 2,079 of the tokens, bytes and
+# `<|endoftext|>` included; the workshop (`make_tokenizer`) keeps those alone, so that the model
+# spends no time on the others.
 
 # ─── A few words of torch ──────────────────────────────────────────────────────────────────────
 def a_few_words_of_torch():
@@ -283,16 +284,17 @@ def a_few_words_of_torch():
     >>> x.shape, (10 * x)[1], x[:, -1]        # row 1, counted from 0; of all rows, the last number
     (torch.Size([2, 3]), tensor([40., 50., 60.]), tensor([3., 6.]))
 
-    `dim` names a direction: 0 the rows, 1 what stands in them; -1 is the last one. What lacks a
-    direction is used again and again along it, as 1000 and 2000 here, for each row:
+    `dim` names a direction: 0 the rows, 1 what stands in them; -1 is the last. sum(dim=-1) adds up
+    along it. What has no rows is used for each row of the other, as [1000, 2000, 0] here:
     >>> x.sum(dim=-1), x + torch.tensor([1000, 2000, 0])
     (tensor([ 6., 15.]), tensor([[1001., 2002.,    3.],
             [1004., 2005.,    6.]]))
 
     `@` multiplies two tables: each row of the first with each column of the second, number by
-    number, added up; of more directions, it takes the last two, table by table (`...` stands for
-    all the others). nn.Linear does that with a table of weights, numbers that are learned, and adds
-    one more to each column, its bias. nn.Embedding is a table with a learned row for every token.
+    number, added up. What has more directions is a stack of tables: `@` goes table by table, and
+    `...` in a shape means the other directions. nn.Linear does that with a table of weights,
+    numbers that are learned, and adds one more to each column, its bias. nn.Embedding is a table
+    with a learned row for every token.
     >>> x @ torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
     tensor([[ 6.,  6.],
             [15., 12.]])
@@ -303,10 +305,10 @@ def a_few_words_of_torch():
     module like a function, and torch runs its `forward`. Learning needs to know how a result
     changes when a weight does. (2w - 10)^2 is 16 for w = 3, and 15.84 for w = 3.01: it falls 16
     times as fast as w grows; its slope is -16. torch remembers what was calculated from what, and
-    `backward` goes that way back: 2w - 10 grows twice as fast as w; the square of -4 falls 8 times
+    `backward` goes that way back: 2w - 10 grows twice as fast as w; at -4, a square falls 8 times
     as fast as what is squared grows; it multiplies these slopes, and adds the product, 2 x -8, to
     `.grad` of the weight: its gradient.
-    >>> w = torch.tensor(3.0, requires_grad=True)
+    >>> w = torch.tensor(3.0, requires_grad=True)       # it is to be learned
     >>> result = (2 * w - 10) ** 2
     >>> result.backward()
     >>> w.grad
@@ -376,7 +378,7 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
 # An id means nothing: 7 is not more than 6. So each token has a row of C numbers, its vector or
-# embedding, chance at first, then learned; its place adds another (below). That does not tell what
+# embedding, random at first, then learned; its place adds another (below). That does not tell what
 # comes next: in "Once Aadhan renounced his", "his" must find out who "he" is, and what he did. So
 # in every block, each token first looks at itself and those before it, and takes over what it needs
 # (attention); then it works on that, alone (the feed-forward network). The letters of shapes:
@@ -389,8 +391,8 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 # query ("whom do I look for?"), a key ("who am I?") and a value ("what I give"). Why three? "his"
 # looks for a person, but is none: query and key must differ. "Aadhan" is found as a person, but
 # what "his" needs of him is which one: key and value must differ, too. Nobody sets that: training
-# finds what lowers the loss. The score is the dot product of a query and a key (multiply number by
-# number, add up): large where both are large in the same places, with the same signs.
+# finds what makes the guesses better. The score is the dot product of a query and a key (multiply
+# number by number, add up): large where both are large in the same places, with the same signs.
 #
 # Softmax turns a row of scores into shares that add up to 1: e to the score (e is 2.718...),
 # divided by the sum of them all:
@@ -399,9 +401,9 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 # The scores must not be large. A dot product adds up D products (here 256 / 4 = 64). If each is +1
 # or -1 by chance, their sum is usually about sqrt(D) from 0, as one who goes left or right by the
-# toss of a coin is after D steps: after 64, about 8. But softmax(8, 0) and softmax(8.1, 0) are both
-# 0.9997, 0.0003: where nothing changes, nothing is learned. Divided by sqrt(D), 8 is 1, and there
-# something does: softmax(1, 0) is 0.73, 0.27, and softmax(1.1, 0) 0.75, 0.25.
+# toss of a coin is after D steps: after 64, about 8. But softmax(8, 0) is 0.9997, 0.0003, and
+# softmax(8.8, 0) 0.9998, 0.0002: where next to nothing changes, next to nothing is learned. Divided
+# by sqrt(D), they become softmax(1, 0), which is 0.73, 0.27, and softmax(1.1, 0): 0.75, 0.25.
 #
 # One thing is forbidden: to look ahead. In training, the token to be guessed stands in the same
 # window, one place to the right. Without this rule the model would copy it, and when it is to
@@ -413,8 +415,8 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 # Q, K and V have a row for each token. K^T is K with rows and columns swapped, so Q K^T is the
 # table of all scores: a row for each query, a column for each key.
 def causal_mask(T, S, device=None):
-    """(T, S) table for S keys, and the queries of the last T of those tokens: True where a query
-    may not look, since the key stands after it.
+    """(T, S) table, a row for each of the last T tokens, a column for each of all S: True where the
+    row's token may not look, since the column's stands after it. `device`: where it lies.
     >>> causal_mask(3, 3).int()
     tensor([[0, 1, 1],
             [0, 0, 1],
@@ -433,7 +435,7 @@ def attend(queries, keys, values, mask, drop_rate=0.0):
     tensor([[10.0000,  0.0000],
             [ 8.0443,  5.8671]])
 
-    8.04 is 80 % of 10, and 5.87 is 20 % of 30.
+    8.04 is 80.4 % of 10, and 5.87 is 19.6 % of 30.
     """
     if fused_is_faster(queries):                                  # the same in one call (workshop)
         return attend_fused(queries, keys, values, mask, drop_rate)
@@ -485,7 +487,7 @@ class MultiHeadAttention(nn.Module):
 
     def gather(self, queries, keys, values):
         mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
-        drop_rate = self.config.drop_rate if self.training else 0.0
+        drop_rate = self.config.drop_rate if self.training else 0.0     # set by `train`, step 10
         return attend(queries, keys, values, mask, drop_rate)
 
     def forward(self, x, cache=None):
@@ -505,7 +507,7 @@ class FeedForward(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
-        self.form = {"exact": "none", "tanh": "tanh"}[config.gelu]      # as torch calls them
+        self.form = {"exact": "none", "tanh": "tanh"}[config.gelu]      # torch: how approximated?
         self.widen = linear(config.emb_dim, 4 * config.emb_dim, config)
         self.narrow = linear(4 * config.emb_dim, config.emb_dim, config, into_sum=True)
 
@@ -514,21 +516,21 @@ class FeedForward(nn.Module):
 
 # A gradient goes back from the loss (step 9: how wrong the guesses were) and is multiplied by the
 # slope of every layer on its way: twelve slopes of 0.5 make 0.0002, and the first layers learn
-# nothing. So a block does not replace the vectors, it adds to them: x + f(x), the residual. With f'
-# for the slope of f, its slope is 1 + f'; two in a row have (1 + f')(1 + g') = 1 + f' + g' + f'g'.
+# nothing. So a block does not replace the vectors, it adds to them: x + f(x), the residual. If f
+# has the slope f', that has 1 + f'; two in a row have (1 + f')(1 + g') = 1 + f' + g' + f'g'.
 # However small f' and g' are, the 1 remains: on that way the gradient arrives whole, at any depth.
 #
 # But what only adds grows. Ten times larger queries and keys make scores a hundred times larger,
-# and softmax gives all to one. So each part reads x through a LayerNorm: it takes the mean from a
-# token's C numbers, and divides them by their spread: the root of the mean of their squares, which
-# is 1.63 for 2, 4, 6 (less their mean, -2, 0, 2). Then it scales and shifts them as it has learned.
-# That is x + f(norm(x)), "pre-norm": only f reads the normed x, the 1 stays as it is. In norm(x +
-# f(x)), the 1, too, would be multiplied by the norm's slope, twice in every block.
+# and softmax gives all to one. So each part reads x through a LayerNorm: it subtracts their mean
+# from a token's C numbers, and divides them by their spread, the root of the mean of their squares.
+# (2, 4, 6, less their mean: -2, 0, 2; their spread is 1.63.) Then it scales and shifts them as it
+# has learned. That is x + f(norm(x)), "pre-norm": only f reads the normed x, the 1 stays as it is.
+# In norm(x + f(x)), the 1, too, would be multiplied by the norm's slope, twice in every block.
 #
 # All weights start at random; if they were alike, all heads would learn the same. They start small,
 # so that sums of C products are not large: GPT-2 takes a spread of 0.02 for C = 768; with fewer to
-# add up, they may be larger. n_layers blocks add to x 2 n_layers times; as with the coins, such a
-# sum grows with the root of that, so what they add starts smaller by that root.
+# add up, they may be larger. The blocks add to x 2 n_layers times in all; as with the coins, the
+# sum grows with the root of that number, so each starts smaller by the root.
 def linear(inputs, outputs, config, bias=True, into_sum=False):
     """An nn.Linear with weights as above, and biases of 0; `into_sum` if its results are added."""
     layer = nn.Linear(inputs, outputs, bias=bias)
@@ -539,7 +541,7 @@ def linear(inputs, outputs, config, bias=True, into_sum=False):
     return layer
 
 def spread(config):
-    """The spread (standard deviation) of first weights: two of three are not further from 0."""
+    """The spread (standard deviation) of first weights: two of three lie within it."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
 
 def norm(config):
@@ -548,7 +550,7 @@ def norm(config):
 class TransformerBlock(nn.Module):
     """Attention, then feed-forward, each added to what was there: (B, T, C) -> (B, T, C).
     In training, dropout sets some of the added numbers to 0 at random (`drop_rate` of them), so
-    that the model relies on none. That helps on unread text; ours is to be learned by heart: 0.
+    that the model relies on none. That helps on unread text; ours is learned by heart, so it is 0.
     >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()    # detach: just the numbers
     tensor([-1.2247,  0.0000,  1.2247])
     """
@@ -565,10 +567,10 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# So far, nothing tells a score where two tokens stand: to the token after them, "dog bites man" and
-# "man bites dog" would give the same values in the same shares. So each place of the window, 0 to
-# 31, has a vector too, learned like the tokens' own, and what enters the first block is the sum of
-# both (Radford et al. 2019; two other ways are in the workshop).
+# So far, nothing tells a score where two tokens stand: in the first block, "dog bites man" and "man
+# bites dog" would give the token after them the same values in the same shares. So each place of
+# the window, 0 to 31, has a vector too, learned like the tokens' own, and what enters the first
+# block is the sum of both (Radford et al. 2019; two other ways are in the workshop).
 class GPTModel(nn.Module):
     """Token ids (B, T) to logits (B, T, vocabulary): at each place, a number for every token that
     could come next, larger if likelier. Raises ValueError if T is more than the context.
@@ -588,8 +590,8 @@ class GPTModel(nn.Module):
             self.pos_emb = fixed_positions(config)                  # workshop
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
-        self.final_norm = norm(config)         # the blocks normed what they read, not the sum
-        self.out_head = linear(C, config.vocab_size, config, bias=False)
+        self.final_norm = norm(config)         # x itself was never normed
+        self.out_head = linear(C, config.vocab_size, config, bias=False)    # a logit for each token
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
 
@@ -610,8 +612,8 @@ class GPTModel(nn.Module):
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Before we train anything, the command `model` pushes a batch through, two windows of 32 tokens,
 # and shows what becomes of it. And where is the model large? Two fifths of its numbers say what the
-# tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in each: 4
-# for attention, 8 for the feed-forward.
+# tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in each (4
+# for attention, 8 for the feed-forward) and a few biases.
 #
 #     $ python story_llm.py model
 #     ...
@@ -631,8 +633,8 @@ def count_parameters(part):
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
 # Now the model writes, as step 1 said. "Greedy" means to take the likeliest token each time; argmax
-# is the place of the largest number in a row, here its id. The untrained model answers with noise,
-# but it answers:
+# is the place of the largest number in a row, here the token's id. The untrained model answers with
+# noise, but it answers:
 #
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
 #     Once Aadhan renounced his kingdom c cpppbourp crowd
@@ -665,8 +667,8 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #
 # The weights of an untrained model are small, so its logits are all near 0, and softmax makes of
 # them about 1/2079 each: the loss is about -ln(1/2079) = ln(2079) = 7.64. A little more is normal:
-# of two tokens, 0.5 and 0.5 cost 0.69 each, 0.6 and 0.4 cost 0.51 and 0.92, in the mean 0.71. Much
-# more would mean a mistake in the program.
+# with only two tokens, 0.5 for each costs 0.69; 0.6 and 0.4 cost 0.51 or 0.92, 0.71 in the mean.
+# Much more would mean a mistake in the program.
 def batch_loss(model, inputs, targets):
     """The mean loss on a batch, inputs and targets (B, T) ids each.
     >>> def model(inputs):                                        # sure of token 1, whatever comes
@@ -681,7 +683,8 @@ def batch_loss(model, inputs, targets):
     logits = model(inputs)                            # (B, T, vocabulary)
     guesses = logits.flatten(0, 1)                    # every place is a guess: (B * T, vocabulary)
     answers = targets.flatten().to(logits.device)     # (B * T,)
-    return F.cross_entropy(guesses, answers, ignore_index=IGNORED)     # softmax, -ln, and the mean
+    # Softmax, -ln, and the mean; IGNORED stands where there is nothing to guess.
+    return F.cross_entropy(guesses, answers, ignore_index=IGNORED)
 
 # The loss does not tell what we want to know: can the model go on with the story? So we try. Recall
 # is the share of sentences that it continues to the letter, for 80 characters, from their first
@@ -693,7 +696,7 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
     hits = count_hits(model, tokenizer, exercises)          # step 8, for many prompts at once
     return hits / max(len(exercises), 1)
 
-# Before training, all that is as bad as it should be:
+# Before training, both are as bad as expected:
 #
 #     $ python story_llm.py evaluate --untrained
 #     an untrained model:
@@ -703,8 +706,8 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 #     Recall 0.0%: 0 of 173 sentences continued to the letter after five words
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
-# Now the model practises. All that it takes are the five lines of the loop below. Here, a small
-# model learns to count to three, from 1 2 3 1 2 3 ...; for our story, the loop runs 180 times.
+# Now the model practises. It takes only the five lines of the loop below. Here, a small model
+# learns to count to three, from 1 2 3 1 2 3 ...; for our story, the loop runs 180 times.
 def a_training_loop():
     """
     >>> windows = SlidingWindowDataset(torch.tensor([1, 2, 3] * 9), context_length=4)
@@ -767,21 +770,21 @@ def training_step(run, inputs, targets):
         loss = batch_loss(run.model, inputs, targets)
     loss.backward()
     # One odd batch can have a gradient a hundred times as long as the others, and throw the weights
-    # far off. All gradients together are one vector: if it is longer than grad_clip (the root of
-    # the sum of squares), it is shortened to that.
+    # far off. All gradients together are one vector: if its length (the root of the sum of
+    # squares) is above grad_clip, it is shortened to that.
     length = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     for group in run.optimizer.param_groups:       # all weights have the same learning rate
         group["lr"] = learning_rate(run.step, run.total_steps, config)
     run.optimizer.step()
     run.step += 1
     run.loss = loss.item()                         # item: as a number of Python
-    check_finite(run.loss + length.item(), run)    # one is not a number: stop, and save nothing
+    check_finite(run.loss + length.item(), run)    # if either is no number: stop, save nothing
 
 # The plainest optimizer moves each weight by -lr * gradient (lr: the learning rate). Adam takes the
 # mean of a weight's last gradients, divided by their usual size (the root of their mean square): 3,
 # 1, 2 and 0.03, 0.01, 0.02 both give 0.9, so all weights move at a similar pace; 3, -3, 3, -3, mere
 # noise, gives 0. The W is for weight decay: a pull towards zero, which keeps small what nothing
-# needs. That helps on unread text; ours is to be learned by heart: no decay.
+# needs. That helps on unread text; ours is learned by heart, so there is no decay.
 def make_optimizer(model, config):
     """AdamW (Loshchilov & Hutter 2019), with decay for matrices, not for biases and norms."""
     if config.optimizer == "muon":
@@ -789,7 +792,7 @@ def make_optimizer(model, config):
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
-    # betas: means of about the last 10 gradients, and 50 sizes. fused: all are moved in one go.
+    # betas: means over about the last 10 gradients, 50 sizes. fused: all are moved in one go.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 def learning_rate(step, total_steps, config):
@@ -807,7 +810,7 @@ def learning_rate(step, total_steps, config):
     return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 # After 2, 5 and 20 % of the way, and every 45 steps, we look how far the model has come: at the
-# losses, at recall (of some sentences), and at a sample of its writing.
+# losses, at recall (on some of the sentences), and at a sample of its writing.
 @dataclass
 class Evaluation:
     """What we saw of a run at some step. What could not be measured is None."""
@@ -825,9 +828,9 @@ class Evaluation:
 # epoch, one reading of the text, a window begins at a random place in each stretch of T tokens.
 #
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
-# in the text. Windows hardly ever begin so. So to these, each batch adds as many openings: windows
-# cut at a sentence's start (some at any word, for other prompts) and encoded as a prompt is.
-# Without them, recall ends at 91 %. Twenty readings:
+# in the text. Windows hardly ever begin so. So half of the windows in a batch are openings: cut at
+# a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without them,
+# recall ends at 91 %. This is a run of twenty epochs:
 #
 #     $ python story_llm.py train
 #     ...
@@ -841,16 +844,15 @@ class Evaluation:
 # Why does the validation loss get worse while recall gets better? They ask about different texts:
 # recall about the practised one, the validation loss about the unread end. At its best, the model
 # gave the right token there, say, 1/180, which costs 5.2. Then it becomes sure: it takes every
-# "Aadhan thanked" for the one it knows; where something else comes, at 1/10,000, that costs 9.2. To
-# be wrong and sure costs more than to be unsure. It memorises: with one short story that is normal,
-# and wanted.
+# "Aadhan thanked" for the one it knows; what really comes there then has 1/10,000, which costs 9.2.
+# To be wrong and sure costs more than to be unsure. It memorises: with one short story, as wanted.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
-# All that a run is goes into one file: settings, tokenizer, weights, what the optimizer remembers,
+# A whole run goes into one file: settings, tokenizer, weights, what the optimizer remembers,
 # history. To generate from it, nothing else is needed, not even the story.
 
 def save_checkpoint(path, run):
-    """Write `run` to `path`, in one go: if that fails, OSError is raised and an old file remains.
+    """Write `run` to `path` in one go; on failure, it raises OSError and keeps the old file.
     >>> import tempfile
     >>> run = new_run(corpus_from_text("They went upriver for nine days.", "word"))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -864,8 +866,8 @@ def save_checkpoint(path, run):
 
 # Reading takes more care than writing, for the file may be from anybody. Python's own format for
 # such things, pickle, can run code when it is read. torch's `weights_only` refuses that: it makes
-# tensors and plain values, and nothing else. `fixed_loss` is the loss on a few fixed tokens: if the
-# same weights have another loss than when they were saved, the program has been changed since.
+# tensors and plain values, and nothing else. The file also keeps the loss on a few fixed tokens: if
+# the same weights have another loss than when they were saved, the program has been changed since.
 def load_checkpoint(path, device="cpu"):
     """The run saved at `path`, ready to generate (`.model`, `.tokenizer`) or to be trained on.
     Raises OSError if there is no such file, ValueError if it is not one of ours, or damaged."""
@@ -919,7 +921,7 @@ class KeyValueCache:
         self.length = 0         # how many tokens they are of
 
     def append(self, layer, keys, values):
-        """Add those of new tokens to a layer's; returns all of them."""
+        """Append the keys and values of new tokens to a layer's; returns all of them."""
         if layer in self.known:
             old_keys, old_values = self.known[layer]
             keys = torch.cat([old_keys, keys], dim=2)
@@ -928,11 +930,10 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# A story known by heart is continued by the likeliest token. In any other, the likeliest after a
-# phrase is often that phrase again: there, one lets chance choose, by the probabilities. A
-# temperature makes them sharper (below 1) or flatter (above 1): the logits are divided by it before
-# the softmax. top_k leaves only the k likeliest tokens to choose from; top_p the likeliest, until
-# their probabilities add up to it.
+# A story known by heart is continued by the likeliest token. In any other, that soon goes in
+# circles: there, one lets chance choose, by the probabilities. A temperature makes them sharper
+# (below 1) or flatter (above 1): the logits are divided by it before the softmax. top_k leaves only
+# the k likeliest tokens to choose from; top_p the likeliest, until they add up to it.
 @dataclass(frozen=True)
 class Sampling(Settings):
     """How the next token is chosen."""
@@ -952,12 +953,12 @@ def next_token_probabilities(logits, sampling):
     tensor([0.4551, 0.2760, 0.1674, 0.1015])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_k=2))
     tensor([0.7311, 0.2689, 0.0000, 0.0000])
-    >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.9))    # 0.88 < 0.9
+    >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.9))    # two: only 0.88
     tensor([0.6652, 0.2447, 0.0900, 0.0000])
     """
     temperature = max(sampling.temperature, 1e-6)             # so small, only the likeliest is left
     probabilities = (logits / temperature).softmax(dim=-1)
-    in_order, order = probabilities.sort(dim=-1, descending=True)
+    in_order, order = probabilities.sort(dim=-1, descending=True)      # the likeliest first; its id
     if sampling.top_k:
         in_order[..., sampling.top_k:] = 0
         in_order = in_order / in_order.sum(dim=-1, keepdim=True)
@@ -972,7 +973,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     each row. Greedy, it chooses the same tokens as `generate_text_simple`, only faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
-    window = token_ids[:, -context_length:].cpu()             # chance is the same on all machines
+    window = token_ids[:, -context_length:].cpu()       # on the CPU: chance is alike everywhere
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KeyValueCache()
     new = window
@@ -980,7 +981,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
         if cache.length + new.shape[1] > context_length:      # full: the window slides
             cache = KeyValueCache()
             new = window
-        with inference(model):
+        with inference(model):                                # no_grad, and dropout off (workshop)
             logits = model(new, cache)[:, -1, :].cpu()        # (B, vocabulary)
         new = logits.argmax(dim=-1, keepdim=True)             # (B, 1): greedy, as in step 8
         if sampling.temperature > 0:
@@ -995,7 +996,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
 #
 # What it cannot do: it knows no English, only one story, by heart. A model that talks is in essence
-# the same, with a library in place of the story, and months of many machines.
+# the same, with a library in place of the story, and many machines for months.
 
 # ═══ Workshop: checks, texts, random numbers ═══════════════════════════════════════════════════
 # From here on, nothing new is taught. What stands below makes the lesson's code sturdy (it says in
