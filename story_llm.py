@@ -113,7 +113,7 @@ def split_text(text, val_fraction):
     """
     check(0 <= val_fraction < 1, f"val_fraction must be 0 or more, below 1, not {val_fraction}")
     cut = len(text) - int(len(text) * val_fraction)
-    space = text.rfind(" ", max(cut - 50, 0), cut + 1)      # the last one before the cut
+    space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")     # the last one
     if space > 0 and cut < len(text):       # -1: there is none, as in Chinese: then cut anywhere
         cut = space
     return text[:cut], text[cut:]

@@ -60,7 +60,7 @@ def test_what_it_says_of_a_wrong_setting_tells_what_would_be_right():
     (TrainConfig, "eval_every", [0, -1], [1, 10**6]), (TrainConfig, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
     (TrainConfig, "precision", ["fp8", "BF16"], ["auto", "bf16", "fp32"]),
     (Sampling, "temperature", [-0.1], [0, 0.0, 1, 100.0]), (Sampling, "top_k", [-1], [0, 1, 10**6]),
-    (Sampling, "top_p", [-0.1], [0, 0.5, 1.0]), (Sampling, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
+    (Sampling, "top_p", [-0.1, 0], [1e-9, 0.5, 1.0]), (Sampling, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
     (Options, "vocab_size", [256, 0, -1], [257, 50000]), (Options, "max_new_tokens", [-1], [0, 1000]),
     (Options, "stride", [-1], [0, 1])])
 def test_numbers_are_accepted_up_to_their_limits_and_refused_beyond(settings, name, refused, accepted):
