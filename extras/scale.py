@@ -11,6 +11,7 @@ process would take, up to rounding. So --resume may go on with other numbers of 
 """
 import argparse
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -205,10 +206,14 @@ def main(argv=None):
                        "missing, for example a C++ compiler, or leave out --compile")
         return 1
     finally:
+        gc.collect()        # DistributedDataParallel holds itself, and so the group
         if distributed.is_initialized():
             distributed.destroy_process_group()
     return 0
 
 if __name__ == "__main__":
     story_llm.keep_memory()
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)        # Python's own end sometimes meets a thread of torch's that still runs
