@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from helpers import PROGRAM, ROOT, TEXT, story_llm
+from mutants import MUTANTS
 
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
@@ -204,3 +205,11 @@ def test_without_the_story_that_comes_with_it_the_file_asks_for_a_text(tmp_path,
     assert story_llm.main(["words"]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "Short_Story.txt" in err and "--text" in err and err.count("\n") == 1
+
+
+def test_every_mutant_still_finds_its_place():
+    """The list of tests/mutants.py names lines of the program; each must stand there once."""
+    assert len(MUTANTS) >= 60
+    assert [old for old, new, _ in MUTANTS if SOURCE.count(old) != 1 or old == new] == []
+    names = {name for _, _, names in MUTANTS for name in names.split()}
+    assert [name for name in names if not any((ROOT / "tests").glob(f"test_{name}*.py"))] == []
