@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # there stands story_llm.py
 import story_llm
-from story_llm import END_OF_TEXT, BPETokenizer, GPTConfig, Run, TrainConfig, check, log
+from story_llm import END_OF_TEXT, GPTConfig, Run, TrainConfig, check, log
 
 # What config.json leaves out is as in the first GPT-2; what we cannot do otherwise must be so.
 USUAL = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
@@ -128,13 +128,12 @@ def read_tokenizer(folder, kind):
     check(names[-1] == END_OF_TEXT, f"its last token is {names[-1]!r}, not {END_OF_TEXT}")
     strange = [name for name in names[:-1] if not name or not set(name) <= BYTE_OF.keys()]
     check(not strange, f"its token {strange[:1]} is not made of bytes")
-    tokens = [bytes(BYTE_OF[letter] for letter in name) for name in names[:-1]]
-    check({bytes([byte]) for byte in range(256)} <= set(tokens), "its tokenizer lacks some bytes")
+    tokens = ["".join(chr(BYTE_OF[letter]) for letter in name) for name in names[:-1]]
     made = [ids.get(left + right, -1) for left, right in merges]
     in_order = all(first <= second for first, second in pairwise(made))
     all_made = {ids[name] for name in names[:-1] if len(name) > 1} == set(made)
     check(in_order and all_made, "its tokens do not stand in the order in which they are joined")
-    return BPETokenizer(tokens, kind)
+    return story_llm.tokenizer_from({"kind": kind, "tokens": tokens})
 
 def tokenizer_files(run):
     """{name of a file: its content}, by which transformers makes the same tokenizer."""
@@ -262,10 +261,7 @@ def main(argv=None):
         if args.command == "load":
             story_llm.check_writable(args.model)
             run = load(args.folder)
-            old = story_llm.keep_other_model(args.model, run)
-            if old:
-                story_llm.note(f"note: the model that stood at {args.model} is now {old.name}")
-            story_llm.save_checkpoint(args.model, run)
+            story_llm.Progress(args.model).save(run)
             log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, "
                 f"vocabulary {run.config.vocab_size:,}, context {run.config.context_length}")
         else:
