@@ -342,3 +342,9 @@ def test_a_start_that_was_interrupted_goes_on_with_the_same_options(folder, trai
     assert status == 130 and "--resume" in err and "--start" in err
     assert call(*command, "--max-steps", 6, "--resume")[0] == 0
     assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("whole.pt").model)
+
+
+def test_a_start_says_like_any_other_training_what_is_not_as_it_was_asked_for(folder, trained_on_bytes, call):
+    (folder / "short.txt").write_text("The old man")
+    err = call("train", "--start", trained_on_bytes, "--text", "short.txt", "--max-steps", 1)[2]
+    assert err.count("note: ") == 2 and "without validation" in err and "context" in err
