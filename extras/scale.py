@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # there stands story_llm.py
 import story_llm
@@ -75,6 +76,17 @@ def sum_of_all(number, device):
         distributed.all_reduce(total)
     return total.item()
 
+def pad_head(head):
+    """Let the output head calculate as many logits as a GPU's matrix units take at once, a multiple
+    of 64, and give only those of real tokens: GPT-2's 50,257 is odd, which makes it much slower."""
+    more = -head.out_features % 64
+
+    def forward(x):
+        weight = F.pad(head.weight, (0, 0, 0, more))        # rows of zeros, behind the others
+        return F.linear(x, weight)[..., :head.out_features]
+
+    head.forward = forward
+
 class BatchLoss(nn.Module):
     """`batch_loss` as a module, which torch can compile and share as one."""
     def __init__(self, model):
@@ -92,8 +104,12 @@ class SharedStep:
         check(accumulate >= 1, f"accumulate must be 1 or more, not {accumulate}")
         check(n_parts <= batch_size, f"a batch of {batch_size} windows is too small for {n_parts} "
               "parts: give a larger --batch-size, or fewer parts")
+        self.n_parts = n_parts
         self.accumulate = accumulate
+        self.unread = None      # (loss, length of the gradient) of the step before, as tensors
         self.loss_of = BatchLoss(run.model)
+        if compiled or run.model.tok_emb.weight.is_cuda:
+            pad_head(run.model.out_head)
         if compiled:
             self.loss_of = torch.compile(self.loss_of)
         self.without_sharing = contextlib.nullcontext
@@ -105,8 +121,13 @@ class SharedStep:
         model, optimizer = run.model, run.optimizer
         optimizer.zero_grad()
         exercises = (targets != IGNORED).sum().item()
-        own_inputs = inputs[RANK::PROCESSES].tensor_split(self.accumulate)
-        own_targets = targets[RANK::PROCESSES].tensor_split(self.accumulate)
+        # All parts get as many windows, or a compiled model would be compiled for each number of
+        # them: the batch is filled up with windows in which nothing is asked.
+        more = -len(inputs) % self.n_parts
+        inputs = F.pad(inputs, (0, 0, 0, more))
+        targets = F.pad(targets, (0, 0, 0, more), value=IGNORED)
+        own_inputs = inputs[RANK::PROCESSES].chunk(self.accumulate)
+        own_targets = targets[RANK::PROCESSES].chunk(self.accumulate)
         last = self.accumulate - 1
         loss = 0.0
         with self.without_sharing():        # the gradients stay here until the last part
@@ -118,9 +139,14 @@ class SharedStep:
         for group in optimizer.param_groups:
             group["lr"] = story_llm.learning_rate(run.step, run.total_steps, run.train_config)
         optimizer.step()
+        # To ask for this step's loss is to wait for the GPU. That of the step before is there; while
+        # we look at it and prepare the next batch, the GPU works on this step.
+        if self.unread is not None:
+            loss_before, length_before = self.unread
+            run.loss = sum_of_all(loss_before, length.device)
+            story_llm.check_finite(run.loss + length_before.item(), run)
+        self.unread = loss, length
         run.step += 1
-        run.loss = sum_of_all(loss, length.device)
-        story_llm.check_finite(run.loss + length.item(), run)
 
     def backward(self, run, part, inputs, targets, exercises):
         """Add a part's gradients to those that are there, and return its share of the loss. That is

@@ -141,14 +141,15 @@ def test_the_losses_of_the_processes_add_up_and_their_gradients_have_the_right_m
         story_llm.start_optimizer(share)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: gradients.append(
             [parameter.grad.clone() for parameter in parameters]) or torch.tensor(1.0))
-        scale.SharedStep(share, accumulate, compiled=False)(share, inputs, targets)
-        losses.append(share.loss)
+        take_step = scale.SharedStep(share, accumulate, compiled=False)
+        take_step(share, inputs, targets)
+        losses.append(take_step.unread[0].item())
     assert sum(losses) == pytest.approx(expected.item(), rel=1e-5) and min(losses) > 0
     for parts, whole in zip(zip(*gradients), wanted):
         torch.testing.assert_close(sum(parts) / 3, whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4, 9])
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 9])
 def test_a_step_in_parts_is_the_step_of_the_lesson(accumulate):
     """Also where a part has less to guess than others, and where it has nothing at all."""
     run, corpus = tiny(batch_size=9, max_steps=5)
@@ -161,9 +162,11 @@ def test_a_step_in_parts_is_the_step_of_the_lesson(accumulate):
         inputs, targets = batches[step]
         targets[step] = story_llm.IGNORED
         targets[-1, 3:] = story_llm.IGNORED
+        loss_before = twin.loss
         take_step(run, inputs, targets)
         story_llm.training_step(twin, inputs, targets)
-        assert run.loss == pytest.approx(twin.loss, rel=1e-5) and run.step == twin.step == step + 1
+        assert run.loss == loss_before is None if step == 0 else run.loss == pytest.approx(loss_before, rel=1e-5)
+        assert run.step == twin.step == step + 1
         for a, b in zip(run.model.parameters(), twin.model.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -188,25 +191,43 @@ def test_each_part_drops_by_itself_and_the_same_again(monkeypatch):
 def test_a_loss_that_is_no_number_stops_the_training():
     run, corpus = tiny()
     run.model.out_head.weight.data[0] = torch.inf
-    with pytest.raises(ValueError, match="learning-rate"):
-        story_llm.start_optimizer(run)
-        scale.SharedStep(run, 2, compiled=False)(run, *story_llm.TrainingBatches(corpus, run)[0])
+    story_llm.start_optimizer(run)
+    take_step, batches = scale.SharedStep(run, 2, compiled=False), story_llm.TrainingBatches(corpus, run)
+    take_step(run, *batches[0])
+    with pytest.raises(ValueError, match="at step 1: .*learning-rate"):
+        take_step(run, *batches[1])
 
 
-def test_a_compiled_model_takes_the_same_steps_and_is_saved_as_it_is(folder, monkeypatch):
+@pytest.mark.parametrize("parts", [[], ["--accumulate", "2"]])
+def test_a_compiled_model_takes_the_same_steps_and_is_saved_as_it_is(folder, monkeypatch, parts):
     """Compiled as far as the machine's code, which takes a C++ compiler half a minute."""
-    compiled = []
-
-    def compile_quickly(module):
-        compiled.append(module)
-        return torch._dynamo.optimize("aot_eager")(module)
-
-    monkeypatch.setattr(torch, "compile", compile_quickly)
+    from torch._dynamo.testing import CompileCounterWithBackend
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", torch._dynamo.optimize(counter))
+    torch._dynamo.reset()
     for name, options in (("plain.pt", []), ("compiled.pt", ["--compile"])):
-        assert scale.main([*SMALL, name, "--max-steps", "6", "--learning-rate", "0.03", *options]) == 0
-    assert len(compiled) == 1
+        assert scale.main([*SMALL, name, "--max-steps", "6", "--learning-rate", "0.03", *options, *parts]) == 0
+    assert counter.frame_count == (1 if options else 0)     # one graph, the loss in it, for all parts and steps
+    run = story_llm.load_checkpoint("compiled.pt")
+    assert run.config.vocab_size % 64 and run.model.out_head.weight.shape == (run.config.vocab_size, 32)
     assert_same_training("plain.pt", "compiled.pt")
     assert not any("_orig_mod" in name for name in story_llm.load_checkpoint("compiled.pt").model.state_dict())
+
+
+@pytest.mark.parametrize("vocab_size", [1, 40, 64, 65])
+def test_a_padded_head_gives_the_same_logits_and_gradients_of_as_many_columns(vocab_size, monkeypatch):
+    head, x = torch.nn.Linear(8, vocab_size, bias=False), torch.randn(3, 5, 8)
+    twin, used = copy.deepcopy(head), []
+    linear = torch.nn.functional.linear
+    scale.pad_head(head)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight: used.append(len(weight)) or linear(x, weight))
+    padded = head(x)
+    monkeypatch.undo()
+    torch.testing.assert_close(padded, twin(x))
+    padded.square().sum().backward()
+    twin(x).square().sum().backward()
+    torch.testing.assert_close(head.weight.grad, twin.weight.grad)
+    assert used == [-(-vocab_size // 64) * 64] and dict(head.named_parameters()).keys() == {"weight"}
 
 
 def test_without_a_compiler_a_model_is_not_compiled_and_one_line_says_so(folder, monkeypatch, capsys):
