@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 if __name__ == "__main__":      # for speed, before torch is loaded: explained at the very end
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import regex    # comes with tiktoken; like re, but it knows the letters of every script
 import torch
@@ -65,7 +65,7 @@ class GPTConfig(Settings):
     """
     vocab_size: int = setting(50257, "how many tokens there are; the tokenizer says", 1, 1 << 24)
     context_length: int = setting(32, "tokens that the model sees at once", 1, 1 << 20)
-    emb_dim: int = setting(256, "numbers that stand for one token: the model's width", 1, 1 << 16)
+    emb_dim: int = setting(192, "numbers that stand for one token: the model's width", 1, 1 << 16)
     n_heads: int = setting(4, "attention heads, which share the width", 1, 1 << 16)
     n_layers: int = setting(2, "transformer blocks, one after the other", 1, 1 << 10)
     drop_rate: float = setting(0.0, "share of numbers dropped in training", 0, 1)
@@ -82,13 +82,13 @@ class TrainConfig(Settings):
     max_steps: int = setting(0, "steps to take, whatever the epochs; 0: as the epochs say", 0)
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     optimizer: str = setting("adamw", "what moves the weights", choices=("adamw", "muon"))
-    learning_rate: float = setting(2e-3, "how far a step moves a weight, about", 1e-9)
+    learning_rate: float = setting(2.5e-3, "how far a step moves a weight, about", 1e-9)
     warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero", 0)
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
     openings: float = setting(0.5, "share of windows that begin as a prompt begins", 0, 1)
     val_fraction: float = setting(0.1, "share of the text, its end, for validation", 0, 1)
-    eval_every: int = setting(45, "steps from one evaluation to the next", 1)
+    eval_every: int = setting(0, "steps between evaluations; 0: 45, or a 20th of all if more", 0)
     precision: str = setting("auto", "auto: as is fast here", choices=("auto", "bf16", "fp32"))
     seed: int = setting(42, "where randomness starts: same seed, same model", 0, 1 << 63)
 
@@ -399,10 +399,10 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 #     softmax(2, 1, 0) = (7.39, 2.72, 1) / 11.11 = 0.67, 0.24, 0.09
 #
-# The scores must not be large. A dot product adds up D products (here 256 / 4 = 64). If each is +1
+# The scores must not be large. A dot product adds up D products (here 192 / 4 = 48). If each is +1
 # or -1 by chance, their sum is usually about sqrt(D) from 0, as one who goes left or right by the
-# toss of a coin is after D steps: after 64, about 8. But softmax(8, 0) is 0.9997, 0.0003, and
-# softmax(8.8, 0) 0.9998, 0.0002: where next to nothing changes, next to nothing is learned. Divided
+# toss of a coin is after D steps: after 48, about 7. But softmax(7, 0) is 0.9991, 0.0009, and
+# softmax(7.7, 0) 0.9995, 0.0005: where next to nothing changes, next to nothing is learned. Divided
 # by sqrt(D), they become softmax(1, 0), which is 0.73, 0.27, and softmax(1.1, 0): 0.75, 0.25.
 #
 # One thing is forbidden: to look ahead. In training, the token to be guessed stands in the same
@@ -450,7 +450,7 @@ def attend(queries, keys, values, mask, drop_rate=0.0):
 # another. But a token has several questions: "his" wants to know who "he" is, and also what he did.
 # One head might look for the last person that was named, another for the last verb. So there are H
 # heads. Each Linear still reads all C numbers of a token; its C results are cut into H pieces of D:
-# 0 to 63 for the first head, 64 to 127 for the second, ...; and each attends by itself. It costs no
+# 0 to 47 for the first head, 48 to 95 for the second, ...; and each attends by itself. It costs no
 # more: three Linears, and one that mixes what the heads have found, are 4 C^2 weights for any H.
 # (`linear`, below, makes an nn.Linear whose weights begin small.)
 class MultiHeadAttention(nn.Module):
@@ -611,19 +611,19 @@ class GPTModel(nn.Module):
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Before we train anything, the command `model` pushes a batch through, two windows of 32 tokens,
-# and shows what becomes of it. And where is the model large? Two fifths of its numbers say what the
-# tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in each (4
-# for attention, 8 for the feed-forward) and a few biases.
+# and shows what becomes of it. And where is the model large? Nearly half of its numbers say what
+# the tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in
+# each (4 for attention, 8 for the feed-forward) and a few biases.
 #
 #     $ python story_llm.py model
 #     ...
 #       part         shape of the output    learns
-#       tok_emb              (2, 32, 256)   532,224
-#       pos_emb                 (32, 256)     8,192
-#       trf_blocks.0         (2, 32, 256)   788,992
-#       trf_blocks.1         (2, 32, 256)   788,992
-#       final_norm           (2, 32, 256)       512
-#       out_head            (2, 32, 2079)   532,224
+#       tok_emb              (2, 32, 192)   399,168
+#       pos_emb                 (32, 192)     6,144
+#       trf_blocks.0         (2, 32, 192)   444,288
+#       trf_blocks.1         (2, 32, 192)   444,288
+#       final_norm           (2, 32, 192)       384
+#       out_head            (2, 32, 2079)   399,168
 def count_parameters(part):
     """How many numbers a model, or a part of one, has to learn: here 3 x 2 weights and 2 biases.
     >>> count_parameters(nn.Linear(3, 2))
@@ -637,7 +637,7 @@ def count_parameters(part):
 # noise, but it answers:
 #
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
-#     Once Aadhan renounced his kingdom c cpppbourp crowd
+#     Once Aadhan renounced his kingdom keeps reached keeps reachedum mor wrote mor
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` greedily chosen tokens to idx, (B, T); returns the longer rows.
     The model sees the last `context_size` tokens.
@@ -700,8 +700,8 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 #
 #     $ python story_llm.py evaluate --untrained
 #     an untrained model:
-#       Train loss               7.750
-#       Val loss                 7.746
+#       Train loss               7.775
+#       Val loss                 7.803
 #       ln(2079), a blind guess  7.640
 #     Recall 0.0%: 0 of 173 sentences continued to the letter after five words
 
@@ -1081,7 +1081,8 @@ WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"            # a chara
 PIECE = regex.compile(rf" ?(?:{WORD}|\S)|\s+", regex.V1)             # or a mark; or white space
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 #               's 't 'll ...         word     number    other marks          white space
-STORY_SPLIT = r" ?[\p{L}\p{M}\u200c\u200d]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+STORY_SPLIT = (rf" ?(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\u200c\u200d])+| ?{UNSPACED}\p{{M}}*"
+               r"| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
 
 # A sentence starts at the beginning, after . ! ? and the like, or after an empty line.
 
@@ -1131,26 +1132,24 @@ def mean_loss(model, token_ids, max_windows=32):
 
 def count_hits(model, tokenizer, exercises):
     """How many of the prompts the model continues with their answers. Prompts of as many tokens go
-    through it together, at most 64, and every 8 tokens we look whether all are decided."""
+    through it together, at most 64, and after every 12 new tokens those that are decided leave."""
     same_length = defaultdict(list)
     for prompt, answer in exercises:
         token_ids = tokenizer.encode(prompt)
-        same_length[len(token_ids)].append((token_ids, answer))
+        same_length[len(token_ids)].append((token_ids, tokenizer.decode(token_ids) + answer))
     hits = 0
-    for group in same_length.values():
-        for some in [group[start:start + 64] for start in range(0, len(group), 64)]:
-            rows = torch.tensor([token_ids for token_ids, _ in some])
-            shown = [len(tokenizer.decode(token_ids)) for token_ids, _ in some]
-            new_tokens = generate(model, rows, max_new_tokens=320)
-            undecided = True
-            while undecided:
-                columns = [column[:, None] for column in itertools.islice(new_tokens, 8)]
-                rows = torch.cat([rows, *columns], dim=1)
-                texts = [tokenizer.decode(row)[n:] for row, n in zip(rows.tolist(), shown)]
-                pairs = [(text.rstrip("\ufffd"), answer) for text, (_, answer) in zip(texts, some)]
-                undecided = columns and any(text != answer and answer.startswith(text)
-                                            for text, answer in pairs)
-            hits += sum(text.startswith(answer) for text, answer in pairs)
+    for length, group in same_length.items():
+        for start in range(0, len(group), 64):
+            undecided = group[start:start + 64]
+            while undecided and len(undecided[0][0]) < length + 320:     # 80 characters of 4 bytes
+                rows = torch.tensor([token_ids for token_ids, _ in undecided])
+                rows = torch.cat([rows, torch.stack([*generate(model, rows, 12)], dim=1)], dim=1)
+                before, undecided = undecided, []
+                for row, (_, wanted) in zip(rows.tolist(), before):
+                    text = tokenizer.decode(row).rstrip("\ufffd")
+                    hits += text.startswith(wanted)
+                    if text != wanted and wanted.startswith(text):
+                        undecided.append((row, wanted))
     return hits
 
 @contextlib.contextmanager
@@ -1185,14 +1184,14 @@ TOKENIZERS = ("auto", "gpt2", "story", "word")
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=False):
     """The tokenizer for a story; `kind` may be one that is made already. "auto" is "gpt2" if that
-    can be had within 10 seconds, else "story". What must be learned is learned from `train_text`,
-    to at most `vocab_size` entries; "gpt2" is cut down to what both texts need, unless
-    `full_vocab`. Raises OSError if "gpt2" cannot be had."""
+    can be had within 10 seconds and suits the text, else "story". What must be learned is learned
+    from `train_text`, to at most `vocab_size` entries; "gpt2" is cut down to what both texts need,
+    unless `full_vocab`. Raises OSError if "gpt2" cannot be had."""
     if isinstance(kind, (WordTokenizer, BPETokenizer)):
         return kind
     check(kind in TOKENIZERS, f"the tokenizer is one of {', '.join(TOKENIZERS)}, not {kind!r}")
     if kind == "auto":
-        kind = "story" if isinstance(ask_for_gpt2(), OSError) else "gpt2"
+        kind = "story" if why_not_gpt2(train_text) else "gpt2"
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
     if kind == "story":
@@ -1224,6 +1223,15 @@ def ask_for_gpt2(seconds=10):
     thread.start()
     thread.join(seconds)
     return answer[0] if answer else OSError(f"no answer within {seconds} seconds")
+
+def why_not_gpt2(text):
+    """Why "auto" does not take GPT-2's encoding for a text; "" if it does. GPT-2 has read English:
+    of a word in Hindi or Chinese it makes so many pieces that a window holds only a few words."""
+    encoding, some = ask_for_gpt2(), text[:10_000]
+    if isinstance(encoding, OSError):
+        return f"GPT-2's encoding is not at hand ({encoding})"
+    pieces = len(encoding.encode_ordinary(some))
+    return "GPT-2's encoding cuts this text into tiny pieces" if 2 * pieces > len(some) else ""
 
 def gpt2_tokens(texts=()):
     """GPT-2's tokens, in its order: those that it takes to split the texts as GPT-2 does, or all if
@@ -1420,7 +1428,8 @@ def evaluation_due(run):
     if run.history and run.history[-1].step == run.step:
         return False
     milestones = [round(share * run.total_steps) for share in MILESTONES]
-    return run.step % run.train_config.eval_every == 0 or run.step in milestones
+    every = run.train_config.eval_every or max(45, run.total_steps // 20)
+    return run.step % every == 0 or run.step in milestones
 
 def evaluate(run, corpus):
     """The Evaluation of a run as it is now."""
@@ -1457,14 +1466,13 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None):
 # AdamW looks at each number of a matrix alone. Muon (Jordan et al. 2024) looks at the matrix as a
 # whole, as what turns one vector into another. The mean of its last gradients is large in a few
 # directions, those of what many tokens share, and small in all others, where the rare things are
-# told apart: who did what in which sentence. Muon makes all directions equally large (it takes the
-# nearest orthogonal matrix, by three rounds of products, the Newton-Schulz iteration), so the rare
-# is learned as fast as the common. After ten readings of the story, AdamW recalls 2 to 4 % of its
-# sentences, Muon 98 to 99 %. The products make its step half as long again. It is for the matrices
-# within the blocks; AdamW moves the rest: embeddings, head, biases and norms.
+# told apart: who did what in which sentence. Muon makes them all about equally large, so the rare
+# is learned as fast as the common. The products for it make a step a third longer. It is for the
+# matrices within the blocks; AdamW moves the rest: embeddings, head, biases and norms.
 
 MUON_READINGS = 0.5      # of those that AdamW needs
 MUON_STRIDE = 3          # and the learning rate may be so many times as large, for all weights
+MUON_MEMORY = 0.9        # a mean over about the last ten gradients
 
 def muon_matrices(model):
     return [weight for weight in model.trf_blocks.parameters() if weight.dim() == 2]
@@ -1472,26 +1480,63 @@ def muon_matrices(model):
 class MuonAndAdamW:
     """Two optimizers that act as one."""
     def __init__(self, model, config):
-        by_muon = muon_matrices(model)
-        matrices = set(by_muon)
-        rest = nn.ParameterList(p for p in model.parameters() if p not in matrices)
-        adamw = make_optimizer(rest, replace(config, optimizer="adamw"))
-        # match_rms_adamw: steps as long as AdamW's, so that one learning rate suits both
-        muon = torch.optim.Muon(by_muon, weight_decay=config.weight_decay, ns_steps=3,
-                                adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, adamw)
-        self.param_groups = muon.param_groups + adamw.param_groups
-        self.state = muon.state = adamw.state
-
-    def zero_grad(self):
-        for optimizer in self.parts:
-            optimizer.zero_grad()
+        self.matrices = muon_matrices(model)
+        bf16 = use_bf16(self.matrices[0].device, config.precision)
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.adamw = make_optimizer(model, replace(config, optimizer="adamw"))
+        self.param_groups, self.state = self.adamw.param_groups, self.adamw.state
+        self.zero_grad = self.adamw.zero_grad
 
     def step(self):
         for group in self.param_groups:
             group["lr"] *= MUON_STRIDE
-        for optimizer in self.parts:
-            optimizer.step()
+        same_shape = defaultdict(list)      # those of one shape go through all products together
+        for weight in self.matrices:
+            if weight.grad is not None:
+                same_shape[lying(weight).shape].append(weight)
+        with torch.no_grad():
+            for weights in same_shape.values():
+                self.move(weights, self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"])
+        self.adamw.step()                   # passes over those that have no gradient
+
+    def move(self, weights, lr, decay):
+        directions = torch.stack([lying(self.direction(weight)) for weight in weights])
+        steps = evened(directions.to(self.dtype))
+        length = 0.2 * math.sqrt(steps.shape[2])        # as AdamW's (Liu et al. 2025, section 2.2)
+        for weight, step in zip(weights, steps):
+            weight.mul_(1 - lr * decay)
+            lying(weight).sub_(step, alpha=lr * length)
+            weight.grad = None
+
+    def direction(self, weight):
+        """The mean of the last gradients, in which the last one counts once more (Nesterov)."""
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - MUON_MEMORY)
+        return weight.grad.lerp(mean, MUON_MEMORY)
+
+def lying(matrix):
+    """The matrix, or what it is with rows and columns swapped: no more rows than columns."""
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+def evened(X):
+    """Matrices (n, R, C), R <= C, with all their directions about equally large. X X^T X has the
+    same directions, and what was x large is x^3 large. So a X + b X X^T X + c X X^T X X^T X makes
+    a x + b x^3 + c x^5 of every x at once (a Newton-Schulz iteration). The two below take all from
+    0.02 to 1 to between 0.48 and 1.52, about the best that two can do (Amsel et al. 2025).
+    >>> evened(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]]))
+    tensor([[[0.5304, 0.0000, 0.0000],
+             [0.0000, 1.0832, 0.0000]]])
+    """
+    gram = X @ X.mT                                                     # (n, R, R)
+    largest = 1.04 * gram.norm(dim=(1, 2), keepdim=True).clamp(min=1e-20)   # no x^2 is larger, even
+    X = X / largest.sqrt()                                                  # when it is rounded
+    X = polynomial(X, gram / largest, 7.711, -22.114, 16.249)
+    return polynomial(X, X @ X.mT, 3.215, -2.411, 0.501)
+
+def polynomial(X, gram, a, b, c):
+    return a * X + (b * gram + c * gram @ gram) @ X
 
 # ═══ Workshop: files that are whole ════════════════════════════════════════════════════════════
 # A checkpoint is what torch.save writes, and behind it 32 bytes, the SHA-256 of it, by which a
@@ -1503,7 +1548,7 @@ IN_A_FILE = {*PLAIN, "format", "config", "train_config", "tokenizer", "history",
              "optimizer_state", "fixed_loss"}
 IN_A_PICKLE = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage", "collections OrderedDict"}
 DIGEST_BYTES = 32
-FORMAT = 3      # goes up when what is in the file changes
+FORMAT = 4      # goes up when what is in the file, or how it is to be read, changes
 
 def state_of(run):
     """A run as plain values and tensors, of which `run_from` makes it again."""
@@ -1816,8 +1861,8 @@ def untrained(args):
                               config.context_length, vocab_size=args.vocab_size,
                               full_vocab=args.full_vocab)
     if args.tokenizer == "auto" and corpus.tokenizer.kind == "story":
-        note(f"note: GPT-2's encoding is not at hand ({ask_for_gpt2()}), so byte pairs are learned "
-             "from the story; how to get GPT-2's: --tokenizer gpt2")
+        note(f"note: {why_not_gpt2(corpus.train_text)}, so byte pairs are learned from the story; "
+             "to have it all the same: --tokenizer gpt2")
     return begun(args, corpus, config, train_config), corpus
 
 def begun(args, corpus, config, train_config):
@@ -1842,7 +1887,7 @@ def started(args):
     check(start.tokenizer.kind != "word", f"{args.start} cannot be started from: its tokenizer "
           "knows the words of its own story only")
     # Half the usual rate learns the new story as well, and forgets less of the old one.
-    train_config = chosen(TrainConfig(learning_rate=1e-3), args)
+    train_config = chosen(TrainConfig(learning_rate=1.25e-3), args)
     config = chosen(start.config, args)
     check(config.context_length <= start.config.context_length, f"the context of {args.start} is "
           f"{start.config.context_length} tokens, which is less than {config.context_length}")
@@ -2117,7 +2162,7 @@ PRESETS = {"story": GPTConfig(),
 class Options(Settings):
     """The options that are no settings of a model, of training or of sampling."""
     text: str = setting(DEFAULT_TEXT, "the story, a UTF-8 text file")
-    tokenizer: str = setting("auto", "auto: gpt2 if it is at hand, else story", choices=TOKENIZERS)
+    tokenizer: str = setting("auto", "auto: gpt2 if it is fit, else story", choices=TOKENIZERS)
     vocab_size: int = setting(2048, "entries of a vocabulary learned from the story", 257)
     full_vocab: bool = setting(False, "all 50,257 entries of GPT-2, not just those needed")
     preset: str = setting("story", "where the model's settings start from", choices=tuple(PRESETS))

@@ -3,6 +3,7 @@
     python benchmarks/time_to_recite.py
     python benchmarks/time_to_recite.py --text my_story.txt --tokenizers story word --seeds 1 2 3
     python benchmarks/time_to_recite.py --two-at-once
+    python benchmarks/time_to_recite.py --optimizers adamw muon
 
 Ours is `python story_llm.py train` with defaults, the whole process from start to exit: it tokenizes, trains,
 evaluates, samples, saves, measures recall and draws. Then the saved file is loaded and its recall measured again.
@@ -40,11 +41,12 @@ def measure_training(name, seed, text, alone=True):
     """The reference, or one run of the program with a tokenizer and its defaults; if it runs alone, with recall."""
     if name == "reference":
         return common.measure(name)
+    tokenizer, optimizer = name.split()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "story_llm.pt")
         done = common.finish([
             sys.executable, common.ROOT / "story_llm.py", "train", "--text", text, "--seed", str(seed),
-            "--tokenizer", name, "--model", model, "--plot", Path(folder, "loss.png")])
+            "--tokenizer", tokenizer, "--optimizer", optimizer, "--model", model, "--plot", Path(folder, "loss.png")])
         if done.status:
             return {"absent": f"failed: {(done.stderr.strip().splitlines() or [done.status])[-1]}"}
         recall = common.measure("recall", ["--model", str(model)]) if alone else {}
@@ -154,6 +156,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default=str(common.ROOT / "Short_Story.txt"), metavar="FILE")
     parser.add_argument("--tokenizers", nargs="+", default=["gpt2", "story", "word"])
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44], help="each is a round")
     parser.add_argument("--reference-steps", type=int, default=5, metavar="N", help="steps timed in each round (5)")
     parser.add_argument("--two-at-once", action="store_true", help="measure two trainings at the same time, too")
@@ -166,7 +169,8 @@ def main():
         return common.answer(time_reference, options.text, options.reference_steps)
     size = Path(options.text).stat().st_size / 1000
     print(f"{common.machine()}\n{Path(options.text).name}, {size:.1f} KB; seeds {options.seeds}\n")
-    titles = {name: f"story_llm, {name}" for name in options.tokenizers}
+    titles = {f"{name} {optimizer}": f"story_llm, {name}, {optimizer}"
+              for name in options.tokenizers for optimizer in options.optimizers}
     if options.reference_steps:
         titles["reference"] = "LLMs-from-scratch, chapter 5, scaled"
     results, pairs = ({name: [] for name in titles} for _ in range(2))

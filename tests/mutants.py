@@ -69,10 +69,14 @@ MUTANTS = [
     ("seed, run.step, *names, device=device", "seed, *names, device=device", "step10"),
     ('able.get("avx512_bf16") or able.get("amx_bf16")', 'False', "step10"),
     # Muon
-    ('adjust_lr_fn="match_rms_adamw"', 'adjust_lr_fn="original"', "workshop_muon"),
-    ("ns_steps=3", "ns_steps=1", "workshop_muon"),
+    ("length = 0.2 * math.sqrt(steps.shape[2])", "length = 0.2 * math.sqrt(steps.shape[1])", "workshop_muon"),
+    ("    X = polynomial(X, gram / largest, 7.711, -22.114, 16.249)\n", "", "workshop_muon"),
+    ("polynomial(X, X @ X.mT, 3.215", "polynomial(X, gram / largest, 3.215", "workshop_muon"),
     ('            group["lr"] *= MUON_STRIDE\n', "            pass\n", "workshop_muon"),
-    ("self.state = muon.state = adamw.state", "self.state = adamw.state", "workshop_muon step10"),
+    ("return weight.grad.lerp(mean, MUON_MEMORY)", "return mean", "workshop_muon"),
+    ("weight.mul_(1 - lr * decay)", "pass", "workshop_muon"),
+    ("torch.bfloat16 if bf16 else torch.float32", "torch.bfloat16", "workshop_muon"),
+    ("            weight.grad = None\n", "            pass\n", "workshop_muon step10"),
     ("usual = math.ceil(usual * MUON_READINGS)", "pass", "workshop_muon"),
     ('            shapes = {"momentum_buffer": shape}\n', "            pass\n", "workshop_muon step10"),
     # steps 11 and 12, and files
@@ -106,7 +110,7 @@ MUTANTS = [
     ("signals = (signal.SIGINT, signal.SIGTERM) if here else ()", "signals = (signal.SIGINT,) if here else ()", "interruption"),
     ("        last = stop or run.step >= run.total_steps\n", "        last = run.step >= run.total_steps\n", "interruption"),
     ("[:run.config.context_length]\n    run.model", "[-run.config.context_length:]\n    run.model", "interruption"),
-    ("TrainConfig(learning_rate=1e-3), args)", "TrainConfig(), args)", "interruption"),
+    ("TrainConfig(learning_rate=1.25e-3), args)", "TrainConfig(), args)", "interruption"),
     ("if not line or (asking and not line.strip()):", "if not line.strip():", "command_line"),
     ("    except KeyboardInterrupt:\n        return 130\n", "    except KeyboardInterrupt:\n        return 1\n", "interruption"),
 ]

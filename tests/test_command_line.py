@@ -317,7 +317,7 @@ def test_without_network_and_files_gpt2_by_name_is_an_error_that_tells_how_to_ge
     ("--batch-size", "1000000000000"), ("--learning-rate", "0"), ("--learning-rate", "nan"),
     ("--learning-rate", "inf"), ("--learning-rate", "-1"), ("--warmup-steps", "-1"), ("--weight-decay", "-1"),
     ("--weight-decay", "nan"), ("--grad-clip", "0"), ("--openings", "1"), ("--openings", "nan"),
-    ("--val-fraction", "1"), ("--val-fraction", "-0.5"), ("--eval-every", "0"), ("--precision", "fp8"),
+    ("--val-fraction", "1"), ("--val-fraction", "-0.5"), ("--eval-every", "-1"), ("--precision", "fp8"),
     ("--seed", "-1"), ("--seed", "1" + "0" * 30), ("--tokenizer", "bytes"), ("--preset", "huge"),
     ("--device", "abacus"), ("--text", "missing.txt"), ("--text", "."), ("--model", "nowhere/story.pt"),
     ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png")])

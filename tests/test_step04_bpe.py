@@ -20,12 +20,20 @@ from story_llm import (BPETokenizer, STORY_SPLIT, ask_for_gpt2, corpus_from_text
 BYTES = [bytes([b]) for b in range(256)]
 
 
+UNSPACED = ("CJK UNIFIED", "HIRAGANA LETTER", "KATAKANA LETTER", "THAI CHARACTER")
+
+
 def kinds_of(text):
-    """What each character is; a joiner is of the kind before it in an emoji of several, else a letter."""
+    """What each character is; a joiner is of the kind before it in an emoji of several, else a letter. Where no spaces
+    part the words, each character with its marks is of a kind of its own: its place in the text."""
     kinds = []
-    for character in text:
+    for place, character in enumerate(text):
         category = unicodedata.category(character)[0]
-        if character in "\u200c\u200d":
+        if category == "M" and kinds and type(kinds[-1]) is int:
+            kinds.append(kinds[-1])
+        elif unicodedata.name(character, "").startswith(UNSPACED):
+            kinds.append(place)
+        elif character in "\u200c\u200d":
             kinds.append("others" if kinds[-1:] == ["others"] else "letters")
         elif character.isspace():
             kinds.append("space")
@@ -106,10 +114,19 @@ def test_any_word_of_a_script_with_marks_can_become_one_token(name):
         assert pieces(tokenizer, f" {word}") == [f" {word}".encode()]
 
 
-@pytest.mark.parametrize("word", ["நான்\u200cகு", "क्\u200dष", "می\u200cروم", "ไม่ไป", "か\u3099く", "مُحَمَّد"])
+@pytest.mark.parametrize("word", ["நான்\u200cகு", "क्\u200dष", "می\u200cروم", "مُحَمَّد", "น้ำ"[:2], "か\u3099"])
 def test_joiners_and_marks_in_a_row_keep_a_word_together(word):
     tokenizer = BPETokenizer(learn_byte_pairs(word + " x " + word, 1000), "story")
     assert pieces(tokenizer, word) == [word.encode()]
+
+
+@pytest.mark.parametrize("word, parts", [("ไม่ไป", ["ไ", "ม่", "ไ", "ป"]), ("か\u3099く", ["か\u3099", "く"]), ("山下に", [*"山下に"])])
+def test_where_no_spaces_part_the_words_each_character_is_a_token_so_a_prompt_may_end_anywhere(word, parts):
+    tokenizer = BPETokenizer(learn_byte_pairs(word + " x " + word, 1000), "story")
+    assert pieces(tokenizer, word) == [part.encode() for part in parts]
+    for end in range(len(parts)):
+        prompt = "".join(parts[:end])
+        assert tokenizer.encode(word)[:end] == tokenizer.encode(prompt)
 
 
 # learning
@@ -292,6 +309,31 @@ def test_a_closed_port_is_really_closed():
 KNOWN = {"Hello, I am": [15496, 11, 314, 716],
          "Once Aadhan renounced his kingdom": [7454, 38746, 7637, 8851, 8918, 465, 13239]}
 ODD = "I'll we've it's they're you'd I'm don't  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 123456 ...! <|endoftext|> İ"
+
+
+GERMAN = "Der alte Fährmann band sein Boot an den zerbrochenen Pfahl und wartete, bis der Regen aufhörte."
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "russian"])
+def test_auto_does_not_take_gpt2s_encoding_for_a_text_that_it_cuts_into_tiny_pieces(gpt2, name):
+    text = SCRIPTS.get(name, "Старый паромщик привязал лодку к сломанному столбу и ждал, пока не кончится дождь.")
+    assert len(gpt2.encode_ordinary(text)) > len(text) / 2
+    assert make_tokenizer("auto", text).kind == "story" and make_tokenizer("gpt2", text).kind == "gpt2"
+
+
+@pytest.mark.parametrize("text", [TEXT, GERMAN, "hi", "Two words."])
+def test_auto_takes_gpt2s_encoding_for_others(gpt2, text):
+    assert make_tokenizer("auto", text).kind == "gpt2"
+
+
+def test_a_note_says_why_gpt2s_encoding_was_not_taken(gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hindi.txt").write_text(HINDI, encoding="utf-8")
+    assert story_llm.main(["bpe", "--text", "hindi.txt"]) == 0
+    out, err = capsys.readouterr()
+    assert "story tokens" in out and "tiny pieces" in err and "--tokenizer gpt2" in err and err.count("\n") == 1
+    assert story_llm.main(["bpe", "--text", "hindi.txt", "--tokenizer", "gpt2"]) == 0
+    assert "gpt2 tokens" in capsys.readouterr().out
 
 
 def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):

@@ -10,7 +10,8 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import STORY, TEXT, lively_model, some_text, story_llm, tiny
+from helpers import STORY, TEXT, lively_model, some_text, story_llm, tiny, trained
+from scripts import SCRIPTS, SENTENCES
 from story_llm import (IGNORED, GPTConfig, batch_loss, count_hits, generate_text_simple, inference, load_text,
                        make_tokenizer, mean_loss, measure_recall, recall_exercises)
 
@@ -246,6 +247,15 @@ def test_recall_of_a_trained_model_is_the_share_of_sentences_continued_one_by_on
     expected = count_naively(run.model, run.tokenizer, exercises) / len(exercises)
     assert 0 < expected < 1 and measure_recall(run.model, run.tokenizer, text) == expected
     assert measure_recall(run.model, run.tokenizer, TEXT) == 1.0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_text_in_any_script_is_learned_by_heart(name):
+    run = trained(SCRIPTS[name], tokenizer=make_tokenizer("story", SCRIPTS[name]), emb_dim=64, context_length=32,
+                  batch_size=16, max_steps=140, optimizer="muon", learning_rate=0.004, eval_every=1000, val_fraction=0.0)
+    exercises = recall_exercises(SCRIPTS[name])
+    assert len(exercises) == len(SENTENCES[name])
+    assert count_hits(run.model, run.tokenizer, exercises) >= 0.95 * len(exercises)
 
 
 @pytest.mark.parametrize("tokenizer", ["word", "story"])

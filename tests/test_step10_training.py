@@ -199,6 +199,18 @@ def test_an_evaluation_says_what_the_model_is_then(usual):
     assert last.sample == "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
 
 
+def test_long_trainings_are_evaluated_as_often_as_shorter_ones_and_not_more():
+    """Otherwise, where a step takes a moment, as on a GPU, most of the time would go into evaluations."""
+    counts = {}
+    for total in (1, 44, 180, 900, 10_000, 1_000_000):
+        run, _ = tiny(max_steps=total, eval_every=0)
+        due = []
+        for run.step in range(0, total + 1, 45 if total == 180 else 1 if total < 45 else total // 20):
+            due.append(story_llm.evaluation_due(run))
+        counts[total] = sum(due)
+    assert counts[180] == 5 and counts[900] == counts[10_000] == counts[1_000_000] == 21 and counts[1] == 2
+
+
 def test_after_step_is_called_before_the_first_step_and_after_each(usual):
     run, seen = usual
     assert [step for step, _ in seen] == list(range(151))
