@@ -830,15 +830,15 @@ class Evaluation:
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
 # in the text. Windows hardly ever begin so. So half of the windows in a batch are openings: cut at
 # a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without them,
-# recall ends at 91 %. This is a run of twenty epochs:
+# recall is 92 % after as many steps. This is a run of twenty epochs:
 #
 #     $ python story_llm.py train
 #     ...
-#     Ep 1 (Step 000004): Train loss 6.789, Val loss 6.770, recall 0%, 11,996 tokens/s, 0:15 left
-#         Once Aadhan renounced his kingdom ... the the the, the the the the the the the the the the
-#     Ep 5 (Step 000036): Train loss 3.330, Val loss 5.114, recall 0%, 24,459 tokens/s, 0:06 left
-#         Once Aadhan renounced his kingdom ..., and a man, and then the wall. "I have been had been
-#     Ep 20 (Step 000180): Train loss 0.206, Val loss 6.269, recall 100%, 27,035 tokens/s, 0:00 left
+#     Ep 2 (Step 000009): Train loss 6.265, Val loss 6.327, recall 0%, 5,743 tokens/s, 0:30 left
+#         Once Aadhan renounced his kingdom ...., and., and, and, and, and, and, and, and., and,
+#     Ep 5 (Step 000036): Train loss 3.452, Val loss 5.103, recall 0%, 6,059 tokens/s, 0:24 left
+#         Once Aadhan renounced his kingdom ..., and the wall. "I have in the wall. "I have been
+#     Ep 20 (Step 000180): Train loss 0.240, Val loss 6.239, recall 100%, 6,086 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # Why does the validation loss get worse while recall gets better? They ask about different texts:

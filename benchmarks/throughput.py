@@ -9,7 +9,7 @@ clips, AdamW; of story_llm it is its `training_step`, under `keep_memory`, which
 then keeps freed memory. The peers run as they are. Same vocabulary, context, width, depth and dropout (none, or
 --dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT
 and Hugging Face share one matrix between embedding and head, so their AdamW has less to do. "bf16 weights": no fp32
-copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed. Figures are medians of the rounds, in each the
+copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed; on a CPU without instructions for it, bf16 is left out. Figures are medians of the rounds, in each the
 median of the steps.
 
 The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
@@ -128,7 +128,7 @@ def training_speed(contender, shape, batch_size, steps, options):
 
 def print_size(size, results, shape, contenders):
     """The table of one size."""
-    gflops = {dtype: max(each["gflops"] for each in results[name]) for name, dtype in CEILINGS.items()}
+    gflops = {dtype: max(each["gflops"] for each in results[name]) for name, dtype in CEILINGS.items() if name in results}
     flops = 6 * common.matmul_weights(shape) + 12 * shape.n_layers * shape.emb_dim * shape.context_length
     missing = common.missing_of(results, contenders)
     speeds = {name: common.median(results[name], "tokens") for name in contenders if contenders[name] not in missing}
@@ -159,7 +159,9 @@ def main():
     options = parser.parse_args()
     if options.contender in CEILINGS:
         return common.answer(matmul_ceiling, CEILINGS[options.contender], options.device)
-    contenders = CONTENDERS if options.device == "cpu" else CONTENDERS_ON_GPU
+    contenders, ceilings = CONTENDERS if options.device == "cpu" else CONTENDERS_ON_GPU, list(CEILINGS)
+    if options.device == "cpu" and not common.bf16_instructions():
+        contenders, ceilings = {name: title for name, title in contenders.items() if "bf16" not in name}, ["matmul:fp32"]
     if not options.contender:
         print(f"{common.machine(options.device)}\n{options.rounds} rounds")
     for size in [options.size] if options.contender else options.sizes or SIZES_OF[options.device]:
@@ -167,7 +169,7 @@ def main():
         shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
         if options.contender:
             return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
-        results = common.take_turns([*contenders, *CEILINGS], options.rounds, ["--size", size])
+        results = common.take_turns([*contenders, *ceilings], options.rounds, ["--size", size])
         print_size(size, results, shape, contenders)
 
 

@@ -1,4 +1,4 @@
-"""Do the tests notice? Each mutant is story_llm.py with one mistake in it; the tests of its part must fail.
+"""Do the tests notice? Each mutant is the program with one mistake in it; the tests of its part must fail.
 
     python tests/mutants.py                  all of them: about ten minutes
     python tests/mutants.py attend Muon      those whose line, or mistake, has one of these words
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# (what stands there, once; what stands there in the mutant; the test files that are to notice)
+# (what stands in story_llm.py, once; what stands there in the mutant; the test files that are to notice)
 MUTANTS = [
     # steps 1 to 5
     ("right = at_least <= value < below", "right = at_least <= value", "step01 command_line"),
@@ -53,7 +53,7 @@ MUTANTS = [
      "total += batch_loss(model, inputs, targets).item() * len(chosen)", "step09"),
     ("if len(ends) >= 8:", "if len(ends) >= 9:", "step09"),
     ("text[ends[4]:ends[4] + 80]", "text[ends[4]:ends[4] + 79]", "step09"),
-    ("hits += sum(text.startswith(answer)", "hits += sum(answer.startswith(text)", "step09"),
+    ("hits += text.startswith(wanted)", "hits += wanted.startswith(text)", "step09"),
     # step 10
     ("    run.optimizer.zero_grad() ", "    pass ", "step10"),
     ("config.grad_clip)\n    for group", "1e9)\n    for group", "step10"),
@@ -113,6 +113,28 @@ MUTANTS = [
     ("TrainConfig(learning_rate=1.25e-3), args)", "TrainConfig(), args)", "interruption"),
     ("if not line or (asking and not line.strip()):", "if not line.strip():", "command_line"),
     ("    except KeyboardInterrupt:\n        return 130\n", "    except KeyboardInterrupt:\n        return 1\n", "interruption"),
+    # what is new since
+    ("(?:(?!{UNSPACED})[", "(?:[", "step04"),
+    ("2 * pieces > len(some)", "9 * pieces > 2 * len(some)", "step04"),
+    ("max(45, run.total_steps // 20)", "45", "step10"),
+    ("undecided = group[start:start + 64]", "undecided = group[start:start + 63]", "step09"),
+    ("if text != wanted and wanted.startswith(text):", "if False:", "step09"),
+    ("1.04 * gram.norm", "0.9 * gram.norm", "workshop_muon"),
+]
+SCALE_MUTANTS = [       # the same of extras/scale.py
+    ("self.agreed = sum_of_all(self.asked, run.model.tok_emb.weight.device) > 0", "self.agreed = self.asked", "extras_scale"),
+    ("precision_of(run, RANK, part)", "precision_of(run, part)", "extras_scale"),
+    ("precision_of(run, RANK, part)", "precision_of(run, RANK)", "extras_scale"),
+    ("(PROCESSES * loss).backward()", "loss.backward()", "extras_scale"),
+    ("more = -head.out_features % 64", "more = 0", "extras_scale"),
+    ("more = -len(inputs) % self.n_parts", "more = 0", "extras_scale"),
+    ("value=IGNORED)", "value=0)", "extras_scale"),
+    ("[..., :head.out_features]", "", "extras_scale"),
+    ("        with self.without_sharing(): ", "        if True: ", "extras_scale"),
+    ('init_process_group("gloo")', "init_process_group()", "extras_scale"),
+    ("story_llm.check_finite(run.loss + length_before.item(), run)", "pass", "extras_scale"),
+    ("    torch.cuda.set_device(LOCAL_RANK) ", "    pass ", "extras_scale"),
+    ("answer = letter[0]", "pass", "extras_scale"),
 ]
 
 
@@ -127,17 +149,18 @@ def failing(project, names):
 
 
 def main(words):
-    chosen = [mutant for mutant in MUTANTS if not words or any(word in line for word in words for line in mutant[:2])]
+    chosen = [mutant for mutant in MUTANTS + SCALE_MUTANTS if not words or any(word in line for word in words for line in mutant[:2])]
     left = []
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "story_llm")
         shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", "__pycache__", ".hypothesis"))
-        program = (project / "story_llm.py").read_text(encoding="utf-8")
         for old, new, names in chosen:
-            assert program.count(old) == 1, f"this must stand in story_llm.py once, not {program.count(old)} times: {old}"
-        for old, new, names in chosen:
-            (project / "story_llm.py").write_text(program.replace(old, new), encoding="utf-8")
+            path = project / ("story_llm.py" if (old, new, names) in MUTANTS else "extras/scale.py")
+            program = path.read_text(encoding="utf-8")
+            assert program.count(old) == 1, f"this must stand in {path.name} once, not {program.count(old)} times: {old}"
+            path.write_text(program.replace(old, new), encoding="utf-8")
             noticed = failing(project, names)
+            path.write_text(program, encoding="utf-8")
             left += [] if noticed else [old]
             print("noticed" if noticed else "LEFT   ", repr(old.strip())[:60], "->", repr(new.strip())[:40], flush=True)
     print(f"{len(chosen)} mutants, {len(chosen) - len(left)} noticed, {len(left)} left")
