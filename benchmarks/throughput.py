@@ -9,8 +9,8 @@ clips, AdamW; of story_llm it is its `training_step`, under `keep_memory`, which
 then keeps freed memory. The peers run as they are. Same vocabulary, context, width, depth and dropout (none, or
 --dropout) for all; each project has its own optimizer settings. On a GPU, those that compile are compiled. nanoGPT
 and Hugging Face share one matrix between embedding and head, so their AdamW has less to do. "bf16 weights": no fp32
-copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed; on a CPU without instructions for it, bf16 is left out. Figures are medians of the rounds, in each the
-median of the steps.
+copy is kept, as in LLMs-from-scratch's ch05/10_llm-training-speed; on a CPU without instructions for it, bf16 is left
+out. Figures are medians of the rounds, in each the median of the steps.
 
 The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
 6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).

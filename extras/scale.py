@@ -70,10 +70,11 @@ def from_first(make):
     return answer
 
 def sum_of_all(number, device):
-    """The sum of a number over all processes."""
+    """The sum of a number over all processes. A process that is alone need not ask its GPU for it."""
+    if not distributed.is_initialized():
+        return float(number)
     total = torch.as_tensor(number, dtype=torch.float64, device=device)
-    if distributed.is_initialized():
-        distributed.all_reduce(total)
+    distributed.all_reduce(total)
     return total.item()
 
 def pad_head(head):
@@ -119,6 +120,12 @@ class SharedStep:
 
     def __call__(self, run, inputs, targets):
         model, optimizer = run.model, run.optimizer
+        # To ask for a loss is to wait until the GPU has done all that it was told to. So that of the
+        # step before is read here: while the GPU worked on that step, this batch was prepared.
+        if self.unread is not None:
+            loss_before, length_before = self.unread
+            run.loss = sum_of_all(loss_before, length_before.device)
+            story_llm.check_finite(run.loss + length_before.item(), run)
         optimizer.zero_grad()
         exercises = (targets != IGNORED).sum().item()
         # All parts get as many windows, or a compiled model would be compiled for each number of
@@ -139,12 +146,6 @@ class SharedStep:
         for group in optimizer.param_groups:
             group["lr"] = story_llm.learning_rate(run.step, run.total_steps, run.train_config)
         optimizer.step()
-        # To ask for this step's loss is to wait for the GPU. That of the step before is there; while
-        # we look at it and prepare the next batch, the GPU works on this step.
-        if self.unread is not None:
-            loss_before, length_before = self.unread
-            run.loss = sum_of_all(loss_before, length.device)
-            story_llm.check_finite(run.loss + length_before.item(), run)
         self.unread = loss, length
         run.step += 1
 
