@@ -1131,26 +1131,44 @@ def mean_loss(model, token_ids, max_windows=32):
     return total / count
 
 def count_hits(model, tokenizer, exercises):
-    """How many of the prompts the model continues with their answers. Prompts of as many tokens go
-    through it together, at most 64, and after every 12 new tokens those that are decided leave."""
-    same_length = defaultdict(list)
+    """How many of the prompts the model continues, greedily, with their answers."""
+    hits, undecided = 0, []
     for prompt, answer in exercises:
         token_ids = tokenizer.encode(prompt)
-        same_length[len(token_ids)].append((token_ids, tokenizer.decode(token_ids) + answer))
-    hits = 0
-    for length, group in same_length.items():
-        for start in range(0, len(group), 64):
-            undecided = group[start:start + 64]
-            while undecided and len(undecided[0][0]) < length + 320:     # 80 characters of 4 bytes
-                rows = torch.tensor([token_ids for token_ids, _ in undecided])
-                rows = torch.cat([rows, torch.stack([*generate(model, rows, 12)], dim=1)], dim=1)
-                before, undecided = undecided, []
-                for row, (_, wanted) in zip(rows.tolist(), before):
-                    text = tokenizer.decode(row).rstrip("\ufffd")
-                    hits += text.startswith(wanted)
-                    if text != wanted and wanted.startswith(text):
-                        undecided.append((row, wanted))
+        undecided.append((token_ids, tokenizer.decode(token_ids) + answer))
+    for _ in range(320):        # 80 characters of 4 bytes each; mostly, one round is enough
+        before, undecided = undecided, []
+        for start in range(0, len(before), 32):                   # not all at once, to save memory
+            for row, wanted in continued(model, tokenizer, before[start:start + 32]):
+                text = tokenizer.decode(row).rstrip("\ufffd")
+                hits += text.startswith(wanted)
+                if text != wanted and wanted.startswith(text):
+                    undecided.append((row, wanted))
     return hits
+
+def continued(model, tokenizer, rows):
+    """Rows of (token ids, the text that they should become), each continued by a token or more. The
+    model is shown what it should write: as far as its guesses are just that, it would have written
+    the same by itself, so all of them are known after one pass (Leviathan et al. 2023)."""
+    T = model.config.context_length
+    windows = []
+    for row, wanted in rows:
+        draft = tokenizer.encode(wanted)
+        if draft[:len(row)] != row:         # its end can change how the beginning is cut
+            draft = row
+        windows.append(draft[max(0, len(row) - T):][:T])
+    length = max(len(window) for window in windows)
+    # No token looks ahead, so what stands after a window does no harm.
+    padded = [window + [0] * (length - len(window)) for window in windows]
+    with inference(model):
+        guesses = model(torch.tensor(padded)).argmax(dim=-1).tolist()
+    for (row, wanted), window, guess in zip(rows, windows, guesses):
+        place = min(len(row), T) - 1        # of its last token in the window
+        row = [*row, guess[place]]
+        while place + 1 < len(window) and window[place + 1] == row[-1]:
+            place += 1
+            row.append(guess[place])
+        yield row, wanted
 
 @contextlib.contextmanager
 def inference(model):

@@ -117,7 +117,11 @@ MUTANTS = [
     ("(?:(?!{UNSPACED})[", "(?:[", "step04"),
     ("2 * pieces > len(some)", "9 * pieces > 2 * len(some)", "step04"),
     ("max(45, run.total_steps // 20)", "45", "step10"),
-    ("undecided = group[start:start + 64]", "undecided = group[start:start + 63]", "step09"),
+    ("before[start:start + 32]):", "before[start:start + 31]):", "step09"),
+    ("draft[max(0, len(row) - T):][:T]", "draft[:T]", "step09"),
+    ("        if draft[:len(row)] != row: ", "        if False: ", "step09"),
+    ("window[place + 1] == row[-1]:", "window[place + 1] != row[-1]:", "step09"),
+    ("        place = min(len(row), T) - 1 ", "        place = len(row) - 1 ", "step09"),
     ("if text != wanted and wanted.startswith(text):", "if False:", "step09"),
     ("1.04 * gram.norm", "0.9 * gram.norm", "workshop_muon"),
 ]

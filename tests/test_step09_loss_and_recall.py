@@ -197,9 +197,12 @@ class Parrot(nn.Module):
         if cache is not None:
             numbers = token_ids[:, None, :, None]
             token_ids = cache.append(self, numbers, numbers)[0][:, 0, :, 0]
-        next_ids = [next((self.after[tuple(row[i:])] for i in range(len(row)) if tuple(row[i:]) in self.after), 0)
-                    for row in token_ids.tolist()]
-        return F.one_hot(torch.tensor(next_ids), self.config.vocab_size)[:, None].float()
+        logits = torch.zeros(*token_ids.shape, self.config.vocab_size)
+        for row, token_ids in enumerate(token_ids.tolist()):
+            for end in range(1, len(token_ids) + 1):
+                known = (self.after.get(tuple(token_ids[start:end])) for start in range(end))
+                logits[row, end - 1, next((token for token in known if token is not None), 0)] = 1.0
+        return logits if cache is None else logits[:, -1:]
 
 
 def count_naively(model, tokenizer, exercises):
@@ -226,6 +229,26 @@ def test_hits_are_those_of_a_naive_count(kind, name, request):
     assert count_hits(model, tokenizer, exercises) == expected
     assert measure_recall(model, tokenizer, known + "\n" + more) == expected / len(exercises)
     assert count_hits(model, tokenizer, knows_all) == count_naively(model, tokenizer, knows_all) == len(knows_all)
+
+
+def test_one_who_writes_the_answer_in_other_tokens_has_a_hit_too():
+    tokenizer = make_tokenizer("story", TEXT)
+    (prompt, answer), *_ = recall_exercises(TEXT)
+    beginning, letters = tokenizer.encode(prompt), [tokenizer.encode(letter)[0] for letter in answer]
+    assert len(tokenizer.encode(prompt + answer)) < len(beginning) + len(letters) - 30
+    for written, hits in ((letters, 1), (letters[:40] + letters[41:], 0)):
+        model = Parrot(beginning + written, tokenizer.vocab_size)
+        assert count_hits(model, tokenizer, [(prompt, answer)]) == hits
+
+
+def test_what_a_model_knows_by_heart_is_seen_in_one_pass():
+    exercises = recall_exercises(TEXT)
+    tokenizer = make_tokenizer("word", TEXT)
+    model = Parrot(tokenizer.encode(TEXT), tokenizer.vocab_size, context_length=64)
+    passes = []
+    model.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    assert count_hits(model, tokenizer, exercises) == len(exercises) == passes[0] and sum(passes[1:]) < len(exercises)
+    assert len(passes) < 4
 
 
 def test_hits_of_many_prompts_of_many_lengths_are_those_of_the_sentences_that_were_not_changed():
