@@ -43,6 +43,10 @@ SERIES = {  # what grows: the values of it, the law of a step's time, in words
     "context": ([32, 64, 128, 256, 512, 1024, 2048], lambda T: 12 * 2 * 256 ** 2 + 2048 * 256 + 2 * 2 * 256 * T,
                 "12 L C² + V C + 2 L C T: constant, then linear, for as many tokens a step (so quadratic in a window)"),
 }
+PROCESSES_TRAIN = {
+    "story": "--epochs 10 --tokenizer story",
+    "gpt2-small": "--preset gpt2-small --full-vocab --tokenizer gpt2 --batch-size 8 --max-steps 12",
+}
 FIELDS = {"width": "emb_dim", "depth": "n_layers", "context": "context_length"}
 
 
@@ -144,9 +148,9 @@ def measure_text(sizes):
     return sizes, seconds, [seconds[-1] * size / sizes[-1] for size in sizes]
 
 
-def measure_processes(rounds=3):
+def measure_processes(size, rounds=3):
     """Training speed of one process with two threads against two processes, by torchrun, with one thread each."""
-    train = ["train", "--epochs", "10", "--tokenizer", "story"]
+    train = ["train", *PROCESSES_TRAIN[size].split()]
     launch = {
         "one process, two threads": ["OMP_NUM_THREADS=2", sys.executable, common.ROOT / "story_llm.py", *train],
         "two processes, one thread each": ["OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run",
@@ -161,7 +165,7 @@ def measure_processes(rounds=3):
                 sys.exit(done.stderr)
             speeds[name].append(float(re.findall(r"([\d,]+) tokens/s", done.stdout)[-1].replace(",", "")))
     medians = {name: statistics.median(each) for name, each in speeds.items()}
-    print("\nTraining the story by several processes\n")
+    print(f"\nTraining by several processes: {' '.join(train)}\n")
     common.print_table(["", "tokens/s", "of the rounds", "/ one process"], [
         [name, f"{median:,.0f}", f"{min(speeds[name]):,.0f} to {max(speeds[name]):,.0f}",
          f"{median / medians['one process, two threads']:.2f}"] for name, median in medians.items()])
@@ -188,6 +192,8 @@ def main():
     parser.add_argument("--series", nargs="+", choices=["text", "processes", *SERIES],
                         default=["text", "processes", *SERIES])
     parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100], metavar="MB")
+    parser.add_argument("--processes", nargs="+", choices=PROCESSES_TRAIN, default=["story"], metavar="MODEL",
+                        help="what the series of processes trains: story, gpt2-small (story)")
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -198,8 +204,8 @@ def main():
     print(common.machine())
     results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)
                for name in options.series if name != "processes"}
-    if "processes" in options.series:
-        measure_processes()
+    for size in options.processes if "processes" in options.series else []:
+        measure_processes(size)
     if options.plot:
         draw(results, options.plot)
         print(f"\ndrew {options.plot}")

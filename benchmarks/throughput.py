@@ -3,6 +3,7 @@
     python benchmarks/throughput.py --nanogpt PATH                  (about half an hour on two cores)
     python benchmarks/throughput.py --sizes small-16x64 --rounds 5
     python benchmarks/throughput.py --device cuda --nanogpt PATH    (GPT-2 small, context 1,024, on a GPU)
+    python benchmarks/throughput.py --parts                         (what the milliseconds of a step are spent on)
 
 A step is all that training does with a batch of random tokens: forward, loss, backward, clipping where the project
 clips, AdamW; of story_llm it is its `training_step`, under `keep_memory`, which the program calls when it runs: glibc
@@ -14,6 +15,8 @@ out. Figures are medians of the rounds, in each the median of the steps.
 
 The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
 6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).
+
+--parts: each kind of work in a step of story_llm, alone, at the shapes that it has in the step, forward and backward.
 """
 
 import argparse
@@ -126,6 +129,79 @@ def training_speed(contender, shape, batch_size, steps, options):
             "dtype": "bfloat16" if bf16 else "float32", **on_gpu}
 
 
+def time_parts(shape, batch_size, steps, options):
+    """{part: milliseconds in a step of story_llm}: each kind of work alone, forward and backward, at its shapes."""
+    import story_llm
+    import torch
+    from torch import nn
+    V, T, C, H, L, _ = shape
+    model = common.make_model("story_llm", shape, options).train()
+    run = common.make_run(model, batch_size)
+    bf16 = torch.bfloat16 if story_llm.use_bf16(torch.device("cpu"), run.train_config.precision) else torch.float32
+
+    def milliseconds(function, *inputs):
+        times = []
+        learned = [each for each in inputs if getattr(each, "requires_grad", False)]
+        upstream = torch.ones_like(function(*inputs)) if learned else None
+        for _ in range(WARM_UP + max(steps, 5)):
+            began = time.perf_counter()
+            output = function(*inputs)
+            if learned:
+                torch.autograd.grad(output, learned, upstream)
+            del output
+            times.append(1000 * (time.perf_counter() - began))
+        return statistics.median(times[WARM_UP:])
+
+    def some(*size, dtype=bf16):
+        return torch.randn(*size).to(dtype).requires_grad_()
+
+    def loss_milliseconds():
+        """Within a step: by itself, its large blocks of memory would come from elsewhere, and be slower."""
+        run.optimizer.zero_grad()
+        with story_llm.precision_of(run):
+            logits, ends = model(tokens[:, :-1]), []
+            logits.register_hook(lambda gradient: ends.append(time.perf_counter()))
+            began = time.perf_counter()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        return 1000 * (ends[0] - began)
+
+    N = batch_size * T
+    tokens = torch.randint(V, (batch_size, T + 1))
+    parts = {"a step": milliseconds(story_llm.training_step, run, tokens[:, :-1].contiguous(),
+                                    tokens[:, 1:].contiguous())}
+
+    parts["softmax of the loss"] = statistics.median(loss_milliseconds() for _ in range(WARM_UP + steps))
+
+    def cast():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.detach().to(bf16).to(torch.float32)
+
+    def products(inputs, outputs):
+        return milliseconds(nn.functional.linear, some(N, inputs), some(outputs, inputs))
+
+    parts["clipping"] = milliseconds(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
+    parts["AdamW"] = milliseconds(run.optimizer.step)
+    if bf16 != torch.float32:
+        parts["weights to bf16, gradients back"] = milliseconds(cast)
+    parts["matrix products"] = L * (4 * products(C, C) + products(C, 4 * C) + products(4 * C, C)) + products(C, V)
+    mask = story_llm.causal_mask(T, T)
+    parts["attention, with its products"] = L * milliseconds(
+        story_llm.attend, *(some(batch_size, H, T, C // H) for _ in range(3)), mask)
+    parts["GELU"] = L * milliseconds(nn.functional.gelu, some(N, 4 * C))
+    parts["LayerNorm"] = (2 * L + 1) * milliseconds(nn.LayerNorm(C), some(N, C, dtype=torch.float32))
+    step = parts.pop("a step")
+    return {**parts, "the rest": step - sum(parts.values()), "a step": step}
+
+
+def print_parts(results):
+    """The table of --parts: a column for each size."""
+    print("\nMilliseconds of a training step\n")
+    common.print_table(["", *results], [[part, *(f"{sizes[part]:,.1f}" for sizes in results.values())]
+                                        for part in next(iter(results.values()))])
+
+
 def print_size(size, results, shape, contenders):
     """The table of one size."""
     gflops = {dtype: max(each["gflops"] for each in results[name]) for name, dtype in CEILINGS.items() if name in results}
@@ -154,6 +230,7 @@ def main():
     parser.add_argument("--steps", type=int, help="steps timed in each round, after three that are not")
     parser.add_argument("--dropout", type=float, help="for all contenders, instead of the preset's")
     parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT")
+    parser.add_argument("--parts", action="store_true", help="what the milliseconds of a step are spent on")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -164,13 +241,22 @@ def main():
         contenders, ceilings = {name: title for name, title in contenders.items() if "bf16" not in name}, ["matmul:fp32"]
     if not options.contender:
         print(f"{common.machine(options.device)}\n{options.rounds} rounds")
+    parts = {}
     for size in [options.size] if options.contender else options.sizes or SIZES_OF[options.device]:
         shape, batch_size, steps = SIZES[size]
         shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
+        if options.contender == "parts":
+            return common.answer(time_parts, shape, batch_size, max(options.steps or steps, 3), options)
+        if options.parts and not options.contender:
+            rounds = common.take_turns(["parts"], options.rounds, ["--size", size])["parts"]
+            parts[size] = {part: common.median(rounds, part) for part in rounds[0] if part != "peak_mb"}
+            continue
         if options.contender:
             return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
         results = common.take_turns([*contenders, *ceilings], options.rounds, ["--size", size])
         print_size(size, results, shape, contenders)
+    if options.parts:
+        print_parts(parts)
 
 
 if __name__ == "__main__":

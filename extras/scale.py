@@ -115,7 +115,8 @@ class SharedStep:
             self.loss_of = torch.compile(self.loss_of)
         self.without_sharing = contextlib.nullcontext
         if distributed.is_initialized():
-            self.loss_of = nn.parallel.DistributedDataParallel(self.loss_of)
+            self.loss_of = nn.parallel.DistributedDataParallel(self.loss_of,
+                                                               gradient_as_bucket_view=True)
             self.without_sharing = self.loss_of.no_sync
 
     def __call__(self, run, inputs, targets):
@@ -178,7 +179,12 @@ class SharedProgress(story_llm.Progress):
     def __call__(self, run):
         self.agreed = sum_of_all(self.asked, run.model.tok_emb.weight.device) > 0
         print_and_save = super().__call__
-        return from_first(lambda: print_and_save(run))
+        looked = run.history[-1].step == run.step
+        if looked or self.agreed:       # now it may save, and what goes wrong then concerns all
+            return from_first(lambda: print_and_save(run))
+        if RANK == 0:
+            print_and_save(run)
+        return False
 
 def train(args, accumulate, compiled):
     device = choose_device(args.device)
