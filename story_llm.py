@@ -271,8 +271,8 @@ class BPETokenizer:
         return self.encoding.decode(token_ids)          # bytes that make no character become a �
 
 # GPT-2 has learned 50,000 joins, from eight million web pages (with the 256 bytes and
-# `<|endoftext|>`, 50,257 tokens). They are better than what one story can teach, so we take them
-# where tiktoken has them. The story that comes with this file needs 2,079 of the tokens, bytes and
+# `<|endoftext|>`, 50,257 tokens). They are better than what one story can teach, so we take
+# them, from tiktoken. The story that comes with this file needs 2,079 of the tokens, bytes and
 # `<|endoftext|>` included; the workshop (`make_tokenizer`) keeps those alone, so that the model
 # spends no time on the others.
 
@@ -292,9 +292,9 @@ def a_few_words_of_torch():
 
     `@` multiplies two tables: each row of the first with each column of the second, number by
     number, added up. What has more directions is a stack of tables: `@` goes table by table, and
-    `...` in a shape means the other directions. nn.Linear does that with a table of weights,
-    numbers that are learned, and adds one more to each column, its bias. nn.Embedding is a table
-    with a learned row for every token.
+    `...` in a shape means the other directions. nn.Linear does that with a table of learned
+    numbers, its weights; to each column of the result it adds another, its bias. nn.Embedding is a
+    table with a learned row for every token.
     >>> x @ torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
     tensor([[ 6.,  6.],
             [15., 12.]])
@@ -385,7 +385,7 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 #     B  windows in a batch        C  numbers per token, the width of the model (emb_dim)
 #     T  tokens in a window        H  attention heads         D  numbers per head, C / H
-#     S  tokens that can be looked at: all T, until step 13 gives the model only the new ones
+#     S  tokens that can be looked at: T, too; more in step 13, where T are only the new ones
 #
 # How does a token know whom to look at? From each token's vector, three Linears make three more: a
 # query ("whom do I look for?"), a key ("who am I?") and a value ("what I give"). Why three? "his"
@@ -401,9 +401,9 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 # The scores must not be large. A dot product adds up D products (here 192 / 4 = 48). If each is +1
 # or -1 by chance, their sum is usually about sqrt(D) from 0, as one who goes left or right by the
-# toss of a coin is after D steps: after 48, about 7. But softmax(7, 0) is 0.9991, 0.0009, and
-# softmax(7.7, 0) 0.9995, 0.0005: where next to nothing changes, next to nothing is learned. Divided
-# by sqrt(D), they become softmax(1, 0), which is 0.73, 0.27, and softmax(1.1, 0): 0.75, 0.25.
+# toss of a coin is after D steps: after 48, about 7. But softmax(7, 0) is 0.9991, 0.0009; raise the
+# score by a tenth, and softmax(7.7, 0) is 0.9995, 0.0005: next to no change, so next to nothing is
+# learned. With scores divided by sqrt(D), the two are 0.73, 0.27 and 0.75, 0.25.
 #
 # One thing is forbidden: to look ahead. In training, the token to be guessed stands in the same
 # window, one place to the right. Without this rule the model would copy it, and when it is to
@@ -527,7 +527,7 @@ class FeedForward(nn.Module):
 # has learned. That is x + f(norm(x)), "pre-norm": only f reads the normed x, the 1 stays as it is.
 # In norm(x + f(x)), the 1, too, would be multiplied by the norm's slope, twice in every block.
 #
-# All weights start at random; if they were alike, all heads would learn the same. They start small,
+# Every table starts at random: were it all one number, all heads would learn the same. And small,
 # so that sums of C products are not large: GPT-2 takes a spread of 0.02 for C = 768; with fewer to
 # add up, they may be larger. The blocks add to x 2 n_layers times in all; as with the coins, the
 # sum grows with the root of that number, so each starts smaller by the root.
@@ -828,22 +828,22 @@ class Evaluation:
 # epoch, one reading of the text, a window begins at a random place in each stretch of T tokens.
 #
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
-# in the text. Windows hardly ever begin so. So half of the windows in a batch are openings: cut at
-# a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without them,
-# recall is 92 % after as many steps. This is a run of twenty epochs:
+# in the text. Windows hardly ever begin so. So each batch has as many openings as such windows: cut
+# at a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without
+# them, recall is 92 % after as many steps. This is a run of twenty epochs, of nine steps each:
 #
 #     $ python story_llm.py train
 #     ...
-#     Ep 2 (Step 000009): Train loss 6.265, Val loss 6.327, recall 0%, 5,743 tokens/s, 0:30 left
+#     Ep 1 (Step 000009): Train loss 6.265, Val loss 6.327, recall 0%, 5,743 tokens/s, 0:30 left
 #         Once Aadhan renounced his kingdom ...., and., and, and, and, and, and, and, and., and,
-#     Ep 5 (Step 000036): Train loss 3.452, Val loss 5.103, recall 0%, 6,059 tokens/s, 0:24 left
+#     Ep 4 (Step 000036): Train loss 3.452, Val loss 5.103, recall 0%, 6,059 tokens/s, 0:24 left
 #         Once Aadhan renounced his kingdom ..., and the wall. "I have in the wall. "I have been
 #     Ep 20 (Step 000180): Train loss 0.240, Val loss 6.239, recall 100%, 6,086 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # Why does the validation loss get worse while recall gets better? They ask about different texts:
 # recall about the practised one, the validation loss about the unread end. At its best, the model
-# gave the right token there, say, 1/180, which costs 5.2. Then it becomes sure: it takes every
+# gave the right token there, say, 1/165, which costs 5.1. Then it becomes sure: it takes every
 # "Aadhan thanked" for the one it knows; what really comes there then has 1/10,000, which costs 9.2.
 # To be wrong and sure costs more than to be unsure. It memorises: with one short story, as wanted.
 
@@ -912,7 +912,7 @@ def plot_losses(history, vocab_size, path=None):
 # comes after it. Only the new token has to be calculated, and all that it needs of the others are
 # their keys and values. So we keep those, in a cache. It is valid as long as every token keeps its
 # place; when the context is full, the window slides with every new token, all get another place,
-# and the cache begins anew.
+# and the cache begins anew: from then on, it saves nothing.
 class KeyValueCache:
     """Keys and values of the tokens so far, (B, H, S, D) each, for every attention layer."""
     def __init__(self):
@@ -2075,7 +2075,7 @@ class Progress:
 
 def log_evaluation(run, speed):
     now = run.history[-1]
-    epoch = min(run.step, run.total_steps - 1) // run.steps_per_epoch + 1
+    epoch = max(1, math.ceil(run.step / run.steps_per_epoch))
     val_loss = "" if now.val_loss is None else f", Val loss {now.val_loss:.3f}"
     recall = "" if now.recall is None else f", recall {now.recall:.0%}"
     loss = f"Train loss {now.train_loss:.3f}"

@@ -2,6 +2,7 @@
 
     python benchmarks/scaling.py --plot images/scaling.png          (about ten minutes on two cores)
     python benchmarks/scaling.py --series text --text-mb 0.01 1 1000
+    python benchmarks/scaling.py --series recite --recite-text FILE --recite-kb 5 20 100 300 1000
 
 Each point is a process of its own and the median of its steps. Beside what was measured stands what the law of
 that series says if the last point is right, and the growth from point to point as an exponent: 1 is linear, 2 is
@@ -11,6 +12,9 @@ quadratic. A training step is story_llm's `training_step` on random tokens, with
 A text goes through extras/library.py: it is tokenized to a file, which training maps into memory. What it has read
 of that file counts as its memory here, 2 bytes a token, though the system may take it back. Several processes are
 those of extras/scale.py, by torchrun, training the story beside `python story_llm.py train`.
+
+The series "recite" is not among those that run if none is named: `python story_llm.py train` with all defaults, the
+whole process, on beginnings of a text; the law is that the time is linear in the text, at the same recall.
 
 The laws, for a step of N tokens, L layers, width C, context T and vocabulary V: matrix products 6 N (12 L C^2 + V C),
 attention 12 N L C T floating-point operations; activations N (L (a C + b H T) + c V) bytes, weights 16 bytes each.
@@ -171,6 +175,28 @@ def measure_processes(size, rounds=3):
          f"{median / medians['one process, two threads']:.2f}"] for name, median in medians.items()])
 
 
+def measure_reciting(text, sizes):
+    """Whole trainings on beginnings of a text, of so many KB, with all defaults."""
+    text, seconds, rows = Path(text).read_text(encoding="utf-8"), [], []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "text.txt").write_text(text[:round(1000 * size)], encoding="utf-8")
+            done = common.finish([sys.executable, common.ROOT / "story_llm.py", "train", "--text", "text.txt"],
+                                 cwd=folder)
+        if done.status:
+            sys.exit(done.stderr)
+        steps = re.search(r"([\d,]+) steps", done.stdout)[1]
+        vocabulary, parameters = re.search(r"vocabulary ([\d,]+); ([\d,]+) parameters", done.stdout).groups()
+        recall = re.search(r"Recall .*sentences", done.stdout)[0].removeprefix("Recall ").removesuffix(" sentences")
+        seconds.append(done.seconds)
+        rows.append([f"{size:g}", vocabulary, parameters, steps, f"{done.seconds:.1f}",
+                     f"{done.seconds / size:.2f}", f"{done.peak_mb:,.0f}", recall])
+        print(rows[-1], file=sys.stderr, flush=True)
+    print("\nLearned by heart with all defaults, whole process, by the size of the text\n")
+    common.print_table(["KB", "vocabulary", "parameters", "steps", "s", "exponent", "s per KB", "peak MB", "recall"], [
+        [*row[:5], shown(grown), *row[5:]] for row, grown in zip(rows, exponent(sizes, seconds))])
+
+
 def draw(results, path):
     """One panel for each series, on logarithmic axes; the law is the dashed line."""
     from matplotlib.figure import Figure
@@ -189,9 +215,11 @@ def draw(results, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--series", nargs="+", choices=["text", "processes", *SERIES],
+    parser.add_argument("--series", nargs="+", choices=["text", "processes", "recite", *SERIES],
                         default=["text", "processes", *SERIES])
     parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100], metavar="MB")
+    parser.add_argument("--recite-text", default=str(common.ROOT / "Short_Story.txt"), metavar="FILE")
+    parser.add_argument("--recite-kb", nargs="+", type=float, default=[5, 10, 20], metavar="KB")
     parser.add_argument("--processes", nargs="+", choices=PROCESSES_TRAIN, default=["story"], metavar="MODEL",
                         help="what the series of processes trains: story, gpt2-small (story)")
     parser.add_argument("--plot", metavar="FILE")
@@ -203,7 +231,9 @@ def main():
         return common.answer(points[name], value) if name in points else common.answer(shape_point, name, int(value))
     print(common.machine())
     results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)
-               for name in options.series if name != "processes"}
+               for name in options.series if name not in ("processes", "recite")}
+    if "recite" in options.series:
+        measure_reciting(options.recite_text, options.recite_kb)
     for size in options.processes if "processes" in options.series else []:
         measure_processes(size)
     if options.plot:

@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import fields
 
 import pytest
-from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, weights_equal
+from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, tiny, weights_equal
 
 from story_llm import COMMANDS, FIELDS, GPTConfig, Sampling, TrainConfig, load_checkpoint
 
@@ -154,6 +154,15 @@ def test_training_tells_its_progress_and_recall_and_writes_its_two_files(folder,
     assert re.search(r"^Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", trained_here, re.MULTILINE)
     assert re.search(r"^Recall \d+\.\d%: \d+ of \d+ sentences", trained_here, re.MULTILINE)
     assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
+
+
+@pytest.mark.parametrize("step, epoch", [(0, 1), (1, 1), (9, 1), (10, 2), (36, 4), (180, 20)])
+def test_an_evaluation_names_the_epoch_of_the_last_step(capsys, step, epoch):
+    run, _ = tiny()
+    run.step, run.steps_per_epoch, run.total_steps = step, 9, 180
+    run.history = [story_llm.Evaluation(step, step / 9, 0, 1.0, None, None, "", "")]
+    story_llm.log_evaluation(run, "")
+    assert capsys.readouterr().out.startswith(f"Ep {epoch} (Step {step:06})")
 
 
 def test_every_command_works_after_training(folder, trained_here, call):
