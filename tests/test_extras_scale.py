@@ -1,4 +1,5 @@
 """extras/scale.py: several processes, parts of a batch, a compiled model: the same steps as without."""
+import contextlib
 import copy
 import os
 import re
@@ -181,11 +182,30 @@ def test_each_part_drops_by_itself_and_the_same_again(monkeypatch):
     def loss(rank, part, step):
         monkeypatch.setattr(scale, "RANK", rank)
         run.step = step
-        return take_step.backward(run, part, inputs, targets, (targets != story_llm.IGNORED).sum().item())
+        return take_step.backward(run, part, inputs, targets, (targets != story_llm.IGNORED).sum().item()).item()
 
     losses = [loss(rank, part, step) for rank in (0, 1) for part in (0, 1) for step in (0, 1)]
     assert len(set(losses)) == 8 and loss(0, 0, 0) == losses[0]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_the_last_part_shares_its_gradients(monkeypatch):
+    run, corpus = tiny()
+    story_llm.start_optimizer(run)
+    take_step, alone, seen = scale.SharedStep(run, 3, compiled=False), [], []
+
+    @contextlib.contextmanager
+    def without_sharing():
+        alone.append(True)
+        yield
+        alone.pop()
+
+    backward = take_step.backward
+    monkeypatch.setattr(take_step, "without_sharing", without_sharing)
+    monkeypatch.setattr(take_step, "backward", lambda run, part, *rest: (
+        seen.append((part, bool(alone))), backward(run, part, *rest))[1])
+    take_step(run, *story_llm.TrainingBatches(corpus, run)[0])
+    assert seen == [(0, True), (1, True), (2, False)]
 
 
 def test_a_loss_that_is_no_number_stops_the_training():
