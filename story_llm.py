@@ -1157,11 +1157,10 @@ def continued(model, tokenizer, rows):
         if draft[:len(row)] != row:         # its end can change how the beginning is cut
             draft = row
         windows.append(draft[max(0, len(row) - T):][:T])
-    length = max(len(window) for window in windows)
-    # No token looks ahead, so what stands after a window does no harm.
-    padded = [window + [0] * (length - len(window)) for window in windows]
+    # No token looks ahead, so what stands after a shorter window does no harm.
+    padded = nn.utils.rnn.pad_sequence([torch.tensor(window) for window in windows], True)
     with inference(model):
-        guesses = model(torch.tensor(padded)).argmax(dim=-1).tolist()
+        guesses = model(padded).argmax(dim=-1).tolist()
     for (row, wanted), window, guess in zip(rows, windows, guesses):
         place = min(len(row), T) - 1        # of its last token in the window
         row = [*row, guess[place]]

@@ -47,7 +47,7 @@ SERIES = {  # what grows: the values of it, the law of a step's time, in words
     "context": ([32, 64, 128, 256, 512, 1024, 2048], lambda T: 12 * 2 * 256 ** 2 + 2048 * 256 + 2 * 2 * 256 * T,
                 "12 L C² + V C + 2 L C T: constant, then linear, for as many tokens a step (so quadratic in a window)"),
 }
-PROCESSES_TRAIN = {
+PROCESSES_TRAIN = {  # the options of the training that is shared
     "story": "--epochs 10 --tokenizer story",
     "gpt2-small": "--preset gpt2-small --full-vocab --tokenizer gpt2 --batch-size 8 --max-steps 12",
 }
@@ -187,7 +187,7 @@ def measure_reciting(text, sizes):
             sys.exit(done.stderr)
         steps = re.search(r"([\d,]+) steps", done.stdout)[1]
         vocabulary, parameters = re.search(r"vocabulary ([\d,]+); ([\d,]+) parameters", done.stdout).groups()
-        recall = re.search(r"Recall .*sentences", done.stdout)[0].removeprefix("Recall ").removesuffix(" sentences")
+        recall = re.search(r"Recall (.*) sentences", done.stdout)[1]
         seconds.append(done.seconds)
         rows.append([f"{size:g}", vocabulary, parameters, steps, f"{done.seconds:.1f}",
                      f"{done.seconds / size:.2f}", f"{done.peak_mb:,.0f}", recall])
@@ -234,8 +234,9 @@ def main():
                for name in options.series if name not in ("processes", "recite")}
     if "recite" in options.series:
         measure_reciting(options.recite_text, options.recite_kb)
-    for size in options.processes if "processes" in options.series else []:
-        measure_processes(size)
+    if "processes" in options.series:
+        for size in options.processes:
+            measure_processes(size)
     if options.plot:
         draw(results, options.plot)
         print(f"\ndrew {options.plot}")

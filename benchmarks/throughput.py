@@ -16,7 +16,8 @@ out. Figures are medians of the rounds, in each the median of the steps.
 The ceiling: a large matrix product of the same type, its best GFLOP/s, over the products that a token needs:
 6 flops per weight and 12 L C T for attention (Chowdhery et al. 2022, PaLM, appendix B).
 
---parts: each kind of work in a step of story_llm, alone, at the shapes that it has in the step, forward and backward.
+--parts: each kind of work in a step of story_llm, alone, at the shapes that it has in the step, forward and backward;
+on a CPU.
 """
 
 import argparse
@@ -168,10 +169,8 @@ def time_parts(shape, batch_size, steps, options):
 
     N = batch_size * T
     tokens = torch.randint(V, (batch_size, T + 1))
-    parts = {"a step": milliseconds(story_llm.training_step, run, tokens[:, :-1].contiguous(),
-                                    tokens[:, 1:].contiguous())}
-
-    parts["softmax of the loss"] = statistics.median(loss_milliseconds() for _ in range(WARM_UP + steps))
+    step = milliseconds(story_llm.training_step, run, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    parts = {"softmax of the loss": statistics.median(loss_milliseconds() for _ in range(WARM_UP + steps))}
 
     def cast():
         for weight in model.parameters():
@@ -191,7 +190,6 @@ def time_parts(shape, batch_size, steps, options):
         story_llm.attend, *(some(batch_size, H, T, C // H) for _ in range(3)), mask)
     parts["GELU"] = L * milliseconds(nn.functional.gelu, some(N, 4 * C))
     parts["LayerNorm"] = (2 * L + 1) * milliseconds(nn.LayerNorm(C), some(N, C, dtype=torch.float32))
-    step = parts.pop("a step")
     return {**parts, "the rest": step - sum(parts.values()), "a step": step}
 
 
@@ -234,6 +232,8 @@ def main():
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.parts and options.device != "cpu":
+        parser.error("--parts measures a CPU")
     if options.contender in CEILINGS:
         return common.answer(matmul_ceiling, CEILINGS[options.contender], options.device)
     contenders, ceilings = CONTENDERS if options.device == "cpu" else CONTENDERS_ON_GPU, list(CEILINGS)
@@ -247,15 +247,15 @@ def main():
         shape = shape if options.dropout is None else shape._replace(drop_rate=options.dropout)
         if options.contender == "parts":
             return common.answer(time_parts, shape, batch_size, max(options.steps or steps, 3), options)
-        if options.parts and not options.contender:
+        if options.contender:
+            return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
+        if options.parts:
             rounds = common.take_turns(["parts"], options.rounds, ["--size", size])["parts"]
             parts[size] = {part: common.median(rounds, part) for part in rounds[0] if part != "peak_mb"}
             continue
-        if options.contender:
-            return common.answer(training_speed, options.contender, shape, batch_size, options.steps or steps, options)
         results = common.take_turns([*contenders, *ceilings], options.rounds, ["--size", size])
         print_size(size, results, shape, contenders)
-    if options.parts:
+    if parts:
         print_parts(parts)
 
 

@@ -179,12 +179,7 @@ class SharedProgress(story_llm.Progress):
     def __call__(self, run):
         self.agreed = sum_of_all(self.asked, run.model.tok_emb.weight.device) > 0
         print_and_save = super().__call__
-        looked = run.history[-1].step == run.step
-        if looked or self.agreed:       # now it may save, and what goes wrong then concerns all
-            return from_first(lambda: print_and_save(run))
-        if RANK == 0:
-            print_and_save(run)
-        return False
+        return from_first(lambda: print_and_save(run))
 
 def train(args, accumulate, compiled):
     device = choose_device(args.device)

@@ -200,10 +200,12 @@ def test_only_the_last_part_shares_its_gradients(monkeypatch):
         yield
         alone.pop()
 
-    backward = take_step.backward
+    def backward(run, part, *rest):
+        seen.append((part, bool(alone)))
+        return scale.SharedStep.backward(take_step, run, part, *rest)
+
     monkeypatch.setattr(take_step, "without_sharing", without_sharing)
-    monkeypatch.setattr(take_step, "backward", lambda run, part, *rest: (
-        seen.append((part, bool(alone))), backward(run, part, *rest))[1])
+    monkeypatch.setattr(take_step, "backward", backward)
     take_step(run, *story_llm.TrainingBatches(corpus, run)[0])
     assert seen == [(0, True), (1, True), (2, False)]
 
