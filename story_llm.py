@@ -798,16 +798,15 @@ def make_optimizer(model, config):
 def learning_rate(step, total_steps, config):
     """How far the weights move in a step. At first Adam's means rest on few batches and are not to
     be trusted, so it rises for some steps (warm-up). Near the end, large steps would jump around
-    the best place, so it falls, along half a cosine, to nothing.
+    the best place, so it falls, along a straight line, to nothing.
     >>> config = TrainConfig(learning_rate=1.0, warmup_steps=2)
-    >>> [round(learning_rate(step, 10, config), 2) for step in range(10)]
-    [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
+    >>> [round(learning_rate(step, 22, config), 2) for step in (0, 1, 2, 7, 12, 17, 21)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.05]
     """
-    warmup = min(config.warmup_steps, total_steps // 5)
+    warmup = min(config.warmup_steps, total_steps // 10)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / (total_steps - warmup)           # from 0 to 1
-    return config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
 # After 2, 5 and 20 % of the way, and every 45 steps, we look how far the model has come: at the
 # losses, at recall (on some of the sentences), and at a sample of its writing.
@@ -830,15 +829,15 @@ class Evaluation:
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
 # in the text. Windows hardly ever begin so. So each batch has as many openings as such windows: cut
 # at a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without
-# them, recall is 92 % after as many steps. This is a run of twenty epochs, of nine steps each:
+# them, recall is 91 % after as many steps. This is a run of twenty epochs, of nine steps each:
 #
 #     $ python story_llm.py train
 #     ...
-#     Ep 1 (Step 000009): Train loss 6.265, Val loss 6.327, recall 0%, 5,743 tokens/s, 0:30 left
+#     Ep 1 (Step 000009): Train loss 6.187, Val loss 6.261, recall 0%, 21,741 tokens/s, 0:08 left
 #         Once Aadhan renounced his kingdom ...., and., and, and, and, and, and, and, and., and,
-#     Ep 4 (Step 000036): Train loss 3.452, Val loss 5.103, recall 0%, 6,059 tokens/s, 0:24 left
-#         Once Aadhan renounced his kingdom ..., and the wall. "I have in the wall. "I have been
-#     Ep 20 (Step 000180): Train loss 0.240, Val loss 6.239, recall 100%, 6,086 tokens/s, 0:00 left
+#     Ep 4 (Step 000036): Train loss 3.430, Val loss 5.097, recall 0%, 18,650 tokens/s, 0:08 left
+#         Once Aadhan renounced his kingdom ..., and a hand, and the wall, and the wall. "I have in
+#     Ep 20 (Step 000180): Train loss 0.231, Val loss 6.239, recall 100%, 21,744 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # Why does the validation loss get worse while recall gets better? They ask about different texts:
@@ -1488,7 +1487,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None):
 # matrices within the blocks; AdamW moves the rest: embeddings, head, biases and norms.
 
 MUON_READINGS = 0.5      # of those that AdamW needs
-MUON_STRIDE = 3          # and the learning rate may be so many times as large, for all weights
+MUON_STRIDE = 4          # and the learning rate may be so many times as large, for all weights
 MUON_MEMORY = 0.9        # a mean over about the last ten gradients
 
 def muon_matrices(model):

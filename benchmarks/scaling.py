@@ -26,6 +26,7 @@ import math
 import os
 import random
 import re
+import shlex
 import statistics
 import sys
 import tempfile
@@ -175,13 +176,13 @@ def measure_processes(size, rounds=3):
          f"{median / medians['one process, two threads']:.2f}"] for name, median in medians.items()])
 
 
-def measure_reciting(text, sizes):
-    """Whole trainings on beginnings of a text, of so many KB, with all defaults."""
+def measure_reciting(text, sizes, options):
+    """Whole trainings on beginnings of a text, of so many KB, with defaults but for the `options` of train."""
     text, seconds, rows = Path(text).read_text(encoding="utf-8"), [], []
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "text.txt").write_text(text[:round(1000 * size)], encoding="utf-8")
-            done = common.finish([sys.executable, common.ROOT / "story_llm.py", "train", "--text", "text.txt"],
+            done = common.finish([sys.executable, common.ROOT / "story_llm.py", "train", "--text", "text.txt", *options],
                                  cwd=folder)
         if done.status:
             sys.exit(done.stderr)
@@ -192,7 +193,7 @@ def measure_reciting(text, sizes):
         rows.append([f"{size:g}", vocabulary, parameters, steps, f"{done.seconds:.1f}",
                      f"{done.seconds / size:.2f}", f"{done.peak_mb:,.0f}", recall])
         print(rows[-1], file=sys.stderr, flush=True)
-    print("\nLearned by heart with all defaults, whole process, by the size of the text\n")
+    print(f"\nLearned by heart, whole process, by the size of the text: {' '.join(options) or 'all defaults'}\n")
     common.print_table(["KB", "vocabulary", "parameters", "steps", "s", "exponent", "s per KB", "peak MB", "recall"], [
         [*row[:5], shown(grown), *row[5:]] for row, grown in zip(rows, exponent(sizes, seconds))])
 
@@ -220,6 +221,7 @@ def main():
     parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100], metavar="MB")
     parser.add_argument("--recite-text", default=str(common.ROOT / "Short_Story.txt"), metavar="FILE")
     parser.add_argument("--recite-kb", nargs="+", type=float, default=[5, 10, 20], metavar="KB")
+    parser.add_argument("--recite-train", default="", metavar="OPTIONS", help='of `train`, as in "--emb-dim 256"')
     parser.add_argument("--processes", nargs="+", choices=PROCESSES_TRAIN, default=["story"], metavar="MODEL",
                         help="what the series of processes trains: story, gpt2-small (story)")
     parser.add_argument("--plot", metavar="FILE")
@@ -233,7 +235,7 @@ def main():
     results = {name: measure_text(options.text_mb) if name == "text" else measure_shapes(name)
                for name in options.series if name not in ("processes", "recite")}
     if "recite" in options.series:
-        measure_reciting(options.recite_text, options.recite_kb)
+        measure_reciting(options.recite_text, options.recite_kb, shlex.split(options.recite_train))
     if "processes" in options.series:
         for size in options.processes:
             measure_processes(size)
