@@ -83,7 +83,7 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     optimizer: str = setting("adamw", "what moves the weights", choices=("adamw", "muon"))
     learning_rate: float = setting(2.5e-3, "how far a step moves a weight, about", 1e-9)
-    warmup_steps: int = setting(20, "steps in which the learning rate rises", 0)
+    warmup_steps: int = setting(20, "steps in which the learning rate rises; a tenth at most", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero", 0)
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
     openings: float = setting(0.5, "share of windows that begin as a prompt begins", 0, 1)
@@ -683,7 +683,7 @@ def batch_loss(model, inputs, targets):
     logits = model(inputs)                            # (B, T, vocabulary)
     guesses = logits.flatten(0, 1)                    # every place is a guess: (B * T, vocabulary)
     answers = targets.flatten().to(logits.device)     # (B * T,)
-    # Softmax, -ln, and the mean; IGNORED stands where there is nothing to guess.
+    # Softmax, -ln, and the mean. A short window is filled up with IGNORED: nothing is asked there.
     return F.cross_entropy(guesses, answers, ignore_index=IGNORED)
 
 # The loss does not tell what we want to know: can the model go on with the story? So we try. Recall

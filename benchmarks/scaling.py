@@ -4,17 +4,19 @@
     python benchmarks/scaling.py --series text --text-mb 0.01 1 1000
     python benchmarks/scaling.py --series recite --recite-text FILE --recite-kb 5 20 100 300 1000
 
-Each point is a process of its own and the median of its steps. Beside what was measured stands what the law of
-that series says if the last point is right, and the growth from point to point as an exponent: 1 is linear, 2 is
-quadratic. A training step is story_llm's `training_step` on random tokens, with its default precision and under
-`keep_memory`, as the program runs. Memory is the peak of the process; for the text, less that of importing story_llm.
+Each point is a process of its own and the median of its steps; of the shapes, the median of three rounds. Beside
+what was measured stands what the law of that series says if the last point is right, and the growth from point to
+point as an exponent: 1 is linear, 2 is quadratic. A training step is story_llm's `training_step` on random tokens,
+with its default precision and under `keep_memory`, as the program runs. Memory is the peak of the process; for the
+text, less that of importing story_llm.
 
 A text goes through extras/library.py: it is tokenized to a file, which training maps into memory. What it has read
 of that file counts as its memory here, 2 bytes a token, though the system may take it back. Several processes are
 those of extras/scale.py, by torchrun, training the story beside `python story_llm.py train`.
 
-The series "recite" is not among those that run if none is named: `python story_llm.py train` with all defaults, the
-whole process, on beginnings of a text; the law is that the time is linear in the text, at the same recall.
+The series "recite" is not among those that run if none is named: `python story_llm.py train`, the whole process, on
+beginnings of a text, with all defaults or with the options of --recite-train; the law is that the time is linear in
+the text, at the same recall.
 
 The laws, for a step of N tokens, L layers, width C, context T and vocabulary V: matrix products 6 N (12 L C^2 + V C),
 attention 12 N L C T floating-point operations; activations N (L (a C + b H T) + c V) bytes, weights 16 bytes each.
@@ -124,17 +126,17 @@ def shown(number):
     return "" if number is None else f"{number:.2f}"
 
 
-def measure_shapes(series):
+def measure_shapes(series, rounds=3):
     values, law, words = SERIES[series]
-    points = [common.measure(f"{series}:{value}") for value in values]
-    times = [point["ms"] for point in points]
+    points = common.take_turns([f"{series}:{value}" for value in values], rounds).values()
+    times = [common.median(point, "ms") for point in points]
     expected = [times[-1] * law(value) / law(values[-1]) for value in values]
     print(f"\nA training step of {TOKENS:,} tokens by {series}; time by the law {words}\n")
     common.print_table([series, "ms", "exponent", "ms by law", "exponent", "measured / law", "MB"], [
-        [str(value), f"{point['ms']:.1f}", shown(grown), f"{law_ms:.1f}", shown(law_grown),
-         f"{point['ms'] / law_ms:.2f}", f"{point['mb']:,.0f}"]
-        for value, point, grown, law_ms, law_grown in
-        zip(values, points, exponent(values, times), expected, exponent(values, expected))])
+        [str(value), f"{ms:.1f}", shown(grown), f"{law_ms:.1f}", shown(law_grown),
+         f"{ms / law_ms:.2f}", f"{common.median(point, 'mb'):,.0f}"]
+        for value, point, ms, grown, law_ms, law_grown in
+        zip(values, points, times, exponent(values, times), expected, exponent(values, expected))])
     return values, times, expected
 
 
@@ -182,8 +184,8 @@ def measure_reciting(text, sizes, options):
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "text.txt").write_text(text[:round(1000 * size)], encoding="utf-8")
-            done = common.finish([sys.executable, common.ROOT / "story_llm.py", "train", "--text", "text.txt", *options],
-                                 cwd=folder)
+            done = common.finish([sys.executable, common.ROOT / "story_llm.py", "train", "--text", "text.txt",
+                                  *options], cwd=folder)
         if done.status:
             sys.exit(done.stderr)
         steps = re.search(r"([\d,]+) steps", done.stdout)[1]
