@@ -1,6 +1,8 @@
 """The lesson says what is so: its examples, the outputs that it shows, its length, and what it needs beside it."""
 import ast
+import contextlib
 import doctest
+import io
 import os
 import re
 import shlex
@@ -96,7 +98,7 @@ def missing(shown, printed, untrained=False):
 
 
 @pytest.fixture(scope="module")
-def printed(trained_with_defaults, run_program, tmp_path_factory):
+def printed(trained_with_defaults, tmp_path_factory):
     """{command: the lines that it prints}: run in one folder, in the order of the lesson."""
     folder, training = trained_with_defaults
     before, outputs = tmp_path_factory.mktemp("before"), {}
@@ -105,9 +107,10 @@ def printed(trained_with_defaults, run_program, tmp_path_factory):
             outputs[command] = training.splitlines()
             before = folder
         else:
-            done = run_program(before, *shlex.split(command))
-            assert (done.returncode, done.stderr) == (0, ""), command
-            outputs[command] = done.stdout.splitlines()
+            out, err = io.StringIO(), io.StringIO()
+            with contextlib.chdir(before), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                assert (story_llm.main(shlex.split(command)), err.getvalue()) == (0, ""), command
+            outputs[command] = out.getvalue().splitlines()
     return outputs
 
 
