@@ -83,7 +83,7 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "windows in one step", 1, 1 << 16)
     optimizer: str = setting("adamw", "what moves the weights", choices=("adamw", "muon"))
     learning_rate: float = setting(2.5e-3, "how far a step moves a weight, about", 1e-9)
-    warmup_steps: int = setting(20, "steps in which the learning rate rises; a tenth at most", 0)
+    warmup_steps: int = setting(20, "steps of a rising learning rate; at most a tenth of all", 0)
     weight_decay: float = setting(0.0, "pull of the weights towards zero", 0)
     grad_clip: float = setting(1.0, "the longest gradient that a step follows", 1e-9)
     openings: float = setting(0.5, "share of windows that begin as a prompt begins", 0, 1)

@@ -1,6 +1,4 @@
 """The fixtures that more than one file of tests uses."""
-import contextlib
-import io
 import os
 import shutil
 import subprocess
@@ -12,7 +10,7 @@ import pytest
 import tiktoken
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import GPT2_FILES, PROGRAM, TEXT, bare_environment, story_llm, trained  # noqa: E402
+from helpers import GPT2_FILES, PROGRAM, TEXT, bare_environment, printed_in, story_llm, trained  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -100,12 +98,9 @@ def call(capsys):
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, small):
     """(folder, what was printed) of a tiny training."""
-    folder, out, err = tmp_path_factory.mktemp("trained"), io.StringIO(), io.StringIO()
+    folder = tmp_path_factory.mktemp("trained")
     (folder / "my.txt").write_text(TEXT, encoding="utf-8")
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        assert story_llm.main(small("train")) == 0
-    assert err.getvalue() == ""
-    return folder, out.getvalue()
+    return folder, printed_in(folder, small("train"))
 
 
 @pytest.fixture

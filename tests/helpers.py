@@ -1,5 +1,7 @@
 """What the tests share: a tiny story, runs small enough for a moment's training, a bare machine."""
+import contextlib
 import dataclasses
+import io
 import socket
 import sys
 from pathlib import Path
@@ -102,3 +104,12 @@ def note_questions(monkeypatch, run):
         noting(torch.Tensor, name)
     noting(run.optimizer, "step")
     return events
+
+
+def printed_in(folder, command):
+    """What a command prints when it is run in this process, in a folder; it must succeed, and note nothing."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = story_llm.main(command)
+    assert (status, err.getvalue()) == (0, ""), command
+    return out.getvalue()

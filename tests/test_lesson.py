@@ -1,8 +1,6 @@
 """The lesson says what is so: its examples, the outputs that it shows, its length, and what it needs beside it."""
 import ast
-import contextlib
 import doctest
-import io
 import os
 import re
 import shlex
@@ -10,7 +8,7 @@ import shutil
 import tomllib
 
 import pytest
-from helpers import PROGRAM, ROOT, TEXT, story_llm
+from helpers import PROGRAM, ROOT, TEXT, printed_in, story_llm
 from mutants import MUTANTS, SCALE_MUTANTS
 
 SOURCE = PROGRAM.read_text(encoding="utf-8")
@@ -107,10 +105,7 @@ def printed(trained_with_defaults, tmp_path_factory):
             outputs[command] = training.splitlines()
             before = folder
         else:
-            out, err = io.StringIO(), io.StringIO()
-            with contextlib.chdir(before), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                assert (story_llm.main(shlex.split(command)), err.getvalue()) == (0, ""), command
-            outputs[command] = out.getvalue().splitlines()
+            outputs[command] = printed_in(before, shlex.split(command)).splitlines()
     return outputs
 
 
