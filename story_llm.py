@@ -23,10 +23,10 @@ from pathlib import Path
 if __name__ == "__main__":      # for speed, before torch is loaded: explained at the very end
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-import regex    # comes with tiktoken; like re, but it knows the letters of every script
 import torch
 from torch import nn
 from torch.nn import functional as F
+import regex    # comes with tiktoken; like re, but it knows the letters of every script
 
 # ═══ Step 1: what to install, and the settings ═════════════════════════════════════════════════
 # A language model does one thing: it reads the beginning of a text and says, for every token it
@@ -170,7 +170,7 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            if piece not in self.ids:       # a first word: within the story it follows a space
+            if piece not in self.ids:       # perhaps a first word: the list has it with a space
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
         return token_ids
@@ -272,9 +272,9 @@ class BPETokenizer:
 
 # GPT-2 has learned 50,000 joins, from eight million web pages (with the 256 bytes and
 # `<|endoftext|>`, 50,257 tokens). They are better than what one story can teach, so we take
-# them, from tiktoken. The story that comes with this file needs 2,079 of the tokens, bytes and
-# `<|endoftext|>` included; the workshop (`make_tokenizer`) keeps those alone, so that the model
-# spends no time on the others.
+# them, from tiktoken. The story that comes with this file needs 2,079 of them, with the steps to
+# longer ones, the bytes, and `<|endoftext|>`; the workshop (`make_tokenizer`) keeps those alone,
+# so that the model spends no time on the others.
 
 # ─── A few words of torch ──────────────────────────────────────────────────────────────────────
 def a_few_words_of_torch():
@@ -293,21 +293,21 @@ def a_few_words_of_torch():
     `@` multiplies two tables: each row of the first with each column of the second, number by
     number, added up. What has more directions is a stack of tables: `@` goes table by table, and
     `...` in a shape means the other directions. nn.Linear does that with a table of learned
-    numbers, its weights; to each column of the result it adds another, its bias. nn.Embedding is a
-    table with a learned row for every token.
+    numbers, its weights; to each column of the result it adds one more number, its bias.
+    nn.Embedding is a table with a learned row for every token.
     >>> x @ torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
     tensor([[ 6.,  6.],
             [15., 12.]])
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
 
-    Each is an nn.Module, a part with weights; so are whole models, made of such parts. Call a
-    module like a function, and torch runs its `forward`. Learning needs to know how a result
-    changes when a weight does. (2w - 10)^2 is 16 for w = 3, and 15.84 for w = 3.01: it falls 16
-    times as fast as w grows; its slope is -16. torch remembers what was calculated from what, and
-    `backward` goes that way back: 2w - 10 grows twice as fast as w; at -4, a square falls 8 times
-    as fast as what is squared grows; it multiplies these slopes, and adds the product, 2 x -8, to
-    `.grad` of the weight: its gradient.
+    Each is an nn.Module, a part with weights; so are whole models, whose attributes are such parts,
+    or lists of them (nn.ModuleList); `parameters()` gives all their weights. Call a module like a
+    function, and torch runs its `forward`. To learn, we must know how a result changes with a
+    weight. (2w - 10)^2 is 16 for w = 3, and 15.84 for w = 3.01: it falls 16 times as fast as w
+    grows; its slope is -16. torch notes what was calculated from what; `backward` goes that way
+    back: 2w - 10 grows twice as fast as w; at -4, a square falls 8 times as fast as what is squared
+    grows; it multiplies the slopes and adds 2 x -8 to the weight's `.grad`, its gradient.
     >>> w = torch.tensor(3.0, requires_grad=True)       # it is to be learned
     >>> result = (2 * w - 10) ** 2
     >>> result.backward()
@@ -385,7 +385,7 @@ def corpus_from_text(text, kind="auto", val_fraction=0.1, context_length=32, **o
 #
 #     B  windows in a batch        C  numbers per token, the width of the model (emb_dim)
 #     T  tokens in a window        H  attention heads         D  numbers per head, C / H
-#     S  tokens that can be looked at: T, too; more in step 13, where T are only the new ones
+#     S  tokens that may be looked at: the same T; in step 13 all so far, and T are the new ones
 #
 # How does a token know whom to look at? From each token's vector, three Linears make three more: a
 # query ("whom do I look for?"), a key ("who am I?") and a value ("what I give"). Why three? "his"
@@ -437,8 +437,8 @@ def attend(queries, keys, values, mask, drop_rate=0.0):
 
     8.04 is 80.4 % of 10, and 5.87 is 19.6 % of 30.
     """
-    if fused_is_faster(queries):                                  # the same in one call (workshop)
-        return attend_fused(queries, keys, values, mask, drop_rate)
+    if fused_is_faster(queries):      # on a GPU (workshop): torch's own, the same in one call
+        return F.scaled_dot_product_attention(queries, keys, values, ~mask, drop_rate)
     D = queries.shape[-1]
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)      # (..., T, S); K^T: see above
     scores = scores.masked_fill(mask, -math.inf)
@@ -500,8 +500,9 @@ class FeedForward(nn.Module):
     """Each token alone: widen to 4 C (4 by convention), bend, narrow. (B, T, C) -> (B, T, C).
     Two Linears without a bend are one: 3 (2 x) is just 6 x. GELU bends softly at 0: what is clearly
     positive passes, what is clearly negative does not (Hendrycks & Gimpel 2016). So each of the 4 C
-    numbers can be an "if": attention has brought "renounced" to "his"; if both are there, `narrow`
-    adds what points to "kingdom" or "throne"; if not, next to nothing.
+    numbers can be an "if": attention has brought "renounced" to "his"; if both are there (with a
+    bias of -1.5, 1 + 1 is above 0, and 1 alone is not), `narrow` adds what points to "kingdom" or
+    "throne"; if not, next to nothing.
     >>> F.gelu(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]))
     tensor([-0.0455, -0.1587,  0.0000,  0.8413,  1.9545])
     """
@@ -612,8 +613,8 @@ class GPTModel(nn.Module):
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Before we train anything, the command `model` pushes a batch through, two windows of 32 tokens,
 # and shows what becomes of it. And where is the model large? Nearly half of its numbers say what
-# the tokens are (tok_emb, and out_head for the way back); the rest are in the blocks, 12 C^2 in
-# each (4 for attention, 8 for the feed-forward) and a few biases.
+# the tokens are (tok_emb, and out_head for the way back); nearly all others are in the blocks,
+# 12 C^2 in each (4 for attention, 8 for the feed-forward).
 #
 #     $ python story_llm.py model
 #     ...
@@ -665,10 +666,10 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # for a surprise: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The mean over all exercises is
 # the loss, called cross-entropy.
 #
-# The weights of an untrained model are small, so its logits are all near 0, and softmax makes of
-# them about 1/2079 each: the loss is about -ln(1/2079) = ln(2079) = 7.64. A little more is normal:
-# with only two tokens, 0.5 for each costs 0.69; 0.6 and 0.4 cost 0.51 or 0.92, 0.71 in the mean.
-# Much more would mean a mistake in the program.
+# The weights of an untrained model are small, so its logits are near 0, and softmax makes of them
+# about 1/2079 each: the loss is about -ln(1/2079) = ln(2079) = 7.64. A little more is normal, for
+# near is not at: with only two tokens, 0.5 for each costs 0.69; 0.6 and 0.4 cost 0.51 or 0.92, 0.71
+# in the mean. Much more would mean a mistake in the program.
 def batch_loss(model, inputs, targets):
     """The mean loss on a batch, inputs and targets (B, T) ids each.
     >>> def model(inputs):                                        # sure of token 1, whatever comes
@@ -683,7 +684,7 @@ def batch_loss(model, inputs, targets):
     logits = model(inputs)                            # (B, T, vocabulary)
     guesses = logits.flatten(0, 1)                    # every place is a guess: (B * T, vocabulary)
     answers = targets.flatten().to(logits.device)     # (B * T,)
-    # Softmax, -ln, and the mean. A short window is filled up with IGNORED: nothing is asked there.
+    # Softmax, -ln, and the mean. Some windows of step 10 are filled up with IGNORED: not asked.
     return F.cross_entropy(guesses, answers, ignore_index=IGNORED)
 
 # The loss does not tell what we want to know: can the model go on with the story? So we try. Recall
@@ -693,7 +694,7 @@ def batch_loss(model, inputs, targets):
 def measure_recall(model, tokenizer, text, max_sentences=1000):
     """Recall on `text`, from 0 to 1, of its sentences with 8 words or more (or of some of them)."""
     exercises = recall_exercises(text, max_sentences)       # [(five words, what follows), ...]
-    hits = count_hits(model, tokenizer, exercises)          # step 8, for many prompts at once
+    hits = count_hits(model, tokenizer, exercises)          # as step 8, prompt by prompt
     return hits / max(len(exercises), 1)
 
 # Before training, both are as bad as expected:
@@ -753,7 +754,7 @@ def train(run, corpus, after_step=lambda run: False, take_step=None):
     batches = TrainingBatches(corpus, run)      # windows for each step: "Which windows?", below
     start_optimizer(run)                        # `make_optimizer`, and what a saved one remembers
     while True:
-        if evaluation_due(run):                 # every 45 steps: the losses, recall, a sample
+        if evaluation_due(run):                 # now and then: the losses, recall, a sample
             run.history.append(evaluate(run, corpus))
         if after_step(run) or run.step >= run.total_steps:
             break
@@ -769,9 +770,9 @@ def training_step(run, inputs, targets):
     with precision_of(run):           # where the machine is faster so: with fewer digits (workshop)
         loss = batch_loss(run.model, inputs, targets)
     loss.backward()
-    # One odd batch can have a gradient a hundred times as long as the others, and throw the weights
-    # far off. All gradients together are one vector: if its length (the root of the sum of
-    # squares) is above grad_clip, it is shortened to that.
+    # One odd batch can have a gradient a hundred times as long as the others. In Adam's means
+    # (below) it would outweigh them for many steps. All gradients together are one vector: if its
+    # length (the root of the sum of squares) is above grad_clip, it is shortened to that.
     length = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     for group in run.optimizer.param_groups:       # all weights have the same learning rate
         group["lr"] = learning_rate(run.step, run.total_steps, config)
@@ -792,7 +793,7 @@ def make_optimizer(model, config):
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in learned if p.dim() > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in learned if p.dim() < 2], "weight_decay": 0.0}]
-    # betas: means over about the last 10 gradients, 50 sizes. fused: all are moved in one go.
+    # betas: 0.9: a mean over some 10 gradients; 0.98: over some 50 squares. fused: all in one go.
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 def learning_rate(step, total_steps, config):
@@ -827,9 +828,10 @@ class Evaluation:
 # epoch, one reading of the text, a window begins at a random place in each stretch of T tokens.
 #
 # A prompt stands at place 0, and its first word has no space before it, so it is another token than
-# in the text. Windows hardly ever begin so. So each batch has as many openings as such windows: cut
-# at a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without
-# them, recall is 91 % after as many steps. This is a run of twenty epochs, of nine steps each:
+# in the text. Windows hardly ever begin so. So half of a batch, 16 of its 32, are openings: cut at
+# a sentence's start (some at any word, for other prompts) and encoded as a prompt is. Without them,
+# recall is 91 % after as many steps. The other 16 read the whole text in nine steps; twenty such
+# epochs are a run. Below each line of figures, the model's words are those after the dots:
 #
 #     $ python story_llm.py train
 #     ...
@@ -876,8 +878,8 @@ def load_checkpoint(path, device="cpu"):
         return run_from(state, device)
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# Two curves tell what the model learns. If both fall, the language; if training falls and
-# validation rises, this text, by heart; if both stay near ln(vocabulary), nothing.
+# Two curves tell what the model learns. While both fall, what holds for other texts, too; when
+# validation rises again, this text only, by heart; if both stay near ln(vocabulary), nothing.
 def plot_losses(history, vocab_size, path=None):
     """Draw losses and recall of a history, to `path` (.png, .svg, .pdf) too. Returns the figure.
     >>> history = [Evaluation(0, 0.0, 0, 7.8, 7.8, 0.0, "", ""),
@@ -909,9 +911,9 @@ def plot_losses(history, vocab_size, path=None):
 # `generate_text_simple` calculates the whole window again for each new token. That is wasteful:
 # since no token looks ahead, what a token has made of those before it cannot change when another
 # comes after it. Only the new token has to be calculated, and all that it needs of the others are
-# their keys and values. So we keep those, in a cache. It is valid as long as every token keeps its
-# place; when the context is full, the window slides with every new token, all get another place,
-# and the cache begins anew: from then on, it saves nothing.
+# their keys and values. So we keep those, in a cache. It is valid as long as the window grows. When
+# the context is full, each new token pushes the first one out, and all others move to another
+# place, whose vector is part of what they are: the cache begins anew, and saves nothing any more.
 class KeyValueCache:
     """Keys and values of the tokens so far, (B, H, S, D) each, for every attention layer."""
     def __init__(self):
@@ -937,7 +939,7 @@ class Sampling(Settings):
     """How the next token is chosen."""
     temperature: float = setting(0.0, "0: the likeliest token; more: more chance", 0)
     top_k: int = setting(0, "choose among so many of the likeliest; 0: all", 0)
-    top_p: float = setting(1.0, "choose among the likeliest that add up to this; 1: all", 1e-9)
+    top_p: float = setting(1.0, "choose among the likeliest that add up to it; from 1: all", 1e-9)
     seed: int = setting(42, "where chance starts: same seed, same text", 0, 1 << 63)
 
 def next_token_probabilities(logits, sampling):
@@ -1060,8 +1062,9 @@ def what_is_wrong_with(path):
     except UnicodeDecodeError as error:
         mark = len(Path(path).read_bytes()) - len(error.object)      # "utf-8-sig" does not count it
         byte = f"byte {error.start + mark} is 0x{error.object[error.start]:02x}"
+        encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise ValueError(f"{path} is not UTF-8 text ({byte}). Convert it first, for example: "
-                         f"iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.txt") from None
+                         f"iconv -f {encoding} -t UTF-8 {path} > utf8.txt") from None
 
 def encode_corpus(tokenizer, train_text, val_text):
     """The corpus of a text that is split already, with a tokenizer that is made already."""
@@ -1073,7 +1076,6 @@ def encode_corpus(tokenizer, train_text, val_text):
 # The pieces of steps 2 and 4, for all scripts. \p{L} is any letter, \p{N} any digit, and \p{M} a
 # sign that belongs to the letter before it: without it, Hindi and Tamil are torn at every vowel.
 # `--` means "but for". Chinese, Japanese, Thai and some others put no spaces between words.
-
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"
 WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"            # a character, or a whole word
@@ -1083,22 +1085,25 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 STORY_SPLIT = (rf" ?(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\u200c\u200d])+| ?{UNSPACED}\p{{M}}*"
                r"| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
 
-# A sentence starts at the beginning, after . ! ? and the like, or after an empty line.
-
+# A sentence starts at the beginning, after . ! ? and the like, or after an empty line; in a text
+# that has hardly any, as some poems do, with every line.
 SENTENCE_START = regex.compile(
     r"""(?:\A|[.!?…।॥؟۔።។။]["'”’)\]]*\s|[。！？]["'”’」』）]*|\n[^\S\n]*\n)\s*""")
 SPOKEN_WORD = regex.compile(rf"\p{{P}}*{UNSPACED}\p{{M}}*\p{{P}}*|[\S--{UNSPACED}]+", regex.V1)
 
 def sentence_starts(text):
-    ends = [match.end() for match in SENTENCE_START.finditer(text)]
-    return [end for end in ends if end < len(text)] or [0]
+    starts = [match.end() for match in SENTENCE_START.finditer(text)]
+    lines = [match.end() for match in regex.finditer(r"(?:\A|\n)\s*", text)]
+    if len(lines) > 10 * len(starts):
+        starts = lines
+    return [start for start in starts if start < len(text)] or [0]
 
 def word_starts(text):
     return [match.start() for match in SPOKEN_WORD.finditer(text)] or [0]
 
 def first_words(text, count=5):
     ends = [match.end() for match in itertools.islice(SPOKEN_WORD.finditer(text), count)]
-    return text[:ends[-1]].strip() if ends else text
+    return text[:ends[-1]][:200].strip() if ends else text
 
 def recall_exercises(text, max_sentences=1000):
     """[(first five words, the 80 characters that follow)] of the sentences with 8 words or more; of
@@ -1131,42 +1136,35 @@ def mean_loss(model, token_ids, max_windows=32):
 
 def count_hits(model, tokenizer, exercises):
     """How many of the prompts the model continues, greedily, with their answers."""
-    hits, undecided = 0, []
+    hits = 0
     for prompt, answer in exercises:
-        token_ids = tokenizer.encode(prompt)
-        undecided.append((token_ids, tokenizer.decode(token_ids) + answer))
-    for _ in range(320):        # 80 characters of 4 bytes each; mostly, one round is enough
-        before, undecided = undecided, []
-        for start in range(0, len(before), 32):                   # not all at once, to save memory
-            for row, wanted in continued(model, tokenizer, before[start:start + 32]):
-                text = tokenizer.decode(row).rstrip("\ufffd")
-                hits += text.startswith(wanted)
-                if text != wanted and wanted.startswith(text):
-                    undecided.append((row, wanted))
+        row = tokenizer.encode(prompt)
+        wanted = tokenizer.decode(row) + answer
+        for _ in range(320):        # 80 characters of 4 bytes each; mostly, once is enough
+            row = continued(model, tokenizer, row, wanted)
+            text = tokenizer.decode(row).rstrip("\ufffd")
+            if text == wanted or not wanted.startswith(text):
+                break
+        hits += text.startswith(wanted)
     return hits
 
-def continued(model, tokenizer, rows):
-    """Rows of (token ids, the text that they should become), each continued by a token or more. The
-    model is shown what it should write: as far as its guesses are just that, it would have written
-    the same by itself, so all of them are known after one pass (Leviathan et al. 2023)."""
+def continued(model, tokenizer, row, wanted):
+    """Token ids that should become the text `wanted`, continued by a token or more. The model is
+    shown what it should write: as far as its guesses are just that, it would have written the same
+    by itself, so all of them are known after one pass (Leviathan et al. 2023)."""
     T = model.config.context_length
-    windows = []
-    for row, wanted in rows:
-        draft = tokenizer.encode(wanted)
-        if draft[:len(row)] != row:         # its end can change how the beginning is cut
-            draft = row
-        windows.append(draft[max(0, len(row) - T):][:T])
-    # No token looks ahead, so what stands after a shorter window does no harm.
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(window) for window in windows], True)
+    draft = tokenizer.encode(wanted)
+    if draft[:len(row)] != row:         # its end can change how the beginning is cut
+        draft = row
+    window = draft[max(0, len(row) - T):][:T]
     with inference(model):
-        guesses = model(padded).argmax(dim=-1).tolist()
-    for (row, wanted), window, guess in zip(rows, windows, guesses):
-        place = min(len(row), T) - 1        # of its last token in the window
-        row = [*row, guess[place]]
-        while place + 1 < len(window) and window[place + 1] == row[-1]:
-            place += 1
-            row.append(guess[place])
-        yield row, wanted
+        guesses = model(torch.tensor([window]))[0].argmax(dim=-1).tolist()
+    place = min(len(row), T) - 1        # of its last token in the window
+    row = [*row, guesses[place]]
+    while place + 1 < len(window) and window[place + 1] == row[-1]:
+        place += 1
+        row.append(guesses[place])
+    return row
 
 @contextlib.contextmanager
 def inference(model):
@@ -1195,7 +1193,6 @@ def new_model(config, seed=0):
         return GPTModel(config).eval()
 
 # ═══ Workshop: GPT-2's encoding ════════════════════════════════════════════════════════════════
-
 TOKENIZERS = ("auto", "gpt2", "story", "word")
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=False):
@@ -1276,7 +1273,6 @@ def gpt2_tokens(texts=()):
 # slower from the first number to the last (Vaswani et al. 2017, section 3.5). "rotary": nothing is
 # added to a token; queries and keys are turned by an angle that grows with the place, so a score
 # depends on how far apart two tokens stand (Su et al. 2021, RoFormer, section 3.2).
-
 def position_angles(n_places, dim, device=None):
     """(n_places, dim / 2) angles: the place times 1 for the first pair, 1/10000 near the last."""
     slowness = torch.arange(0, dim, 2, device=device) / dim
@@ -1302,15 +1298,10 @@ def rotate(queries, keys):
     return turn(queries, angles[-queries.shape[-2]:]), turn(keys, angles)
 
 def fused_is_faster(queries):
-    """On a GPU one fused call saves memory and time; on a CPU, in bf16, it takes three times as
-    long."""
+    """On a GPU it saves memory and time; on a CPU, in bf16, it takes three times as long."""
     return queries.is_cuda
 
-def attend_fused(queries, keys, values, mask, drop_rate):
-    return F.scaled_dot_product_attention(queries, keys, values, ~mask, drop_rate)
-
 # ═══ Workshop: device and precision ════════════════════════════════════════════════════════════
-
 def choose_device(name="auto"):
     """A torch.device: "cpu", "cuda", "mps", or for "auto" CUDA where there is one, else the CPU.
     Raises ValueError if there is no such device."""
@@ -1342,7 +1333,6 @@ def precision_of(run, *names):
             yield
 
 # ═══ Workshop: runs ════════════════════════════════════════════════════════════════════════════
-
 USUAL_EPOCHS = 20        # readings that usually suffice to know a story by heart
 FEWEST_STEPS = 150       # a text of a few lines is read more often, to make so many steps
 SENTENCE_SHARE = 0.8     # of the openings; the others begin at any word, as a prompt may
@@ -1401,16 +1391,14 @@ class TrainingBatches:
         n_windows = config.batch_size - n_openings
         self.windows = SlidingWindowDataset(corpus.train_ids, T, stride=1)
 
-        def dealt(count, hand, purpose):
-            return deal(count, hand, run.total_steps, config.seed + purpose)
-
-        pieces = dealt(math.ceil(len(self.windows) / T), n_windows, 0)      # (steps, n_windows)
-        self.starts = (pieces * T + dealt(T, n_windows, 1)) % len(self.windows)
+        turns, seed = run.total_steps, config.seed
+        pieces = deal(math.ceil(len(self.windows) / T), n_windows, turns, seed)
+        self.starts = (pieces * T + deal(T, n_windows, turns, seed + 1)) % len(self.windows)
         sentences = torch.tensor(sentence_starts(corpus.train_text))
         words = torch.tensor(word_starts(corpus.train_text))
         self.opening_starts = torch.cat([
-            sentences[dealt(len(sentences), n_sentences, 2)],
-            words[dealt(len(words), n_openings - n_sentences, 3)]], dim=1)
+            sentences[deal(len(sentences), n_sentences, turns, seed + 2)],
+            words[deal(len(words), n_openings - n_sentences, turns, seed + 3)]], dim=1)
 
     def __getitem__(self, step):
         inputs, targets = self.windows[self.starts[step]]
@@ -1422,12 +1410,8 @@ class TrainingBatches:
 
     def opening(self, start):
         """The text from `start` on as one window, filled up where the text ends before it."""
-        text = self.corpus.train_text
-        end = start + 16 * self.length               # long enough, and cheaper than all the rest
-        piece = text[start:end]
-        if end < len(text):
-            piece = regex.sub(r"\s+\S*\Z", "", piece)     # not within a word, nor within spaces
-        token_ids = self.corpus.tokenizer.encode(piece)[:self.length]
+        text = self.corpus.train_text[start:start + 32 * self.length]     # more than is needed
+        token_ids = self.corpus.tokenizer.encode(text)[:self.length]
         return token_ids + [IGNORED] * (self.length - len(token_ids))
 
 def deal(count, hand, turns, seed):
@@ -1454,7 +1438,8 @@ def evaluate(run, corpus):
                                 for token_ids in (corpus.train_ids, corpus.val_ids)]
     check_finite(train_loss, run)
     text = corpus.train_text[:100_000]
-    recall = measure_recall(run.model, run.tokenizer, text, max_sentences=25) if text else None
+    recall = (measure_recall(run.model, run.tokenizer, text, max_sentences=25)
+              if recall_exercises(text) else None)
     sample = "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
     tokens = run.step * run.train_config.batch_size * run.config.context_length
     epoch = run.step / run.steps_per_epoch
@@ -1485,7 +1470,6 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None):
 # told apart: who did what in which sentence. Muon makes them all about equally large, so the rare
 # is learned as fast as the common. The products for it make a step a third longer. It is for the
 # matrices within the blocks; AdamW moves the rest: embeddings, head, biases and norms.
-
 MUON_READINGS = 0.5      # of those that AdamW needs
 MUON_STRIDE = 4          # and the learning rate may be so many times as large, for all weights
 MUON_MEMORY = 0.9        # a mean over about the last ten gradients
@@ -1558,7 +1542,6 @@ def polynomial(X, gram, a, b, c):
 # A checkpoint is what torch.save writes, and behind it 32 bytes, the SHA-256 of it, by which a
 # damaged file is told. A file may also be whole and mean harm, or be another program's: nothing is
 # believed before it has been held against what we write ourselves.
-
 PLAIN = ("fingerprint", "steps_per_epoch", "total_steps", "prompt", "step", "asked")
 IN_A_FILE = {*PLAIN, "format", "config", "train_config", "tokenizer", "history", "weights",
              "optimizer_state", "fixed_loss"}
@@ -1714,6 +1697,8 @@ def what_is_wrong_with_model(path):
         raise OSError(f"there is no model at {path}: python story_llm.py train makes one") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error}): give another --model") from error
+    except (ImportError, torch.OutOfMemoryError):       # not the file's fault
+        raise
     except AnotherProgram as error:
         raise ValueError(f"{path}: {error}. Use that version, or train again") from None
     except Exception as error:      # a file that is not ours may break anything in here
@@ -1723,17 +1708,19 @@ def what_is_wrong_with_model(path):
                          "or give another --model") from error
 
 def keep_other_model(path, run):
-    """Move a model of another text out of the way, to NAME.old.pt; returns that path, or None."""
+    """Move a model of another text to NAME.old.pt, .old2.pt, ...; returns that path, or None."""
     path = Path(path).resolve()
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, OSError):
         if load_checkpoint(path).fingerprint == run.fingerprint:
             return None
-    return path.replace(path.with_name(f"{path.stem}.old{path.suffix}"))
+    for number in itertools.count(1):
+        old = path.with_name(f"{path.stem}.old{number if number > 1 else ''}{path.suffix}")
+        if not old.exists():
+            return path.replace(old)
 
 # ═══ Workshop: pictures, and looking inside ════════════════════════════════════════════════════
-
 PICTURES = (".png", ".svg", ".pdf")
 
 def check_writable(path, endings=()):
@@ -1789,7 +1776,7 @@ def plot_attention(maps, names, path=None):
     """Draw `attention_maps` of T tokens with these names; returns the figure."""
     from matplotlib.figure import Figure
     layers, heads = maps.shape[:2]
-    side = max(1.6, len(names) * 0.16)        # inches
+    side = max(1.6, min(len(names) * 0.16, 60 / max(layers, heads)))        # inches
     figure = Figure(figsize=(heads * side + 2, layers * side + 2), layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     for layer, head in itertools.product(range(layers), range(heads)):
@@ -1806,7 +1793,6 @@ def plot_attention(maps, names, path=None):
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════
 # A function for each command. It calls the parts of its step and prints what they return: results
 # on stdout, notes on stderr. The tables at the end say which command has which options.
-
 DEFAULT_TEXT = str(Path(__file__).with_name("Short_Story.txt"))
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
 CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # what could steer a terminal
@@ -1841,10 +1827,9 @@ def token_names(tokenizer, token_ids):
     """The text of each token on one line; one that is part of a character is shown as its bytes."""
     names = []
     for token_id in token_ids:
-        name = END_OF_TEXT if token_id == tokenizer.end_of_text else tokenizer.tokens[token_id]
-        with contextlib.suppress(AttributeError):       # text has no decode, only bytes have
-            name = name.decode(errors="surrogateescape")
-            name = regex.sub("[\udc80-\udcff]", lambda byte: f"<{ord(byte[0]) - 0xdc00:02x}>", name)
+        name = tokenizer.decode([token_id])
+        if "\ufffd" in name and tokenizer.kind != "word":
+            name = f"<{tokenizer.tokens[token_id].hex()}>"
         name = name.replace("\n", "⏎").replace(" ", "␣").replace("\t", "→")
         names.append(CONTROL.sub("\ufffd", name))
     return names
@@ -1868,9 +1853,9 @@ def chosen(settings, args):
 
 def untrained(args):
     """(a new run, its corpus) of the settings given; notes say what is not as it was asked for."""
-    for option, kinds in (("vocab_size", ("auto", "story")), ("full_vocab", ("auto", "gpt2"))):
-        check(option not in args.given or args.tokenizer in kinds, f"{dashed(option)} "
-              f"cannot be used with --tokenizer {args.tokenizer}")
+    for option, kind in (("vocab_size", "story"), ("full_vocab", "gpt2")):
+        check(option not in args.given or args.tokenizer == kind,
+              f"{dashed(option)} goes with --tokenizer {kind}")
     config = chosen(PRESETS[args.preset], args)
     train_config = chosen(TrainConfig(), args)
     corpus = corpus_from_text(load_text(args.text), args.tokenizer, train_config.val_fraction,
@@ -1926,10 +1911,11 @@ def resumed(args):
     run, corpus = saved(args)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was begun with another text than "
           f"{args.text}: give the same as then, or train anew without --resume")
+    before = {**USUAL, **asdict(run.train_config), **asdict(run.config), **run.asked}
     for name in args.given.keys() & ASKED - MAY_CHANGE:
-        before = run.asked.get(name, USUAL[name])
-        check(args.given[name] == before, f"{args.model} was begun with {dashed(name)} "
-              f"{before}, not {args.given[name]}: give the same, or train anew without --resume")
+        then, now = before[name], args.given[name]
+        check(now == then, f"{args.model} was begun with {dashed(name)} {then}, not {now}: "
+              "give the same, or train anew without --resume")
     changed = {name: args.given[name] for name in args.given.keys() & MAY_CHANGE}
     if "epochs" in changed:
         changed = {"max_steps": 0, **changed}
@@ -1944,8 +1930,8 @@ def to_train(args):
     if args.resume:
         run, corpus = resumed(args)
     else:
-        run, corpus = started(args) if args.start else untrained(args)
-    run.prompt = args.prompt or run.prompt
+        run, corpus = untrained(args) if args.start is None else started(args)
+    run.prompt = run.prompt if args.prompt is None else args.prompt
     return run, corpus
 
 def saved_or_untrained(args):
@@ -1974,7 +1960,8 @@ def command_bpe(args):
     log(f"the text: {len(text):,} characters; {len(corpus.train_ids):,} {tokenizer.kind} tokens\n"
         f"the vocabulary: {tokenizer.vocab_size:,} entries, for example {' '.join(some)}\n"
         f"encoded and decoded, it is the same: {tokenizer.decode(tokenizer.encode(text)) == text}")
-    for sentence in (args.prompt or run.prompt, "Thamarai bought a laptop <|endoftext|>"):
+    prompt = run.prompt if args.prompt is None else args.prompt
+    for sentence in (prompt, "Thamarai bought a laptop <|endoftext|>"):
         token_ids = tokenizer.encode(sentence)
         log(f"\n  [{']['.join(token_names(tokenizer, token_ids))}]\n  encoded: {token_ids}\n"
             f"  decoded: {tokenizer.decode(token_ids)}")
@@ -2050,14 +2037,14 @@ class Progress:
             left = round(each * (run.total_steps - run.step))
             tokens = run.train_config.batch_size * run.config.context_length / each
             speed = f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
+        stop = self.stop                         # asked once: it may change at any moment
+        last = stop or run.step >= run.total_steps
+        if last or (looked and run.step > 0 and time.perf_counter() > self.next_save):
+            self.save(run)                       # first, for printing may fail: `train | tee log`
         if looked:
             log_evaluation(run, speed)
         elif sys.stderr.isatty():                # a line that the next one replaces
             log(f"step {run.step} of {run.total_steps}{speed}", sys.stderr, end="\x1b[K\r")
-        stop = self.stop                         # asked once: it may change at any moment
-        last = stop or run.step >= run.total_steps
-        if last or (looked and run.step > 0 and time.perf_counter() > self.next_save):
-            self.save(run)
         self.clock = time.perf_counter()
         return stop
 
@@ -2129,6 +2116,9 @@ def command_next(args):
 
 def command_generate(args):
     sampling = chosen(Sampling(), args)
+    of_chance = {"top_k", "top_p"} if args.untrained else {"top_k", "top_p", "seed"}
+    for name in args.given.keys() & of_chance:
+        check(sampling.temperature > 0, f"{dashed(name)} is for chance: give a --temperature, too")
     run = saved_or_untrained(args)
     if args.untrained and sampling.temperature == 0:       # step 8's own function
         longer = generate_text_simple(run.model, prompt_tokens(args, run), args.max_new_tokens,
@@ -2143,16 +2133,15 @@ def command_generate(args):
         log()
 
 def typed_prompts():
-    """Lines of stdin; on a terminal each is asked for, until an empty one or Ctrl-D."""
+    """Lines of stdin; on a terminal, until an empty one."""
     asking = sys.stdin.isatty()
-    while True:
-        if asking:
-            note("\nThe first words, please (an empty line ends it):")
-        line = sys.stdin.readline()
-        if not line or (asking and not line.strip()):
-            return
+    if asking:
+        note("Type the first words of a sentence, and Enter; an empty line ends it.")
+    for line in sys.stdin:
         if line.strip():
             yield line.rstrip("\r\n")
+        elif asking:
+            return
 
 def command_tour(args):
     """All steps, one after the other, in a folder of its own."""
@@ -2167,9 +2156,6 @@ def command_tour(args):
             if status:
                 return status
             shown.add(command)
-            if args.pause:
-                log("\n[Enter] ", end="")
-                sys.stdin.readline()
 
 PRESETS = {"story": GPTConfig(),
            "gpt2-small": GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12)}
@@ -2191,7 +2177,6 @@ class Options(Settings):
     max_new_tokens: int = setting(100, "how many tokens to write", 0)
     stride: int = setting(0, "tokens from one window to the next; 0: a window's length", 0)
     plot: str = setting(None, "the picture to draw: .png, .svg or .pdf")
-    pause: bool = setting(False, "wait for the Enter key after each step")
 
 FIELDS = {}
 for settings in (Sampling, TrainConfig, GPTConfig, Options):
@@ -2220,10 +2205,9 @@ COMMANDS = {    # the function, its meaning, its options, and those that go with
                  f"model prompt max_new_tokens {CHOICE} device untrained", NEW_MODEL),
     "attention": (command_attention, "draw whom each token looks at", "model prompt plot", ""),
     "next": (command_next, "the likeliest next tokens, and how one is chosen",
-             f"model prompt {CHOICE} device untrained", NEW_MODEL),
-    "tour": (command_tour, "all 13 steps, one after the other", "pause", ""),
+             "model prompt temperature top_k top_p device untrained", NEW_MODEL),
+    "tour": (command_tour, "all 13 steps, one after the other", "", ""),
 }
-PLOTS = {"train": "loss.png", "plot": "loss.png", "attention": "attention.png"}
 
 def add_option(parser, name):
     """Make an option of a field: its meaning, what it may be and its default stand in the help."""
@@ -2234,6 +2218,7 @@ def add_option(parser, name):
         how["metavar"] = "TEXT" if f.type is str else "N"
     meaning += "" if at_least is None else f"; {allowed(f)}"
     meaning += "" if f.default is None or f.default is False else f" ({f.default})"
+    meaning = meaning.replace("%", "%%")        # argparse fills in what stands behind a single one
     parser.add_argument(dashed(name), default=argparse.SUPPRESS, help=meaning, **how)
 
 def parse(argv):
@@ -2247,28 +2232,32 @@ def parse(argv):
             add_option(command, option)
     given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    _, _, options, if_untrained = COMMANDS.get(command, (None, "", "", ""))
+    handler, _, options, if_untrained = COMMANDS.get(command, (command_map, "", "", ""))
     for name in given.keys() & set(if_untrained.split()) - set(options.split()):
         if "untrained" not in given:
             parsers.choices[command].error(f"{dashed(name)} goes with --untrained: a "
                                            "saved model has its settings in its file")
     if "untrained" in given and "model" in given:
         parsers.choices[command].error("give --untrained or --model, not both")
-    usual = {**USUAL, "plot": PLOTS.get(command), "command": command, "argv": argv}
-    args = argparse.Namespace(**{**usual, **given, "given": given})
+    usual = {**USUAL, "plot": "attention.png" if command == "attention" else "loss.png"}
+    args = argparse.Namespace(**usual | given, handler=handler, given=given, argv=argv)
     Options(**{f.name: getattr(args, f.name) for f in fields(Options)})      # checks them
     return args
 
 def main(argv=None):
-    """Run the program; returns the exit status: 0; 1 after a mistake, 2 after wrong usage, 130
-    after Ctrl-C or a request to end."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):       # in a notebook it may be something else
-            stream.reconfigure(errors="replace")        # a terminal that lacks a character shows ?
+    """Run the program on the words of a command line; returns the exit status."""
+    return exit_status(run_command, sys.argv[1:] if argv is None else argv)
+
+def run_command(argv):
+    args = parse(argv)
+    return args.handler(args)
+
+def exit_status(work, *arguments):
+    """What a program ends with that does `work(*arguments)`: what this returns, or 0; 1 after a
+    mistake, told in one line; 2 after wrong usage; 130 after Ctrl-C or a request to end."""
+    forgiving_streams()
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        handler = COMMANDS[args.command][0] if args.command else command_map
-        return handler(args) or 0
+        return work(*arguments) or 0
     except SystemExit as end:       # argparse has said what is wrong
         return end.code
     except BrokenPipeError:         # who reads our output, head for example, has seen enough
@@ -2278,12 +2267,22 @@ def main(argv=None):
         return 130
     except ImportError as error:
         mistake = f"{error}: python -m pip install -r requirements.txt brings what is needed"
-    except torch.OutOfMemoryError:
-        mistake = "the GPU has too little memory: try a smaller --batch-size or model"
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        mistake = "there is too little memory: try a smaller --batch-size or model"
     except (ValueError, OSError) as error:
         mistake = error
     note(f"error: {mistake}")
     return 1
+
+def forgiving_streams():
+    """A terminal that lacks a character shows ?; a closed stream is as good as /dev/null."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))
+        with contextlib.suppress(AttributeError):       # in a notebook it may be something else
+            getattr(sys, name).reconfigure(errors="replace")
 
 # Threads that wait for each other look again and again, so as not to lose time; while another
 # program has the processor, that takes many times as long as the work itself. GOMP_SPINCOUNT, at

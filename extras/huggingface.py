@@ -248,7 +248,10 @@ def save(run, folder):
         shutil.rmtree(beside, ignore_errors=True)
 
 def main(argv=None):
-    """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C."""
+    """Run the program; returns the exit status, as story_llm's."""
+    return story_llm.exit_status(run_command, argv)
+
+def run_command(argv):
     parser = argparse.ArgumentParser(prog="huggingface.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
     for name, meaning in ("load", "make a checkpoint of a folder"), ("save", "and back again"):
@@ -257,22 +260,15 @@ def main(argv=None):
         command.add_argument("--model", default="gpt2.pt" if name == "load" else "story_llm.pt",
                              help="the checkpoint (%(default)s)")
     args = parser.parse_args(argv)
-    try:
-        if args.command == "load":
-            story_llm.check_writable(args.model)
-            run = load(args.folder)
-            story_llm.Progress(args.model).save(run)
-            log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, "
-                f"vocabulary {run.config.vocab_size:,}, context {run.config.context_length}")
-        else:
-            save(story_llm.load_checkpoint(args.model), args.folder)
-            log(f"saved {args.folder}")
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        story_llm.note(f"error: {error}")
-        return 1
-    return 0
+    if args.command == "load":
+        story_llm.check_writable(args.model)
+        run = load(args.folder)
+        story_llm.Progress(args.model).save(run)
+        log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, "
+            f"vocabulary {run.config.vocab_size:,}, context {run.config.context_length}")
+    else:
+        save(story_llm.load_checkpoint(args.model), args.folder)
+        log(f"saved {args.folder}")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -169,22 +169,17 @@ def parse(argv):
     return argparse.Namespace(**{**story_llm.USUAL, **given, "given": given})
 
 def main(argv=None):
-    """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C."""
+    """Run the program; returns the exit status, as story_llm's."""
+    return story_llm.exit_status(run_command, argv)
+
+def run_command(argv):
     args = parse(argv)
-    try:
-        if args.command == "train":
-            train(args)
-        else:
-            check(args.tokenizer == "story" or "vocab_size" not in args.given,
-                  "--vocab-size is for --tokenizer story: GPT-2's vocabulary is kept whole")
-            count = tokenize(args.text, args.out, args.tokenizer, args.vocab_size)
-            log(f"wrote {args.out}: {count:,} tokens")
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        story_llm.note(f"error: {error}")
-        return 1
-    return 0
+    if args.command == "train":
+        return train(args)
+    check(args.tokenizer == "story" or "vocab_size" not in args.given,
+          "--vocab-size is for --tokenizer story: GPT-2's vocabulary is kept whole")
+    count = tokenize(args.text, args.out, args.tokenizer, args.vocab_size)
+    log(f"wrote {args.out}: {count:,} tokens")
 
 if __name__ == "__main__":
     story_llm.keep_memory()

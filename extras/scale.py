@@ -215,6 +215,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true",
                         help="compile the model: a slow start, and faster steps on a GPU")
     own, others = parser.parse_known_args(argv)
+    story_llm.forgiving_streams()
     try:
         train(story_llm.parse(["train", *others]), own.accumulate, own.compile)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ import zipfile
 from dataclasses import fields
 
 import pytest
+import torch
 from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, tiny, weights_equal
 
 from story_llm import COMMANDS, FIELDS, GPTConfig, Sampling, TrainConfig, load_checkpoint
@@ -216,6 +217,8 @@ def test_without_a_prompt_each_line_of_stdin_is_one(folder, trained_here, call, 
         assert call("generate", "--max-new-tokens", 5) == (0, expected, "")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert call("generate") == (0, "", "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"At \xff night"), encoding="utf-8"))
+    assert call("generate", "--max-new-tokens", 0) == (0, "At \ufffd night\n", "")
 
 
 @pytest.mark.parametrize("typed", [f"{PROMPT}\nAt night\n\nThe boy\n", f"{PROMPT}\nAt night\n\x04"])
@@ -228,12 +231,25 @@ def test_on_a_terminal_prompts_are_asked_for_until_an_empty_line_or_ctrl_d(folde
         status, out, err = call("generate", "--max-new-tokens", 5)
     os.close(master)
     expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1] for prompt in (PROMPT, "At night"))
-    assert (status, out) == (0, expected) and err.count("first words") == 3
+    assert (status, out) == (0, expected) and err.count("first words") == err.count("\n") == 1
 
 
 def test_generation_by_chance_depends_on_the_seed(folder, trained_here, call):
     texts = [call("generate", "--prompt", PROMPT, "--temperature", 2, "--seed", seed)[1] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("command, wish", [("generate", ["--top-k", "3"]), ("generate", ["--top-p", "0.5"]),
+                                           ("generate", ["--seed", "1"]), ("generate --untrained", ["--top-k", "3"])])
+def test_what_is_for_chance_is_refused_where_nothing_is_left_to_chance(folder, trained_here, call, small, command, wish):
+    command = small("generate") if "untrained" in command else ["generate"]
+    for temperature, right in ([], False), (["--temperature", "0"], False), (["--temperature", "1"], True):
+        result = call(*command, "--prompt", PROMPT, *wish, *temperature)
+        if right:
+            assert result[0] == 0 and result[2] == ""
+        else:
+            assert_one_line_error(result, wish[0], "--temperature")
+    assert command == ["generate"] or call(*command, "--prompt", PROMPT, "--seed", "1")[0] == 0      # of the weights
 
 
 @pytest.mark.parametrize("wish", [["--temperature", "1e-300"], ["--temperature", "5", "--top-k", "1"],
@@ -297,7 +313,7 @@ def test_wrong_wishes_for_the_next_token_are_refused(folder, trained_here, call,
 
 @pytest.mark.parametrize("command", ["bpe", "windows", "model", "evaluate"])
 def test_without_network_and_files_commands_work_with_a_learned_tokenizer_and_one_line(folder, call, small, command):
-    status, out, err = call(*small(command, "--tokenizer", "auto", "--vocab-size", "300"))
+    status, out, err = call(*small(command, "--tokenizer", "auto", "--text", STORY))
     assert status == 0 and out and len(err.splitlines()) == 1 and "--tokenizer gpt2" in err
 
 
@@ -355,10 +371,10 @@ def test_a_vocabulary_smaller_than_all_bytes_is_one_line_that_names_it(folder, c
 
 @pytest.mark.parametrize("options, name", [
     (["--tokenizer", "word", "--vocab-size", "300"], "--vocab-size"), (["--tokenizer", "word", "--full-vocab"], "full"),
-    (["--tokenizer", "story", "--full-vocab"], "--full-vocab"),
-    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size")])
-def test_what_a_tokenizer_cannot_use_is_refused(folder, call, options, name):
-    assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, options[1])
+    (["--tokenizer", "story", "--full-vocab"], "--full-vocab"), (["--full-vocab"], "--full-vocab"),
+    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size"), (["--vocab-size", "300"], "--vocab-size")])
+def test_what_a_tokenizer_cannot_use_or_may_not_use_is_refused(folder, call, options, name):
+    assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, "--tokenizer")
 
 
 @pytest.mark.parametrize("name, value", [
@@ -420,6 +436,16 @@ def test_a_model_of_another_text_is_kept_under_another_name_with_one_line(folder
     assert run.fingerprint != load_checkpoint("story_llm.old.pt").fingerprint and " raft" in run.tokenizer.tokens
 
 
+def test_however_many_texts_are_learned_one_after_the_other_no_model_is_lost(folder, call, small):
+    names, models = ["story_llm.old.pt", "story_llm.old2.pt", "story_llm.old3.pt"], []
+    for number, thing in enumerate(["boat", "raft", "ship", "tub"]):
+        (folder / "other.txt").write_text(TEXT.replace("boat", thing))
+        status, _, err = call(*small("train", "--text", "other.txt", "--epochs", "1"))
+        assert status == 0 and re.findall(r"story_llm\.old\d*\.pt", err) == names[max(0, number - 1):number]
+        models.append((folder / "story_llm.pt").read_bytes())
+    assert [(folder / name).read_bytes() for name in [*names, "story_llm.pt"]] == models
+
+
 def test_a_model_of_the_same_text_is_replaced(folder, trained_here, call, small):
     status, _, err = call(*small("train", "--epochs", "2"))
     assert (status, err) == (0, "") and sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
@@ -460,13 +486,12 @@ def short_tour(folder, monkeypatch):
     monkeypatch.setitem(story_llm.PRESETS, "story", GPTConfig(context_length=12, emb_dim=32, n_layers=1))
 
 
-def test_the_tour_walks_all_steps_in_its_own_folder_and_touches_nothing_else(folder, call, short_tour, monkeypatch):
+def test_the_tour_walks_all_steps_in_its_own_folder_and_touches_nothing_else(folder, call, short_tour):
     mine = {name: f"my own {name}" for name in ("story_llm.pt", "loss.png", "attention.png", "story_llm.old.pt")}
     for name, content in mine.items():
         (folder / name).write_text(content)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * len(story_llm.STEPS) + "not read"))
-    status, out, err = call("tour", "--pause")
-    assert status == 0 and "error" not in err and sys.stdin.read() == "not read"
+    status, out, err = call("tour")
+    assert status == 0 and "error" not in err
     assert [int(number) for number in re.findall(r"^═══ (\d+): ", out, re.MULTILINE)][:13] == list(range(1, 14))
     commands = re.findall(r"^\$ python story_llm.py ?(.*)$", out, re.MULTILINE)
     names = {command.split()[0] for command in commands if command}
@@ -507,6 +532,45 @@ def test_importing_runs_and_prints_nothing_and_needs_no_matplotlib(folder):
 def test_a_package_that_is_missing_is_named_with_the_remedy(folder, trained_here, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert_one_line_error(call("plot"), "matplotlib", "requirements.txt")
+
+
+@pytest.mark.parametrize("words", ["[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you "
+                                   "tried to allocate 68719476736 bytes.", "CUDA out of memory. Tried to allocate 2 GiB"])
+def test_too_little_memory_is_one_line_and_another_fault_of_torch_is_not_hidden(folder, call, small, monkeypatch, words):
+    def fail(config, seed):
+        raise RuntimeError(words)
+    monkeypatch.setattr(story_llm, "new_model", fail)
+    assert_one_line_error(call(*small("train")), "too little memory", "--batch-size")
+    words = "The size of tensor a must match the size of tensor b"
+    with pytest.raises(RuntimeError, match="must match"):
+        call(*small("train"))
+
+
+@pytest.mark.parametrize("mistake", [ImportError("No module named 'tiktoken'"), torch.OutOfMemoryError("out of memory")])
+def test_what_is_not_the_fault_of_a_checkpoint_is_not_said_of_it(folder, trained_here, call, monkeypatch, mistake):
+    def fail(state):
+        raise mistake
+    monkeypatch.setattr(story_llm, "tokenizer_from", fail)
+    assert "damaged" not in assert_one_line_error(call("generate", "--prompt", "The"), "tiktoken" if isinstance(
+        mistake, ImportError) else "memory")
+
+
+def test_streams_that_are_closed_are_no_error(folder, trained_here, small):
+    """As after <&- or 2>&- in a shell: Python has None for them."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name in ("stdin", "stdout", "stderr"):
+            monkeypatch.setattr(sys, name, None)
+        statuses = [story_llm.main(command) for command in (["generate"], ["words", "--text", "my.txt"], ["words", "-x"],
+                                                            ["words", "--text", "no"], small("train"))]
+        for name in ("stdin", "stdout", "stderr"):
+            getattr(sys, name).close()
+    assert statuses == [0, 0, 2, 1, 0]
+
+
+def test_a_folder_with_a_percent_sign_in_its_name_is_no_error(call, monkeypatch):
+    monkeypatch.setattr(FIELDS["text"], "default", "/My%20stories/100%/%s.txt")
+    status, out, err = call("train", "--help")
+    assert (status, err) == (0, "") and "/My%20stories/100%/%s.txt" in out
 
 
 def test_text_that_the_terminal_cannot_show_is_no_error(folder, run_program):

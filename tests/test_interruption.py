@@ -125,6 +125,19 @@ def test_an_interrupted_training_keeps_the_model_of_another_text(folder, trained
     assert (status, err) == (0, "") and (folder / "story_llm.old.pt").read_bytes() == before
 
 
+def test_who_no_longer_reads_what_is_printed_does_not_keep_a_stop_from_saving(folder, small):
+    """As in `train | tee log`: Ctrl-C ends tee as well."""
+    def closed(run, speed):
+        if run.step == 5:
+            raise BrokenPipeError
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(story_llm, "log_evaluation", closed)
+        interrupt_at(monkeypatch, story_llm, "training_step", 5, signal.SIGINT)
+        with pytest.raises(BrokenPipeError):
+            story_llm.run_command(small("train"))
+    assert load_checkpoint("story_llm.pt").step == 5
+
+
 # a second signal
 
 @pytest.mark.parametrize("second", SIGNALS)
@@ -249,6 +262,17 @@ def test_resuming_with_anything_changed_is_refused_with_the_difference(folder, t
     assert_refused(call(*small("train", "--resume", option, *value)), *value, *([option] if name != "text" else []))
     assert (folder / "story_llm.pt").read_bytes() == before and sorted(os.listdir()) == [
         "loss.png", "my.txt", "other.txt", "story_llm.pt"]
+
+
+def test_what_a_preset_or_a_start_has_settled_is_what_resuming_compares_with(folder, trained_on_bytes, call, monkeypatch):
+    monkeypatch.setitem(story_llm.PRESETS, "gpt2-small", story_llm.GPTConfig(context_length=12, emb_dim=16, n_layers=1))
+    (folder / "other.txt").write_text(TEXT)
+    for begun, same, other in ((["--preset", "gpt2-small", "--tokenizer", "word"], ["--emb-dim", "16"], ["--emb-dim", "192"]),
+                               (["--start", trained_on_bytes], ["--learning-rate", "0.00125"], ["--learning-rate", "0.0025"])):
+        command = ["train", "--text", "other.txt", *begun]
+        assert call(*command, "--max-steps", 1)[0] == 0
+        assert_refused(call(*command, "--max-steps", 2, "--resume", *other), other[0], other[1], same[1])
+        assert call(*command, "--max-steps", 2, "--resume", *same)[0] == 0
 
 
 def test_resuming_with_more_epochs_goes_on_with_all_else_as_it_was(folder, trained_here, call):

@@ -3,6 +3,7 @@ import itertools
 import os
 import re
 import signal
+import textwrap
 import unicodedata
 
 import pytest
@@ -66,6 +67,13 @@ def test_another_encoding_is_refused_with_the_byte_and_a_remedy(tmp_path, start)
         load_text(tmp_path / "story.txt")
     place, value = re.search(r"byte (\d+) is 0x(\w\w)", str(refusal.value)).groups()
     assert content[int(place)] == int(value, 16) == ord("ö")
+
+
+@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("latin-1", "WINDOWS-1252")])
+def test_the_remedy_is_the_one_for_the_encoding(tmp_path, encoding, name):
+    (tmp_path / "story.txt").write_text("Die Königin von Saba", encoding=encoding)
+    with pytest.raises(ValueError, match=f"iconv -f {name} "):
+        load_text(tmp_path / "story.txt")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n\t \xc2\xa0"])
@@ -219,6 +227,20 @@ def test_what_is_no_sentence_end_starts_none():
 @pytest.mark.parametrize("gap", ["\n\n", "\n \t\n", "\n\n\n\n", "\n\u3000\n  "])
 def test_an_empty_line_starts_a_sentence_whatever_stands_before_it(gap):
     assert sentence_starts(f"The Title{gap}It begins") == [0, len(f"The Title{gap}")]
+
+
+@pytest.mark.parametrize("between", ["\n", "\n    ", " \n\n"], ids=repr)
+def test_where_hardly_any_sentence_ends_as_in_some_poems_every_line_starts_one(between):
+    lines = [f"the river took the {thing} away and never gave it back" for thing in
+             "boat oar lamp post road salt rain king door name hand bank".split()]
+    assert sentence_starts(between.join(lines)) == starts_of(lines, between)
+    assert [prompt for prompt, _ in recall_exercises(between.join(lines))] == [line.rsplit(" ", 6)[0] for line in lines]
+
+
+def test_prose_in_short_lines_has_the_sentences_that_it_has_in_long_ones():
+    story = load_text(STORY)
+    short = "\n\n".join(textwrap.fill(paragraph, 40) for paragraph in story.split("\n\n"))
+    assert len(sentence_starts(short)) == len(sentence_starts(story)) < short.count("\n") / 2
 
 
 @given(some_text)

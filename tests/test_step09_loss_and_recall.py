@@ -241,14 +241,13 @@ def test_one_who_writes_the_answer_in_other_tokens_has_a_hit_too():
         assert count_hits(model, tokenizer, [(prompt, answer)]) == hits
 
 
-def test_what_a_model_knows_by_heart_is_seen_in_one_pass():
+def test_what_a_model_knows_by_heart_is_seen_in_one_pass_or_two():
     exercises = recall_exercises(TEXT)
     tokenizer = make_tokenizer("word", TEXT)
     model = Parrot(tokenizer.encode(TEXT), tokenizer.vocab_size, context_length=64)
     passes = []
     model.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
-    assert count_hits(model, tokenizer, exercises) == len(exercises) == passes[0] and sum(passes[1:]) < len(exercises)
-    assert len(passes) < 4
+    assert count_hits(model, tokenizer, exercises) == len(exercises) <= len(passes) < 2 * len(exercises)
 
 
 def test_hits_of_many_prompts_of_many_lengths_are_those_of_the_sentences_that_were_not_changed():

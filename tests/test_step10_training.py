@@ -199,6 +199,13 @@ def test_an_evaluation_says_what_the_model_is_then(usual):
     assert last.sample == "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
 
 
+def test_what_cannot_be_measured_is_none_and_a_prompt_is_no_whole_text():
+    run, corpus = tiny("They went upriver. " * 50, max_steps=1)
+    train(run, corpus)
+    assert {evaluation.recall for evaluation in run.history} == {None} and run.history[0].val_loss is not None
+    assert len(tiny("ACGT" * 500, "story")[0].prompt) == 200
+
+
 def test_long_trainings_are_evaluated_as_often_as_shorter_ones_and_not_more():
     """Otherwise, where a step takes a moment, as on a GPU, most of the time would go into evaluations."""
     counts = {}

@@ -291,6 +291,11 @@ def test_each_head_is_drawn_with_its_own_shares(layers, heads):
     assert [label.get_text() for label in panels[0].get_yticklabels()] == names
 
 
+def test_a_picture_of_many_heads_and_tokens_is_no_larger_than_memory_allows():
+    figure = plot_attention(torch.zeros(8, 1, 100, 100), ["a"] * 100)
+    assert max(figure.get_size_inches()) < 70 and len(figure.axes) == 8 + 1
+
+
 def test_the_picture_is_written_whatever_the_names(tmp_path):
     names = ["a", "$b$", "$", "d_", "$\\e{$", "␣f^{"]
     plot_attention(attention_maps(lively_model(n_layers=1, n_heads=1), IDS), names, tmp_path / "one.png")
