@@ -2281,7 +2281,7 @@ def forgiving_streams():
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))
-        with contextlib.suppress(AttributeError):       # in a notebook it may be something else
+        with contextlib.suppress(AttributeError, OSError):      # none of Python's, or read already
             getattr(sys, name).reconfigure(errors="replace")
 
 # Threads that wait for each other look again and again, so as not to lose time; while another

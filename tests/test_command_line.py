@@ -219,6 +219,9 @@ def test_without_a_prompt_each_line_of_stdin_is_one(folder, trained_here, call, 
     assert call("generate") == (0, "", "")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"At \xff night"), encoding="utf-8"))
     assert call("generate", "--max-new-tokens", 0) == (0, "At \ufffd night\n", "")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"read already\nAt night\n"), encoding="utf-8"))
+    assert sys.stdin.readline() == "read already\n"
+    assert call("generate", "--max-new-tokens", 0) == (0, "At night\n", "")
 
 
 @pytest.mark.parametrize("typed", [f"{PROMPT}\nAt night\n\nThe boy\n", f"{PROMPT}\nAt night\n\x04"])

@@ -167,7 +167,7 @@ def test_the_lesson_has_at_most_1000_lines():
 def test_the_file_does_not_grow():
     """It was to have 1,750 lines at most, which was not reached. The last ones that came in are Muon's own products (45),
     without which it is slower than AdamW on most machines, and recall in one pass (17). This bound is to go down."""
-    assert len(LINES) <= 2301
+    assert len(LINES) <= 2300
 
 
 def test_no_line_has_more_than_100_columns():
