@@ -1931,7 +1931,7 @@ def to_train(args):
         run, corpus = resumed(args)
     else:
         run, corpus = untrained(args) if args.start is None else started(args)
-    run.prompt = run.prompt if args.prompt is None else args.prompt
+    run.prompt = args.given.get("prompt", run.prompt)
     return run, corpus
 
 def saved_or_untrained(args):
@@ -1960,7 +1960,7 @@ def command_bpe(args):
     log(f"the text: {len(text):,} characters; {len(corpus.train_ids):,} {tokenizer.kind} tokens\n"
         f"the vocabulary: {tokenizer.vocab_size:,} entries, for example {' '.join(some)}\n"
         f"encoded and decoded, it is the same: {tokenizer.decode(tokenizer.encode(text)) == text}")
-    prompt = run.prompt if args.prompt is None else args.prompt
+    prompt = args.given.get("prompt", run.prompt)
     for sentence in (prompt, "Thamarai bought a laptop <|endoftext|>"):
         token_ids = tokenizer.encode(sentence)
         log(f"\n  [{']['.join(token_names(tokenizer, token_ids))}]\n  encoded: {token_ids}\n"
@@ -2090,7 +2090,7 @@ def command_plot(args):
 
 def prompt_tokens(args, run):
     """The ids (1, T) of the prompt's last tokens, at most a context."""
-    token_ids = run.tokenizer.encode(run.prompt if args.prompt is None else args.prompt)
+    token_ids = run.tokenizer.encode(args.given.get("prompt", run.prompt))
     check(token_ids, "the prompt is empty: give some words")
     return torch.tensor([token_ids[-run.config.context_length:]])
 

@@ -138,7 +138,7 @@ def train(args):
     run = story_llm.new_run(corpus, config, train_config, args.device)
     if args.resume:
         run = saved_run(args.model, run)
-    run.prompt = args.prompt or run.prompt
+    run.prompt = args.given.get("prompt", run.prompt)
     log(f"{len(corpus.train_ids):,} tokens to train on, {len(corpus.val_ids):,} for validation; "
         f"{story_llm.count_parameters(run.model):,} parameters; {run.total_steps} steps of "
         f"{run.train_config.batch_size} windows of {run.config.context_length} tokens")
