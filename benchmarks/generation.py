@@ -3,17 +3,20 @@
     python benchmarks/generation.py --nanogpt PATH --llms-from-scratch PATH
     python benchmarks/generation.py --device cuda --nanogpt PATH
 
-Each contender continues a prompt of 8 tokens by --tokens more, within its context of 256, by its own function and
-after a short warm-up; story_llm under `keep_memory`, as the program runs. Early and late are the medians of the times
-per token of the first and last quarter: what a cache keeps level grows without one. Figures are medians of the rounds.
+After a short warm-up, each contender continues a prompt of 8 tokens by --tokens more, within its
+context length of 256, with the project's own function. story_llm runs under `keep_memory`, as the
+program does. "Early" and "late" are the median times per token in the first and the last quarter.
+With a key-value cache they are about equal, and without one they grow. All figures are medians of
+the rounds.
 
-The ceiling: every token needs all weights that it is multiplied by, so it takes at least their bytes over the
-bandwidth of the memory, measured as the faster of reading and copying a large tensor.
+The ceiling: every token needs all weights that it is multiplied by, so it takes at least the time
+of reading them from memory. The bandwidth of the memory is the higher one of reading and copying a
+large tensor.
 
-Below the table: does story_llm's cached generation choose the same tokens as its `generate_text_simple`, also past
-the end of the context? Tested with the same model but for a context of 64, with --check-tokens tokens.
+Below the table stands a check: does story_llm choose the same tokens with its cache as
+`generate_text_simple` does without one, even beyond the context length? It is made with the same
+model, but with a context length of 64, and with --check-tokens tokens.
 """
-
 import argparse
 import math
 import statistics
@@ -31,38 +34,39 @@ CONTENDERS = {
     "huggingface:bf16": "Hugging Face, cached, bf16 weights",
 }
 PROMPT_TOKENS = 8
-
+CHECK_CONTEXT = 64
 
 def memory_bandwidth(device):
-    """GB/s: the faster of reading (sum) and copying (read and write) 1 GB."""
+    """GB/s: the higher one of reading (sum) and copying (read and write) 1 GB."""
     import torch
-    source, target = torch.ones(250_000_000, device=device), torch.ones(250_000_000, device=device)
+    source = torch.ones(250_000_000, device=device)
+    target = torch.ones(250_000_000, device=device)
     rates = []
     for _ in range(5):
         for work, gigabytes in ((source.sum, 1), (lambda: target.copy_(source), 2)):
-            common.wait_for(device)
-            began = time.perf_counter()
+            common.synchronize(device)
+            start = time.perf_counter()
             work()
-            common.wait_for(device)
-            rates.append(gigabytes / (time.perf_counter() - began))
+            common.synchronize(device)
+            rates.append(gigabytes / (time.perf_counter() - start))
     return {"gb_per_s": max(rates)}
 
-
-def writer(project, model, context):
-    """A function of (prompt, number of tokens) that generates greedily as the project does it."""
+def generation_function(project, model, context_length):
+    """Return a function of (prompt, number of tokens) that generates greedily, as the project
+    does."""
     if project == "story_llm":
         from story_llm import generate
         return lambda prompt, count: list(generate(model, prompt, count))
     if project == "reference":
         from llms_from_scratch.ch04 import generate_text_simple
-        return lambda prompt, count: generate_text_simple(model, prompt, count, context)
+        return lambda prompt, count: generate_text_simple(model, prompt, count, context_length)
     if project == "cached":
         from gpt_with_kv_cache_optimized import generate_text_simple_cached
         return lambda prompt, count: generate_text_simple_cached(model, prompt, count)
     if project == "nanogpt":
         return lambda prompt, count: model.generate(prompt, count, top_k=1)
-    return lambda prompt, count: model.generate(prompt, max_new_tokens=count, do_sample=False, pad_token_id=0)
-
+    return lambda prompt, count: model.generate(prompt, max_new_tokens=count, do_sample=False,
+                                                pad_token_id=0)
 
 def generation_speed(contender, shape, count, options):
     """Tokens per second, and milliseconds per token, early and late."""
@@ -71,80 +75,97 @@ def generation_speed(contender, shape, count, options):
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).eval()
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    write, prompt = writer(project, model, shape.context_length), torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
-    prompt = prompt.to(options.device)
-    write(prompt, 4)
-    common.wait_for(options.device)
-    starts = []
+    generate = generation_function(project, model, shape.context_length)
+    prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS)).to(options.device)
+    generate(prompt, 4)
+    common.synchronize(options.device)
+
+    starts = []     # of the passes through the model
     model.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
-    began = time.perf_counter()
-    write(prompt, count)
-    common.wait_for(options.device)
-    seconds = time.perf_counter() - began
-    steps = [1000 * (b - a) for a, b in zip(starts[1:], starts[2:])]  # without the prompt's
-    quarter = max(len(steps) // 4, 1)
-    early, late = statistics.median(steps[:quarter]), statistics.median(steps[-quarter:])
-    return {"tokens": count / seconds, "early": early, "late": late}
+    start = time.perf_counter()
+    generate(prompt, count)
+    common.synchronize(options.device)
+    seconds = time.perf_counter() - start
 
+    passes = [1000 * (b - a) for a, b in zip(starts[1:], starts[2:])]       # without the prompt's
+    quarter = max(len(passes) // 4, 1)
+    return {"tokens": count / seconds, "early": statistics.median(passes[:quarter]),
+            "late": statistics.median(passes[-quarter:])}
 
-def same_tokens(shape, count):
-    """How many of story_llm's cached tokens equal those of `generate_text_simple`, up to the first that differs."""
+def compare_tokens(shape, count):
+    """Count how many of story_llm's cached tokens equal those of `generate_text_simple`, up to the
+    first that differs."""
     import story_llm
     import torch
     torch.manual_seed(1)
     model = common.make_model("story_llm", shape, None).eval()
     prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
-    plain = story_llm.generate_text_simple(model, prompt, count, shape.context_length)[0, PROMPT_TOKENS:].tolist()
+    expected = story_llm.generate_text_simple(model, prompt, count, shape.context_length)
+    expected = expected[0, PROMPT_TOKENS:].tolist()
     cached = [token.item() for token in story_llm.generate(model, prompt, count)]
-    equal = [a == b for a, b in zip(cached, plain)]
-    return {"equal": equal.index(False) if False in equal else len(equal), "distinct": len(set(plain))}
-
+    equal = [a == b for a, b in zip(cached, expected)]
+    return {"equal": equal.index(False) if False in equal else len(equal),
+            "distinct": len(set(expected))}
 
 def print_results(results, shape, count):
-    bandwidth = max(each["gb_per_s"] for each in results["bandwidth"])
-    missing = common.missing_of(results, CONTENDERS)
-    speeds = {name: common.median(results[name], "tokens") for name in CONTENDERS if CONTENDERS[name] not in missing}
-    reference, hf = speeds.get("reference:fp32", math.nan), speeds.get("huggingface:bf16", math.nan)
+    bandwidth = max(result["gb_per_s"] for result in results["bandwidth"])
+    absent = common.find_absent(results, CONTENDERS)
+    speeds = {name: common.median(results[name], "tokens")
+              for name, title in CONTENDERS.items() if title not in absent}
+    reference = speeds.get("reference:fp32", math.nan)
+    hugging_face = speeds.get("huggingface:bf16", math.nan)
     rows = []
     for name, speed in speeds.items():
-        used = speed * common.matmul_weights(shape) * (2 if name.endswith("bf16") else 4) / 1e9  # GB/s of weights
+        bytes_per_weight = 2 if name.endswith("bf16") else 4
+        used = speed * common.matmul_weights(shape) * bytes_per_weight / 1e9        # GB/s
         early, late = (f"{common.median(results[name], part):.1f}" for part in ("early", "late"))
-        rows.append([CONTENDERS[name], f"{speed:.1f}", common.spread(results[name], "tokens", "{:.1f}"),
-                     f"{speed / reference:.2f}", f"{speed / hf:.2f}", early, late, f"{used / bandwidth:.0%}"])
-    for name, size in (("float32", 4), ("bfloat16", 2)):
-        ceiling = bandwidth * 1e9 / common.matmul_weights(shape) / size
+        rows.append([CONTENDERS[name], f"{speed:.1f}",
+                     common.format_range(results[name], "tokens", "{:.1f}"),
+                     f"{speed / reference:.2f}", f"{speed / hugging_face:.2f}", early, late,
+                     f"{used / bandwidth:.0%}"])
+    for name, bytes_per_weight in (("float32", 4), ("bfloat16", 2)):
+        ceiling = bandwidth * 1e9 / common.matmul_weights(shape) / bytes_per_weight
         rows.append([f"ceiling at {bandwidth:.1f} GB/s, {name}", f"{ceiling:.1f}"])
     print(f"\nGreedy generation of {count} tokens after {PROMPT_TOKENS}: {shape}\n")
-    common.print_table(["", "tokens/s", "of the rounds", "/ reference", "/ Hugging Face bf16", "ms early", "ms late",
-                        "of the ceiling"], rows, missing)
+    common.print_table(["", "tokens/s", "range of rounds", "/ reference", "/ Hugging Face bf16",
+                        "ms early", "ms late", "of the ceiling"], rows, absent)
 
+def print_check(check, count):
+    title = "Cached generation against generate_text_simple"
+    if "absent" in check:
+        print(f"\n{title}: {check['absent']}")
+        return
+    print(f"\n{title}: the first {check['equal']} of {count} tokens are the same, "
+          f"{check['distinct']} different ones among them; the window is full after "
+          f"{CHECK_CONTEXT - PROMPT_TOKENS}.")
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=200, help="tokens to generate, 248 at most (200)")
-    parser.add_argument("--check-tokens", type=int, default=120, help="tokens to compare, context of 64 (120)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements (default: 3)")
+    parser.add_argument("--tokens", type=int, default=200,
+                        help="tokens to generate, at most 248 (default: 200)")
+    parser.add_argument("--check-tokens", type=int, default=120,
+                        help="tokens to compare with generate_text_simple (default: 120)")
     parser.add_argument("--nanogpt", metavar="PATH", help="a checkout of nanoGPT")
-    parser.add_argument("--llms-from-scratch", metavar="PATH", help="a checkout of LLMs-from-scratch")
+    parser.add_argument("--llms-from-scratch", metavar="PATH",
+                        help="a checkout of LLMs-from-scratch")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape, small_context = common.GPT2_SMALL, common.GPT2_SMALL._replace(context_length=64)
+    shape = common.GPT2_SMALL
     if options.contender == "bandwidth":
-        return common.answer(memory_bandwidth, options.device)
-    if options.contender == "check":
-        return common.answer(same_tokens, small_context, options.check_tokens)
-    if options.contender:
-        return common.answer(generation_speed, options.contender, shape, options.tokens, options)
-    print(f"{common.machine(options.device)}\n{options.rounds} rounds")
-    print_results(common.take_turns([*CONTENDERS, "bandwidth"], options.rounds), shape, options.tokens)
-    check = common.measure("check")
-    if "absent" in check:
-        return print(f"\nCached against generate_text_simple: {check['absent']}")
-    within = small_context.context_length - PROMPT_TOKENS
-    print(f"\nCached against generate_text_simple: the first {check['equal']} of {options.check_tokens} tokens are the "
-          f"same, {check['distinct']} different ones among them; the context is full after {within}.")
-
+        common.print_result(memory_bandwidth, options.device)
+    elif options.contender == "check":
+        check_shape = shape._replace(context_length=CHECK_CONTEXT)
+        common.print_result(compare_tokens, check_shape, options.check_tokens)
+    elif options.contender:
+        common.print_result(generation_speed, options.contender, shape, options.tokens, options)
+    else:
+        print(f"{common.describe_machine(options.device)}\n{options.rounds} rounds")
+        results = common.run_rounds([*CONTENDERS, "bandwidth"], options.rounds)
+        print_results(results, shape, options.tokens)
+        print_check(common.measure("check"), options.check_tokens)
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,23 @@
-"""More machine for one training: several processes or GPUs, parts of a batch, a compiled model.
+"""Train with more hardware: several processes or GPUs, gradient accumulation, a compiled model.
 
     torchrun --standalone --nproc-per-node 2 extras/scale.py train
     python extras/scale.py train --accumulate 4 --batch-size 256 --preset gpt2-small
     python extras/scale.py train --compile
 
-It is story_llm's own `train`, with all its options, but for the step. The windows of each batch are
-dealt to the processes; each goes through its own in parts (--accumulate), which takes less memory;
-and all the gradients are added up, so that every process takes the same step: the one that a single
-process would take, up to rounding. So --resume may go on with other numbers of processes and parts.
+`train` has all options of `python story_llm.py train`, and up to rounding its steps are the same.
+But each batch is divided among the processes (data parallelism), and each process works through its
+share in several micro-batches (gradient accumulation), which takes less memory. The gradients are
+added up, so that all processes make the same step. Therefore --resume may continue a training with
+other numbers of processes and micro-batches.
+
+This is also an example of how an extra replaces the training step. story_llm.train is a short loop
+over story_llm.training_batches. The function `train` in this file is the same loop with another
+step in it, and everything else is imported.
 """
 import argparse
 import contextlib
-import gc
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -21,31 +26,33 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # there stands story_llm.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
-from story_llm import IGNORED, check, log
+from story_llm import IGNORE_INDEX, StoryError, check, log, note
 
-# torchrun says which process this is and how many there are, in all and on this machine.
+# torchrun tells each process its number and how many there are, in total and on this machine.
 RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_PROCESSES = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
+# ─── Several processes ─────────────────────────────────────────────────────────────────────────
 def choose_device(name):
-    """The torch.device of this process: the CPU, or the GPU with this process's number."""
+    """Return the torch.device of this process: the CPU, or the GPU with the process's number."""
     device = story_llm.choose_device(name)
-    check(device.type != "mps" or PROCESSES == 1, "processes share CPUs or CUDA GPUs, not mps")
+    check(device.type != "mps" or PROCESSES == 1, "several processes cannot share an mps device: "
+          "use --device cpu")
     if device.type != "cuda":
         return device
     n_gpus = torch.cuda.device_count()
-    check(LOCAL_PROCESSES <= n_gpus, f"{LOCAL_PROCESSES} processes need as many GPUs, and this "
-          f"machine has {n_gpus}: give --nproc-per-node {n_gpus}, or --device cpu")
-    torch.cuda.set_device(LOCAL_RANK)       # from here on, "cuda" is this GPU
+    check(LOCAL_PROCESSES <= n_gpus, f"{LOCAL_PROCESSES} processes need as many GPUs, but this "
+          f"machine has {n_gpus}: use --nproc-per-node {n_gpus}, or --device cpu")
+    torch.cuda.set_device(LOCAL_RANK)       # from here on, "cuda" means this GPU
     return torch.device("cuda", LOCAL_RANK)
 
-def join_processes(device):
-    """Join the other processes, if torchrun has started this one. The backend is always named, for
-    torch would choose it by what it was built for, not by what this machine has."""
+def connect_processes(device):
+    """Connect this process to the others, if torchrun has started it. The backend is named, because
+    torch would choose one by how it was built and not by what this machine has."""
     if "RANK" not in os.environ:
         return
     if device.type == "cuda":
@@ -54,42 +61,32 @@ def join_processes(device):
         distributed.init_process_group("gloo")
 
 def from_first(make):
-    """What `make()` returns, or raises, in the first process, which alone calls it: in all."""
-    answer = None
+    """Call make() in the first process alone, and return its result in all processes. If it raises
+    StoryError, all processes raise it. (After any other exception, torchrun ends them.)"""
+    result = None
     if RANK == 0:
         try:
-            answer = make()
-        except (ValueError, OSError) as error:
-            answer = error
+            result = make()
+        except StoryError as error:
+            result = error
     if distributed.is_initialized():
-        letter = [answer]
-        distributed.broadcast_object_list(letter)
-        answer = letter[0]
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        message = [result]
+        distributed.broadcast_object_list(message)
+        result = message[0]
+    if isinstance(result, StoryError):
+        raise result
+    return result
 
-def sum_of_all(number, device):
-    """The sum of a number over all processes. A process that is alone need not ask its GPU for it."""
+def sum_over_processes(number, device):
     if not distributed.is_initialized():
         return float(number)
     total = torch.as_tensor(number, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return total.item()
 
-def pad_head(head):
-    """Let the output head calculate as many logits as a GPU's matrix units take at once, a multiple
-    of 64, and give only those of real tokens: GPT-2's 50,257 is odd, which makes it much slower."""
-    more = -head.out_features % 64
-
-    def forward(x):
-        weight = F.pad(head.weight, (0, 0, 0, more))        # rows of zeros, behind the others
-        return F.linear(x, weight)[..., :head.out_features]
-
-    head.forward = forward
-
+# ─── The training step ─────────────────────────────────────────────────────────────────────────
 class BatchLoss(nn.Module):
-    """`batch_loss` as a module, which torch can compile and share as one."""
+    """story_llm.batch_loss as a module, because DistributedDataParallel wraps modules."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -97,152 +94,189 @@ class BatchLoss(nn.Module):
     def forward(self, inputs, targets):
         return story_llm.batch_loss(self.model, inputs, targets)
 
-class SharedStep:
-    """What `training_step` does, by all processes together, each of them in parts."""
+def pad_head(head):
+    """Make the output head compute a multiple of 64 logits, as the matrix units of a GPU need it to
+    be fast, and return only those of real tokens. GPT-2's vocabulary size, 50,257, is odd."""
+    n_padding = -head.out_features % 64
+
+    def forward(x):
+        weight = F.pad(head.weight, (0, 0, 0, n_padding))       # rows of zeros at the end
+        return F.linear(x, weight)[..., :head.out_features]
+
+    head.forward = forward
+
+def check_compiler(device):
+    """Compile a small function. Raises StoryError if that fails, because then the machine lacks a
+    compiler. If only the model cannot be compiled, that is a bug, and its traceback is shown."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:      # whatever the compilers raise
+        reason = str(error).splitlines()[0]
+        raise StoryError(f"this machine cannot compile a model ({reason}): install what is "
+                         "missing, for example a C++ compiler, or leave out --compile") from None
+
+class ParallelStep:
+    """story_llm.training_step, divided among processes and micro-batches."""
     def __init__(self, run, accumulate, compiled):
-        n_parts = PROCESSES * accumulate
         batch_size = run.train_config.batch_size
-        check(accumulate >= 1, f"accumulate must be 1 or more, not {accumulate}")
-        check(n_parts <= batch_size, f"a batch of {batch_size} windows is too small for {n_parts} "
-              "parts: give a larger --batch-size, or fewer parts")
-        self.n_parts = n_parts
         self.accumulate = accumulate
-        self.unread = None      # (loss, length of the gradient) of the step before, as tensors
-        self.loss_of = BatchLoss(run.model)
+        self.n_micro_batches = PROCESSES * accumulate
+        check(accumulate >= 1, f"--accumulate must be at least 1, not {accumulate}")
+        check(self.n_micro_batches <= batch_size, f"a batch of {batch_size} windows cannot be "
+              f"divided into {self.n_micro_batches} micro-batches: use a larger --batch-size or a "
+              "smaller --accumulate")
+        self.unread = None      # (loss, gradient norm) of the last step, as tensors on the device
+        self.batch_loss = BatchLoss(run.model)
         if compiled or run.model.tok_emb.weight.is_cuda:
             pad_head(run.model.out_head)
         if compiled:
-            self.loss_of = torch.compile(self.loss_of)
-        self.without_sharing = contextlib.nullcontext
+            self.batch_loss = torch.compile(self.batch_loss)
+        self.no_sync = contextlib.nullcontext
         if distributed.is_initialized():
-            self.loss_of = nn.parallel.DistributedDataParallel(self.loss_of,
-                                                               gradient_as_bucket_view=True)
-            self.without_sharing = self.loss_of.no_sync
+            self.batch_loss = nn.parallel.DistributedDataParallel(self.batch_loss,
+                                                                  gradient_as_bucket_view=True)
+            self.no_sync = self.batch_loss.no_sync
 
     def __call__(self, run, inputs, targets):
-        model, optimizer = run.model, run.optimizer
-        # To ask for a loss is to wait until the GPU has done all that it was told to. So that of the
-        # step before is read here: while the GPU worked on that step, this batch was prepared.
-        if self.unread is not None:
-            loss_before, length_before = self.unread
-            run.loss = sum_of_all(loss_before, length_before.device)
-            story_llm.check_finite(run.loss + length_before.item(), run)
-        optimizer.zero_grad()
-        exercises = (targets != IGNORED).sum().item()
-        # All parts get as many windows, or a compiled model would be compiled for each number of
-        # them: the batch is filled up with windows in which nothing is asked.
-        more = -len(inputs) % self.n_parts
-        inputs = F.pad(inputs, (0, 0, 0, more))
-        targets = F.pad(targets, (0, 0, 0, more), value=IGNORED)
+        """Learn from one batch of token ids, (B, T) each; every process gets the whole batch."""
+        self.read_loss(run)
+        n_examples = (targets != IGNORE_INDEX).sum().item()
+        # All micro-batches get the same number of windows, because a compiled model is compiled
+        # anew for every shape. So the batch is padded with windows without targets.
+        n_padding = -len(inputs) % self.n_micro_batches
+        inputs = F.pad(inputs, (0, 0, 0, n_padding))
+        targets = F.pad(targets, (0, 0, 0, n_padding), value=IGNORE_INDEX)
         own_inputs = inputs[RANK::PROCESSES].chunk(self.accumulate)
         own_targets = targets[RANK::PROCESSES].chunk(self.accumulate)
         last = self.accumulate - 1
+
+        run.model.train()
+        run.optimizer.zero_grad()
         loss = 0.0
-        with self.without_sharing():        # the gradients stay here until the last part
-            for part in range(last):
-                loss += self.backward(run, part, own_inputs[part], own_targets[part], exercises)
-        loss += self.backward(run, last, own_inputs[last], own_targets[last], exercises)
+        with self.no_sync():        # the processes add up their gradients once, at the end
+            for i in range(last):
+                loss += self.backward(run, i, own_inputs[i], own_targets[i], n_examples)
+        loss += self.backward(run, last, own_inputs[last], own_targets[last], n_examples)
 
-        length = nn.utils.clip_grad_norm_(model.parameters(), run.train_config.grad_clip)
-        for group in optimizer.param_groups:
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.train_config.grad_clip)
+        for group in run.optimizer.param_groups:
             group["lr"] = story_llm.learning_rate(run.step, run.total_steps, run.train_config)
-        optimizer.step()
-        self.unread = loss, length
-        run.step += 1
+        run.optimizer.step()
+        run.model.eval()
+        self.unread = loss, norm
 
-    def backward(self, run, part, inputs, targets, exercises):
-        """Add a part's gradients to those that are there, and return its share of the loss. That is
-        the mean over all exercises of the batch, in whatever part and process they are."""
-        share = (targets != IGNORED).sum().item() / exercises
-        if share == 0:      # a mean over nothing is no number; any other will do, 0 times
+    def backward(self, run, i, inputs, targets, n_examples):
+        """Add the gradients of micro-batch number i to those before it, and return its loss: its
+        part of the mean over all training examples of the batch, in all processes."""
+        share = (targets != IGNORE_INDEX).sum().item() / n_examples
+        if share == 0:      # a mean over no examples is NaN; with any other targets, 0 * loss is 0
             targets = targets.clamp(min=0)
-        with story_llm.precision_of(run, RANK, part):
-            loss = share * self.loss_of(inputs, targets)
-        # DistributedDataParallel divides the sum of the gradients by the number of processes.
+        with story_llm.mixed_precision(run), story_llm.dropout_seed(run, RANK, i):
+            loss = share * self.batch_loss(inputs, targets)
+        # DistributedDataParallel averages the gradients over the processes, and we want their sum.
         (PROCESSES * loss).backward()
-        return loss.detach()        # as a tensor: to ask for the number is to wait for the GPU
+        return loss.detach()
+
+    def read_loss(self, run):
+        """Set `run.loss` to the loss of the step before. Reading a number from a GPU means waiting
+        until it has done all its work. So this is done only now, when the next batch has already
+        been prepared while the GPU was working."""
+        if self.unread is not None:
+            loss, norm = self.unread
+            run.loss = sum_over_processes(loss, norm.device)
+            story_llm.check_finite(run, run.loss + norm.item())
+
+def train(run, corpus, step):
+    """Train a run to its last step: story_llm.train, but with step(run, inputs, targets) in place
+    of its training step. A generator, which yields after every step."""
+    story_llm.start_optimizer(run)
+    if run.step == 0:
+        run.history = [story_llm.evaluate(run, corpus)]
+    for inputs, targets in story_llm.training_batches(run, corpus):
+        step(run, inputs, targets)
+        run.step += 1
+        if story_llm.evaluation_due(run):
+            run.history.append(story_llm.evaluate(run, corpus))
+        yield run
 
 class SharedProgress(story_llm.Progress):
-    """Only the first process prints and saves, and if any is asked to stop, all stop after the same
-    step. So asking (a signal sets `stop`, at any moment) is one thing, and what all have agreed on
-    (`stop`, when it is read) another."""
-    asked = agreed = False
+    """Only the first process prints and saves, and a request to stop that reaches any process stops
+    all of them after the same step. A signal can come at any moment. So what it sets is only a
+    request, and `stop_requested` becomes True when all processes have learned of it."""
+    request = agreed = False
 
     @property
-    def stop(self):
+    def stop_requested(self):
         return self.agreed
 
-    @stop.setter
-    def stop(self, asked):
-        self.asked = asked
+    @stop_requested.setter
+    def stop_requested(self, value):
+        self.request = value
 
-    def __call__(self, run):
-        self.agreed = sum_of_all(self.asked, run.model.tok_emb.weight.device) > 0
-        print_and_save = super().__call__
-        return from_first(lambda: print_and_save(run))
+    def update(self, run):
+        self.agreed = sum_over_processes(self.request, run.model.tok_emb.weight.device) > 0
+        return from_first(lambda: story_llm.Progress.update(self, run))
 
-def train(args, accumulate, compiled):
+# ─── The command line ──────────────────────────────────────────────────────────────────────────
+def command_train(args, accumulate, compiled):
     device = choose_device(args.device)
-    join_processes(device)
-    args.device = "cpu"
-    run, corpus = from_first(lambda: story_llm.to_train(args))
+    connect_processes(device)
+    if compiled:
+        check_compiler(device)
+    args.device = "cpu"         # on which the first process makes the run for all
+    run, corpus = from_first(lambda: story_llm.run_to_train(args))
     run.model.to(device)
-    take_step = SharedStep(run, accumulate, compiled)
-    weights = story_llm.count_parameters(run.model)
+    step = ParallelStep(run, accumulate, compiled)
     if RANK == 0:
-        log(f"{weights:,} parameters; {run.total_steps} steps; processes: {PROCESSES}; parts of a "
-            f"batch in each: {accumulate}")
-    with SharedProgress(args.model) as progress:
-        story_llm.train(run, corpus, progress, take_step)
+        log(f"{story_llm.count_parameters(run.model):,} parameters; {run.total_steps} steps; "
+            f"processes: {PROCESSES}; micro-batches of each per step: {accumulate}")
+    with SharedProgress(args.model, run, args.resume) as progress:
+        for _ in train(run, corpus, step):
+            if progress.update(run):
+                break
     if run.step < run.total_steps:
         if RANK == 0:
-            story_llm.note(f"stopped after step {run.step} of {run.total_steps}, saved "
-                           f"{args.model}; to go on: the same command with --resume")
+            command = shlex.join(["train", "--resume", "--model", args.model])
+            note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
+                 f"continue: extras/scale.py {command}")
         raise KeyboardInterrupt
     if RANK == 0:
         story_llm.log_recall(run, corpus.train_text)
         log(f"saved {args.model}")
-        story_llm.draw(story_llm.plot_losses, run.history, run.config.vocab_size, args.plot)
+        story_llm.plot_losses(run.history, run.config.vocab_size, args.plot)
+        log(f"drew {args.plot}")
 
-def main(argv=None):
-    """Run the program; returns the exit status: 0, 1 after a mistake, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.splitlines()[0],
-                                     epilog="and all options of: python story_llm.py train",
-                                     allow_abbrev=False)
+def run_command(argv):
+    parser = argparse.ArgumentParser(
+        prog="scale.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog="All options of `python story_llm.py train` can be given as well.")
     parser.add_argument("command", choices=("train",))
     parser.add_argument("--accumulate", type=int, default=1, metavar="N",
-                        help="parts in which each process calculates its share of a batch (1)")
+                        help="micro-batches of each process per step (default: 1)")
     parser.add_argument("--compile", action="store_true",
-                        help="compile the model: a slow start, and faster steps on a GPU")
+                        help="compile the model: a slow start, then faster steps on a GPU")
     own, others = parser.parse_known_args(argv)
-    story_llm.forgiving_streams()
     try:
-        train(story_llm.parse(["train", *others]), own.accumulate, own.compile)
-    except KeyboardInterrupt:
-        return 130
+        command_train(story_llm.parse(["train", *others]), own.accumulate, own.compile)
     except torch.OutOfMemoryError:
-        story_llm.note("error: the GPU has too little memory: try --accumulate 4, or more of it")
-        return 1
-    except (ValueError, OSError) as error:
-        if RANK == 0:
-            story_llm.note(f"error: {error}")
-        else:       # torchrun ends all once one ends: give the first the time to tell it
-            time.sleep(5)
-        return 1
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).splitlines()[0]
-        story_llm.note(f"error: the model cannot be compiled here ({reason}): install what is "
-                       "missing, for example a C++ compiler, or leave out --compile")
+        raise StoryError("the GPU does not have enough memory: use a larger --accumulate, or a "
+                         "smaller model") from None
+    except StoryError:
+        if LOCAL_RANK == 0:         # one process of each machine reports the mistake
+            raise
+        time.sleep(5)       # let it report first: torchrun ends all processes once one has ended
         return 1
     finally:
-        gc.collect()        # DistributedDataParallel holds itself, and so the group
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    return 0
+
+def main(argv=None):
+    """Run the program with the words of a command line; return the exit status."""
+    return story_llm.exit_status(run_command, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
     story_llm.keep_memory()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)        # Python's own end sometimes meets a thread of torch's that still runs
+    os._exit(status)        # Python's own exit can crash when a thread of torch is still running

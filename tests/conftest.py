@@ -1,4 +1,4 @@
-"""The fixtures that more than one file of tests uses."""
+"""The fixtures that more than one test file uses."""
 import os
 import shutil
 import subprocess
@@ -15,20 +15,20 @@ from helpers import GPT2_FILES, PROGRAM, TEXT, bare_environment, printed_in, sto
 
 @pytest.fixture(scope="session")
 def knows_text():
-    """A run that has learned TEXT by heart. Shared: look, do not touch."""
+    """A run that recites TEXT. Several tests share it, so they must not change it."""
     return trained(emb_dim=64, epochs=80, eval_every=1000, val_fraction=0.0, batch_size=16)
 
 
 @pytest.fixture(scope="session")
 def gpt2():
-    """GPT-2's own encoding, where its files are on this machine; never from the network."""
+    """GPT-2's own encoding, if its files are on this machine. They are never downloaded."""
     cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     cache = Path(cache or Path(tempfile.gettempdir(), "data-gym-cache"))
     for name in GPT2_FILES:
         if not (cache / name).is_file():
             pytest.skip(f"GPT-2's encoding is not on this machine: {cache} has no file {name}; set TIKTOKEN_CACHE_DIR")
-    story_llm.ask_for_gpt2.cache_clear()
-    return story_llm.ask_for_gpt2()
+    story_llm.load_gpt2_encoding.cache_clear()
+    return story_llm.load_gpt2_encoding()
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def bare(tmp_path_factory, monkeypatch):
     for name, value in bare_environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
-    story_llm.ask_for_gpt2.cache_clear()
+    story_llm.load_gpt2_encoding.cache_clear()
     yield cache
-    story_llm.ask_for_gpt2.cache_clear()
+    story_llm.load_gpt2_encoding.cache_clear()
 
 
 # The command line, in this process or in one of its own, and folders to work in.
@@ -56,7 +56,7 @@ def run_program():
 
 @pytest.fixture(scope="session")
 def trained_with_defaults(gpt2, run_program, tmp_path_factory):
-    """(folder, what was printed) of `train` without any option, where GPT-2's files are at hand; run once for all."""
+    """(The folder, what was printed) of `train` without any option, if GPT-2's files are on this machine."""
     folder = tmp_path_factory.mktemp("defaults")
     done = run_program(folder, "train")
     assert (done.returncode, done.stderr) == (0, "")
@@ -65,21 +65,25 @@ def trained_with_defaults(gpt2, run_program, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small():
-    """small("train", ...) gives that command with those settings of a tiny model that it has, and with more options."""
+    """small("train", ...) returns that command with those settings of a tiny model that are among its options, and with
+    further options."""
     settings = {"text": "my.txt", "tokenizer": "word", "context_length": 12, "emb_dim": 32, "n_heads": 2, "n_layers": 1,
                 "batch_size": 8, "epochs": 4, "eval_every": 5, "precision": "fp32"}
 
     def arguments(command, *more):
-        _, _, options, if_untrained = story_llm.COMMANDS[command]
-        known = {name: value for name, value in settings.items() if name in f"{options} {if_untrained}".split()}
-        words = [word for name, value in known.items() for word in ("--" + name.replace("_", "-"), str(value))]
-        return [command, *(["--untrained"] if if_untrained else []), *words, *more]
+        _, _, options = story_llm.COMMANDS[command]
+        untrained = ("untrained",) if "untrained" in options else ()
+        known = (*options, *story_llm.NEW_MODEL) if untrained else options
+        known = (*known, "precision") if command == "evaluate" else known
+        words = [word for name, value in settings.items() if name in known
+                 for word in (story_llm.option_string(name), str(value))]
+        return [command, *map(story_llm.option_string, untrained), *words, *more]
     return arguments
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, bare):
-    """An empty folder to work in, with a story, no network and no files of GPT-2's."""
+    """A folder to work in, with a story, without a network and without GPT-2's files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
@@ -97,7 +101,7 @@ def call(capsys):
 
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory, small):
-    """(folder, what was printed) of a tiny training."""
+    """(The folder, what was printed) of the training of a tiny model."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "my.txt").write_text(TEXT, encoding="utf-8")
     return folder, printed_in(folder, small("train"))
@@ -105,7 +109,7 @@ def trained_once(tmp_path_factory, small):
 
 @pytest.fixture
 def trained_here(folder, trained_once):
-    """`folder`, after that training; gives what it printed."""
+    """`folder` after that training. Returns what it printed."""
     shutil.copytree(trained_once[0], folder, dirs_exist_ok=True)
     return trained_once[1]
 

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny story, runs small enough for a moment's training, a bare machine."""
+"""What the tests share: a tiny story, runs that train in a moment, kinds of models, a machine without a network."""
 import contextlib
 import dataclasses
 import io
@@ -34,14 +34,14 @@ GPT2_FILES = ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df
 
 
 def split_settings(both):
-    """{"emb_dim": 8, "epochs": 1} to the part for GPTConfig and the part for TrainConfig."""
+    """Split settings such as {"emb_dim": 8, "epochs": 1} into those of GPTConfig and those of TrainConfig."""
     names = {f.name for f in dataclasses.fields(story_llm.GPTConfig)}
     return ({name: value for name, value in both.items() if name in names},
             {name: value for name, value in both.items() if name not in names})
 
 
 def tiny(text=TEXT, tokenizer="word", **changed):
-    """(an untrained run of a moment's size, its corpus)"""
+    """An untrained run that can be trained in a moment, and its corpus."""
     config, train_config = split_settings({
         "context_length": 12, "emb_dim": 32, "n_heads": 2, "n_layers": 1, "batch_size": 8, "epochs": 4,
         "eval_every": 5, "warmup_steps": 3, "precision": "fp32", **changed})
@@ -51,15 +51,21 @@ def tiny(text=TEXT, tokenizer="word", **changed):
     return story_llm.new_run(corpus, config, train_config), corpus
 
 
-def trained(text=TEXT, after_step=lambda run: False, **changed):
-    """`tiny`, trained to its end; just the run."""
-    run, corpus = tiny(text, **changed)
-    story_llm.train(run, corpus, after_step)
+def train_to(run, corpus, step=None):
+    """Train a run to a step or, by default, to its end. Return the run."""
+    for _ in story_llm.train(run, corpus):
+        if run.step == step:
+            break
     return run
 
 
+def trained(text=TEXT, **changed):
+    """The run of `tiny`, trained to its end."""
+    return train_to(*tiny(text, **changed))
+
+
 def lively_model(seed=0, **config):
-    """An untrained model with weights so large that its greedy text wanders, instead of repeating one token."""
+    """An untrained model with weights so large that its greedy text varies, instead of repeating one token."""
     model = story_llm.new_model(story_llm.GPTConfig(**{
         "vocab_size": 40, "context_length": 8, "emb_dim": 32, "n_heads": 4, "n_layers": 2, **config}), seed)
     generator = torch.Generator().manual_seed(seed)
@@ -70,9 +76,31 @@ def lively_model(seed=0, **config):
     return model.eval()
 
 
+# Kinds of models, as settings for `lively_model`. They have every value of every setting of GPTConfig, and what must be
+# true of any model is tested with each of them.
+KINDS = [
+    {}, {"vocab_size": 7}, {"context_length": 1}, {"context_length": 13}, {"emb_dim": 24}, {"n_heads": 1},
+    {"n_heads": 32}, {"n_layers": 1}, {"n_layers": 3}, {"drop_rate": 0.1}, {"qkv_bias": True}, {"tie_weights": True},
+    {"gelu": "tanh"}, {"position": "sinusoidal"}, {"position": "rotary"}, {"position": "rotary", "context_length": 1},
+    {"position": "rotary", "n_heads": 1, "n_layers": 1},
+    {"position": "sinusoidal", "tie_weights": True, "drop_rate": 0.2},
+    {"position": "rotary", "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "n_layers": 3, "drop_rate": 0.1}]
+
+
 def weights_equal(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same(a, b):
+    """Equality of nested dictionaries, lists and plain values, bit for bit in their tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
 
 
 def closed_port():
@@ -89,7 +117,8 @@ def bare_environment(cache, proxy_port=None):
 
 
 def note_questions(monkeypatch, run):
-    """A list that grows by "backward", "step", and the names of what makes Python's numbers of tensors, as they run."""
+    """Return a list to which "backward", "step" and the names of methods that turn tensors into Python numbers are
+    appended as they are called."""
     events = []
 
     def noting(owner, name):
@@ -107,7 +136,7 @@ def note_questions(monkeypatch, run):
 
 
 def printed_in(folder, command):
-    """What a command prints when it is run in this process, in a folder; it must succeed, and note nothing."""
+    """What a command prints when it runs in this process, in a folder. It must succeed and write nothing to stderr."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = story_llm.main(command)

@@ -1,11 +1,15 @@
-"""Do the tests notice? Each mutant is the program with one mistake in it; the tests of its part must fail.
+"""Mutation testing: do the tests notice mistakes? Each mutant is the program with one mistake in
+it, and the tests of that part must fail.
 
-    python tests/mutants.py                  all of them: about ten minutes
-    python tests/mutants.py attend Muon      those whose line, or mistake, has one of these words
+    python tests/mutants.py                         all mutants, which takes long
+    python tests/mutants.py causal_mask Muon        those that have one of these words in their text
+    python tests/mutants.py --check                 only check that every mutant can be made
 
-It works on a copy of the project, prints one line for each mutant, and in the end how many were noticed. A mutant that
-is left is a gap in the tests, unless it changes nothing that anybody could see; then it does not belong here.
+It works on a copy of the project, prints a line for every mutant, and at the end how many were
+killed. A mutant that survives is a gap in the tests, unless its mistake makes no difference that
+anybody could notice. Such a mutant does not belong here.
 """
+import ast
 import os
 import shutil
 import subprocess
@@ -14,170 +18,432 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# (what stands in story_llm.py, once; what stands there in the mutant; the test files that are to notice)
+# Each mutant is (a text that occurs once in story_llm.py, its replacement, the test files of which
+# one must fail). "step01" stands for tests/test_step01*.py.
 MUTANTS = [
-    # steps 1 to 5
-    ("right = at_least <= value < below", "right = at_least <= value", "step01 command_line"),
-    ("right = value in choices", "right = True", "step01"),
-    ('read_text("utf-8-sig")', 'read_text("utf-8")', "step02"),
+    # settings and checks
+    ("valid = lowest <= value < bound", "valid = lowest <= value", "step01"),
+    ("valid = value in CHOICES[f.name]", "valid = True", "step01"),
+    ("valid = type(value) is f.type or (", "valid = isinstance(value, f.type) or (", "step01"),
+    ("check(self.emb_dim % self.n_heads == 0,", "check(True,", "step01"),
+    ("check(self.position == \"learned\" or self.emb_dim // self.n_heads % 2 == 0,", "check(True,",
+     "step01"),
+
+    # step 2: text, words and sentences
+    ('encoding="utf-8-sig")', 'encoding="utf-8")', "step02"),
+    ("        position = error.start + byte_order_mark\n", "        position = error.start\n",
+     "step02"),
     ("if space > 0 and cut < len(text):", "if space > 0:", "step02"),
-    ("max(cut - 50, 0), cut + 1", "0, cut + 1", "step02"),
-    ('["\'”’)\\]]*\\s|[。！？]', '["\'”’)\\]]*\\s|[！？]', "step02 step09"),
-    ("self.ids.get(piece, self.ids[UNKNOWN])", "self.ids.get(piece, 0)", "step03"),
-    ('                piece = " " + piece\n', "                pass\n", "step03 step09"),
-    ("        if most < 2:\n", "        if most < 1:\n", "step04"),
-    ("pair_count[pair] += sign * times[number]", "pair_count[pair] += sign", "step04"),
-    ("best = min(pair for pair, count", "best = max(pair for pair, count", "step04"),
-    ("encode_ordinary(text)      # ordinary", "encode(text)      # ordinary", "step04"),
-    ("place = min(range(len(joined))", "place = max(range(len(joined))", "step04"),
-    ("return window[..., :-1], window[..., 1:]", "return window[..., :-1], window[..., :-1]", "step05"),
-    ("if val_text and len(corpus.val_ids) <= context_length:", "if False:", "step05 step10"),
-    ("make_tokenizer(kind, train_text, val_text, **options)", "make_tokenizer(kind, text, **options)", "step05 step03"),
-    # step 6
-    ("return places > places[S - T:, None]", "return places >= places[S - T:, None] + 2", "step06"),
-    ("/ math.sqrt(D)", "/ D", "step06 workshop_attention"),
-    ("shares = F.dropout(shares, drop_rate)", "pass", "step06"),
-    ("self.config.drop_rate if self.training else 0.0", "0.0", "step06"),
-    ("if into_sum else 1\n", "if False else 1\n", "step06"),
-    ("0.02 * math.sqrt(768 / config.emb_dim)", "0.02", "step06"),
-    ("        nn.init.zeros_(layer.bias)\n", "        pass\n", "step06"),
-    ('self.form = {"exact": "none", "tanh": "tanh"}[config.gelu]', 'self.form = "none"', "step06 extras_huggingface"),
-    ("x = x + self.dropout(self.ff(self.norm2(x)))", "x = x + self.dropout(self.ff(x))", "step06"),
-    ("x = x + self.dropout(self.att(self.norm1(x), cache))", "x = x + self.att(self.norm1(x), cache)", "step06"),
-    ("return self.out_head(self.final_norm(x))", "return self.out_head(x)", "step06"),
-    ("start = 0 if cache is None else cache.length", "start = 0", "step13"),
-    # steps 8 and 9
-    ("idx_cond = idx[:, -context_size:]", "idx_cond = idx[:, -context_size + 1:]", "step08"),
-    ("ignore_index=IGNORED)", "ignore_index=-1)", "step09 step10"),
-    ("total += batch_loss(model, inputs, targets).item() * len(some)",
-     "total += batch_loss(model, inputs, targets).item() * len(chosen)", "step09"),
-    ("if len(ends) >= 8:", "if len(ends) >= 9:", "step09"),
-    ("text[ends[4]:ends[4] + 80]", "text[ends[4]:ends[4] + 79]", "step09"),
-    ("hits += text.startswith(wanted)", "hits += wanted.startswith(text)", "step09"),
-    # step 10
-    ("    run.optimizer.zero_grad() ", "    pass ", "step10"),
-    ("config.grad_clip)\n    for group", "1e9)\n    for group", "step10"),
-    ('"weight_decay": config.weight_decay},', '"weight_decay": 0.0},', "step10"),
-    ("    check_finite(run.loss + length.item(), run)", "    check_finite(run.loss, run)", "step10"),
-    ("warmup = min(config.warmup_steps, total_steps // 10)", "warmup = config.warmup_steps", "step10"),
-    ("(total_steps - step) / (total_steps - warmup)", "(total_steps - step) / total_steps", "step10"),
-    ("self.starts = (pieces * T + deal(T, n_windows, turns, seed + 1))", "self.starts = (pieces * T)", "step10"),
-    ("start + 32 * self.length]", "start + self.length]", "step10"),
-    ("cards = torch.cat([torch.randperm(count, generator=generator) for", "cards = torch.cat([torch.arange(count) for",
-     "step10"),
-    ("if run.history and run.history[-1].step == run.step:", "if False:", "step10 interruption"),
-    ("seed, run.step, *names, device=device", "seed, *names, device=device", "step10"),
-    ('able.get("avx512_bf16") or able.get("amx_bf16")', 'False', "step10"),
-    # Muon
-    ("length = 0.2 * math.sqrt(steps.shape[2])", "length = 0.2 * math.sqrt(steps.shape[1])", "workshop_muon"),
-    ("    X = polynomial(X, gram / largest, 7.711, -22.114, 16.249)\n", "", "workshop_muon"),
-    ("polynomial(X, X @ X.mT, 3.215", "polynomial(X, gram / largest, 3.215", "workshop_muon"),
-    ('            group["lr"] *= MUON_STRIDE\n', "            pass\n", "workshop_muon"),
-    ("return weight.grad.lerp(mean, MUON_MEMORY)", "return mean", "workshop_muon"),
-    ("weight.mul_(1 - lr * decay)", "pass", "workshop_muon"),
-    ("torch.bfloat16 if bf16 else torch.float32", "torch.bfloat16", "workshop_muon"),
-    ("            weight.grad = None\n", "            pass\n", "workshop_muon step10"),
-    ("usual = math.ceil(usual * MUON_READINGS)", "pass", "workshop_muon"),
-    ('            shapes = {"momentum_buffer": shape}\n', "            pass\n", "workshop_muon step10"),
-    # steps 11 and 12, and files
-    ("os.replace(temporary, path)", "shutil.copy(temporary, path)", "step11"),
-    ("            os.fsync(file.fileno())\n", "            pass\n", "step11"),
-    ("temporary.unlink(missing_ok=True) ", "pass ", "step11"),
-    ('check(digest.digest() == file.read(), "its checksum is wrong")', "pass", "step11"),
-    ("weights_only=True)", "weights_only=False)", "step11"),
-    ("check(4 * numbers <= size,", "check(True,", "step11"),
-    ("if not math.isclose(found, expected_loss, rel_tol=1e-4):", "if False:", "step11"),
-    ('path = Path(os.path.realpath(path))', 'path = Path(path)', "step11"),
-    ("if load_checkpoint(path).fingerprint == run.fingerprint:", "if True:", "step11 command_line interruption"),
-    ("if None not in values:", "if True:", "step12"),
-    # step 13
-    ("keys = torch.cat([old_keys, keys], dim=2)", "keys = torch.cat([keys, old_keys], dim=2)", "step13"),
-    ("        self.length = keys.shape[2]\n", "        self.length += 1\n", "step13"),
-    ("in_order[..., sampling.top_k:] = 0", "in_order[..., sampling.top_k + 1:] = 0", "step13"),
-    ("in_order[likelier >= sampling.top_p] = 0", "in_order[likelier > sampling.top_p] = 0", "step13"),
-    ("probabilities = (logits / temperature)", "probabilities = (logits * temperature)", "step13"),
-    ("manual_seed(sampling.seed)", "manual_seed(42)", "step13 command_line"),
-    ('if not text.endswith("\\ufffd"):', "if True:", "step13"),
-    ("model.train(was_training)", "model.train(True)", "step13 step09"),
-    # workshop: positions
-    ("first * angles.cos() - second * angles.sin()", "first * angles.cos() + second * angles.sin()", "workshop_attention"),
-    ("turn(queries, angles[-queries.shape[-2]:])", "turn(queries, angles[:queries.shape[-2]])", "workshop_attention step13"),
-    ("angles = position_angles(*keys.shape[-2:], keys.device)",
-     "angles = position_angles(*keys.shape[-2:], keys.device).to(keys.dtype)", "workshop_attention"),
-    ("keys, values, ~mask, drop_rate)", "keys, values, ~mask)", "step06 workshop_attention"),
-    # the command line
-    ("CONTROL.sub(\"\\ufffd\", message) if file.isatty() else message", "message", "command_line"),
-    ("signals = (signal.SIGINT, signal.SIGTERM) if here else ()", "signals = (signal.SIGINT,) if here else ()", "interruption"),
-    ("        last = stop or run.step >= run.total_steps\n", "        last = run.step >= run.total_steps\n", "interruption"),
-    ("[:run.config.context_length]\n    run.model", "[-run.config.context_length:]\n    run.model", "interruption"),
-    ("TrainConfig(learning_rate=1.25e-3), args)", "TrainConfig(), args)", "interruption"),
-    ("        elif asking:\n", "        else:\n", "command_line"),
-    ("    except KeyboardInterrupt:\n        return 130\n", "    except KeyboardInterrupt:\n        return 1\n", "interruption"),
-    # what is new since
-    ("(?:(?!{UNSPACED})[", "(?:[", "step04"),
-    ("2 * pieces > len(some)", "9 * pieces > 2 * len(some)", "step04"),
-    ("max(45, run.total_steps // 20)", "45", "step10"),
-    ("draft[max(0, len(row) - T):][:T]", "draft[:T]", "step09"),
-    ("    if draft[:len(row)] != row: ", "    if False: ", "step09"),
-    ("window[place + 1] == row[-1]:", "window[place + 1] != row[-1]:", "step09"),
-    ("    place = min(len(row), T) - 1 ", "    place = len(row) - 1 ", "step09"),
-    ("if text == wanted or not wanted.startswith(text):", "if True:", "step09"),
-    ("1.04 * gram.norm", "0.9 * gram.norm", "workshop_muon"),
+    ("max(cut - 50, 0), cut + 1)", "0, cut + 1)", "step02"),
+    (r'LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}', r'LETTER = rf"[[\p{{L}}\p{{N}}', "step02"),
+    (r")\]]*\s|[。！？]", r")\]]*\s|[！？]", "step02"),
     ("if len(lines) > 10 * len(starts):", "if False:", "step02"),
     ("if len(lines) > 10 * len(starts):", "if len(lines) > len(starts):", "step02"),
-    ("              if recall_exercises(text) else None)", "              )", "step10"),
-    ("before = {**USUAL, **asdict(run.train_config), **asdict(run.config), **run.asked}", "before = {**USUAL, **run.asked}",
+    ("for start in starts if start < len(text)] or [0]", "for start in starts] or [0]", "step02"),
+
+    # step 3: the word tokenizer
+    ("self.ids.get(piece, self.ids[UNKNOWN])", "self.ids.get(piece, 0)", "step03"),
+    ('                piece = " " + piece\n', "                pass\n", "step03"),
+    ("sorted(set(split_words(text)))", "list(dict.fromkeys(split_words(text)))", "step03"),
+
+    # step 4: byte-pair encoding
+    ("    if highest < 2:\n", "    if highest < 1:\n", "step04"),
+    ("return min(pair for pair, count", "return max(pair for pair, count", "step04"),
+    ("pair_counts[pair] += count\n", "pair_counts[pair] += 1\n", "step04"),
+    ("pair_counts[pair] += sign * word_counts[index]", "pair_counts[pair] += sign", "step04"),
+    ("            count_pairs(index, -1)\n", "            pass\n", "step04"),
+    ("tokens = sorted(ALL_BYTES)\n    while len(tokens) < vocab_size - 1:",
+     "tokens = sorted(ALL_BYTES)\n    while len(tokens) < vocab_size:", "step04"),
+    ("return self.encoding.encode_ordinary(text)", "return self.encoding.encode(text)", "step04"),
+    ("(?:(?!{UNSPACED})[", "(?:[", "step04"),
+    (r"[\p{{L}}\p{{M}}\u200c\u200d]){{1,100}}", r"[\p{{L}}\p{{M}}\u200c\u200d])+", "step04"),
+    ("train_bpe_fast(train_text[:LEARN_FROM], vocab_size)",
+     "train_bpe_fast(train_text, vocab_size)", "step04"),
+    ("best = min(merged, key=", "best = max(merged, key=", "step04"),
+    ("            needed.add(best)\n", "            pass\n", "step04"),
+    ("2 * len(encoding.encode_ordinary(sample)) > len(sample)",
+     "9 * len(encoding.encode_ordinary(sample)) > 2 * len(sample)", "step04"),
+    ("and required <= known and", "and", "step03 step04"),
+    ("and len(known) == len(tokens)\n", "\n", "step03 step04"),
+
+    # step 5: windows and corpora
+    ("return window[..., :-1], window[..., 1:]", "return window[..., :-1], window[..., :-1]",
+     "step05"),
+    ("token_ids.unfold(0, context_length + 1, stride)",
+     "token_ids.unfold(0, context_length + 1, 1)", "step05"),
+    ("check(len(token_ids) > context_length,", "check(len(token_ids) >= context_length,", "step05"),
+    ("if val_text and len(val_ids) <= context_length:", "if False:", "step05"),
+    ("resolved = make_tokenizer(tokenizer, train_text,",
+     "resolved = make_tokenizer(tokenizer, text,", "step05"),
+    ('f"{len(train_text)} {train_text}{val_text}"', 'f"{train_text}{val_text}"', "step05"),
+
+    # step 6: attention
+    ("return positions > positions[S - T:, None]",
+     "return positions >= positions[S - T:, None] + 2", "step06"),
+    ("return positions > positions[S - T:, None]", "return positions > positions[:T, None]",
+     "step06 step13"),
+    ("keys.transpose(-2, -1) / math.sqrt(D)", "keys.transpose(-2, -1) / D", "step06"),
+    ("weights = self.dropout(attention_weights(queries, keys, mask))",
+     "weights = attention_weights(queries, keys, mask)", "step06"),
+    ("return x.reshape(B, T, H, C // H).transpose(1, 2)", "return x.reshape(B, H, T, C // H)",
+     "step06"),
+    ("self.query = make_linear(C, C, config, bias=config.qkv_bias)",
+     "self.query = make_linear(C, C, config, bias=True)", "step06 step07"),
+
+    # step 6: the block and the model
+    ('{"exact": "none", "tanh": "tanh"}[config.gelu]', '"none"', "step06"),
+    ("return self.project(F.gelu(self.expand(x), approximate=self.approximate))",
+     "return self.project(self.expand(x))", "step06"),
+    # residual connections
+    ("x = x + self.dropout(self.att(self.norm1(x), cache))",
+     "x = self.dropout(self.att(self.norm1(x), cache))", "step06"),
+    ("x = x + self.dropout(self.ff(self.norm2(x)))", "x = self.dropout(self.ff(self.norm2(x)))",
+     "step06"),
+    # dropout and norms
+    ("x = x + self.dropout(self.att(self.norm1(x), cache))",
+     "x = x + self.att(self.norm1(x), cache)", "step06"),
+    ("x = x + self.dropout(self.ff(self.norm2(x)))", "x = x + self.dropout(self.ff(x))", "step06"),
+    ("        x = self.dropout(x)\n        for block", "        for block", "step06"),
+    ("return self.out_head(self.final_norm(x))", "return self.out_head(x)", "step06"),
+    # initialization
+    ("0.02 * math.sqrt(768 / config.emb_dim)", "0.02", "step06"),
+    ("n_sums = 2 * config.n_layers if added_to_x else 1", "n_sums = 1", "step06"),
+    ("        nn.init.zeros_(layer.bias)\n", "        pass\n", "step06"),
+    ("nn.init.normal_(self.tok_emb.weight, std=init_std(config))",
+     "nn.init.normal_(self.tok_emb.weight)", "step06"),
+    # the model
+    ("self.out_head.weight = self.tok_emb.weight", "pass", "step06"),
+    ("check(end <= self.config.context_length,", "check(True,", "step06"),
+    ("start = 0 if cache is None else cache.length", "start = 0", "step06 step13"),
+    ("for p in module.parameters() if p.requires_grad)", "for p in module.parameters())", "step07"),
+
+    # step 8: greedy generation
+    ("idx_cond = idx[:, -context_size:]", "idx_cond = idx[:, -context_size + 1:]", "step08"),
+    ("logits = logits[:, -1, :] ", "logits = logits[:, 0, :] ", "step08"),
+    ("        with torch.no_grad():\n            logits = model(idx_cond)",
+     "        with contextlib.nullcontext():\n            logits = model(idx_cond)", "step08"),
+
+    # step 9: loss and recall
+    ("ignore_index=IGNORE_INDEX)", "ignore_index=-1)", "step09"),
+    ("total += batch_loss(model, inputs, targets).item() * len(part)",
+     "total += batch_loss(model, inputs, targets).item() * len(indices)", "step09"),
+    ("windows = SlidingWindowDataset(token_ids, T, stride=T)",
+     "windows = SlidingWindowDataset(token_ids, T, stride=1)", "step09"),
+    ("indices = torch.arange(count) * len(windows) // count", "indices = torch.arange(count)",
+     "step09"),
+    ("if len(words) >= 8:", "if len(words) >= 9:", "step09"),
+    ("if word.end() >= 80]", "if word.end() >= 60]", "step09"),
+    ("rest[:min(ends, default=200)]", "rest[:80]", "step09"),
+    ("tests[::math.ceil(len(tests) / max_sentences) or 1]", "tests[:max_sentences]", "step09"),
+    # recites
+    ("predictions = torch.cat([predictions[0], predictions[1:, -1]])",
+     "predictions = torch.cat([predictions[0], predictions[1:, 0]])", "step09"),
+    ("    start = len(prompt_ids) - 1 ", "    start = len(prompt_ids) ", "step09"),
+    ("torch.equal(predictions[start:], targets[start:])", "torch.equal(predictions, targets)",
+     "step09"),
+    ("return sum(hits) / max(len(tests), 1)", "return sum(hits) / len(tests)", "step09"),
+
+    # step 10: the training step
+    ("    run.optimizer.zero_grad() ", "    pass ", "step10"),
+    ("    run.model.train()                   #", "    pass                   #", "step10"),
+    ("    run.model.eval()                    #", "    pass                    #", "step10"),
+    ("clip_grad_norm_(run.model.parameters(), config.grad_clip)",
+     "clip_grad_norm_(run.model.parameters(), 1e9)", "step10"),
+    ("check_finite(run, run.loss + norm.item())", "check_finite(run, run.loss)", "step10"),
+    ("    check(math.isfinite(number),", "    check(True,", "step10"),
+    ('"weight_decay": config.weight_decay},\n', '"weight_decay": 0.0},\n', "step10"),
+    ('if p.dim() < 2], "weight_decay": 0.0}]', 'if p.dim() < 2], "weight_decay": 0.5}]', "step10"),
+    # learning_rate
+    ("warmup = min(config.warmup_steps, total_steps // 10)", "warmup = config.warmup_steps",
+     "step10"),
+    ("return config.learning_rate * (step + 1) / warmup",
+     "return config.learning_rate * step / warmup", "step10"),
+    ("(total_steps - step) / (total_steps - warmup)", "(total_steps - step) / total_steps",
+     "step10"),
+    # window_starts
+    ("offset = torch.randint(T, (), generator=generator)", "offset = 0", "step10"),
+    ("    while True:\n        offset = torch.randint(T, (), generator=generator)\n",
+     "    offset = torch.randint(T, (), generator=generator)\n    while True:\n", "step10"),
+    ("torch.randperm(math.ceil(n_windows / T), generator=generator)",
+     "torch.arange(math.ceil(n_windows / T))", "step10"),
+    ("torch.randperm(math.ceil(n_windows / T), generator=generator)",
+     "torch.randperm(n_windows // T or 1, generator=generator)", "step10"),
+    ("((pieces * T + offset) % n_windows)", "((pieces * T + offset).clamp(max=n_windows - 1))",
+     "step10"),
+    # shuffled
+    ("for index in torch.randperm(len(items), generator=generator).tolist():",
+     "for index in range(len(items)):", "step10"),
+    ("    while True:\n        for index in",
+     "    while True:\n        generator.manual_seed(seed)\n        for index in", "step10"),
+    ("in torch.randperm(len(items), generator=generator)",
+     "in torch.randint(len(items), (len(items),), generator=generator)", "step10"),
+    # prompt_window
+    ("corpus.train_text[start:start + 32 * (T + 1)]", "corpus.train_text[start:start + T + 1]",
+     "step10"),
+    ("[IGNORE_INDEX] * (T + 1 - len(token_ids))", "[0] * (T + 1 - len(token_ids))", "step10"),
+    # training_batches
+    ("n_words = n_prompts // 5 ", "n_words = 0 ", "step10"),
+    ("sentences = shuffled(sentence_starts(corpus.train_text),",
+     "sentences = shuffled(word_starts(corpus.train_text),", "step10"),
+    ("words = shuffled(word_starts(corpus.train_text),",
+     "words = shuffled(sentence_starts(corpus.train_text),", "step10"),
+    ("islice(batches, max(run.total_steps - run.step, 0))", "islice(batches, run.total_steps)", "step10"),
+    ("stream = islice(stream, size * skip, None)", "stream = islice(stream, 0, None)", "step10"),
+    ("prompts[:, :-1].clamp(min=0)]", "prompts[:, :-1]]", "step10"),
+    # train and evaluate
+    ("    if run.step == 0:\n        run.history = ", "    if True:\n        run.history = ",
+     "step10"),
+    ("        if evaluation_due(run):\n", "        if True:\n", "step10"),
+    ("or max(45, run.total_steps // 20)", "or 45", "step10"),
+    ("return run.step % every == 0 or run.step in milestones", "return run.step % every == 0",
+     "step10"),
+    ("if recall_tests(text, max_sentences=1):", "if True:", "step10"),
+    # runs
+    ("T = min(config.context_length, n_tokens - 1)", "T = config.context_length", "step10"),
+    ("    train_config = replace(train_config, val_fraction=corpus.val_fraction)\n", "", "step05 step10 step11 interruption"),
+    ("model=new_model(config, train_config.seed)", "model=new_model(config)", "step10"),
+    ("config.max_steps or config.epochs * steps_per_epoch or enough",
+     "config.epochs * steps_per_epoch or config.max_steps or enough", "step10"),
+    ("enough = max(epochs * steps_per_epoch, min_steps)", "enough = epochs * steps_per_epoch",
+     "step10"),
+    ("check(steps < 1 << 22,", "check(True,", "step10"),
+    # precision and randomness
+    ("run.train_config.seed, run.step, *names", "run.train_config.seed, *names", "step10"),
+    ('any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))', "False", "step10"),
+    ('with torch.random.fork_rng([device] if device.type == "cuda" else []):',
+     "with contextlib.nullcontext():", "step06 step10"),
+
+    # Muon
+    ('"muon": (10, 75)}', '"muon": (20, 150)}', "workshop_muon"),
+    ("matrices = [p for p in model.trf_blocks.parameters()",
+     "matrices = [p for p in model.parameters()", "workshop_muon"),
+    ("scale = 0.2 * math.sqrt(max(weight.shape))", "scale = 0.2 * math.sqrt(min(weight.shape))",
+     "workshop_muon"),
+    ('            group["lr"] *= 4 ', "            pass ", "workshop_muon"),
+    ("lerp_(weight.grad, 0.1)", "lerp_(weight.grad, 0.2)", "workshop_muon"),
+    ("update = weight.grad.lerp(momentum, 0.9)", "update = momentum.clone()", "workshop_muon"),
+    ("weight.mul_(1 - lr * weight_decay).sub_(", "weight.sub_(", "workshop_muon"),
+    ("update.bfloat16() if self.bf16 else update", "update.bfloat16()", "workshop_muon"),
+    # newton_schulz
+    ("((7.711, -22.114, 16.249), (3.215, -2.411, 0.501))", "((3.215, -2.411, 0.501),)",
+     "workshop_muon"),
+    ("((7.711, -22.114, 16.249), (3.215, -2.411, 0.501))", "((7.711, -22.114, 16.249),)",
+     "workshop_muon"),
+    ("(b * gram + c * gram @ gram)", "(b * gram + c * gram)", "workshop_muon"),
+    ("(1.04 * (X @ X.mT).norm()).sqrt()", "(0.9 * (X @ X.mT).norm()).sqrt()", "workshop_muon"),
+    ("return newton_schulz(X.mT).mT ", "return newton_schulz(X.mT) ", "workshop_muon"),
+    (".sqrt().clamp(min=1e-10)", ".sqrt()", "workshop_muon"),
+
+    # step 11: checkpoint files
+    ("        os.replace(temporary, path)\n", "        path.write_bytes(temporary.read_bytes())\n",
+     "step11"),
+    ("            temporary.unlink()          # after", "            pass          # after", "step11"),
+    ("path = Path(os.path.realpath(path))\n    temporary", "path = Path(path)\n    temporary", "step11"),
+    ("return run.saved_optimizer if run.optimizer is None",
+     "return None if run.optimizer is None", "step10 step11"),
+    ("            run.optimizer.load_state_dict(run.saved_optimizer)\n", "            pass\n",
+     "step10 interruption"),
+    # read_checkpoint
+    ('check(unpacked <= size, "it is compressed")', "pass", "step11"),
+    ('check(archive.testzip() is None, "a checksum is wrong")', "pass", "step11"),
+    ('map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)', "step11"),
+    ('check(isinstance(saved, dict) and "format" in saved,', "check(True,", "step11 errors"),
+    ('check(saved["format"] == FORMAT,', "check(True,", "step11"),
+    ('check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0,', "check(True,", "step11"),
+    ("check(shapes == {name: weight.shape for name, weight in model.state_dict().items()},",
+     "check(True,", "step11"),
+    ("check(4 * sum(weight.numel() for weight in model.parameters()) <= size", "check(True",
+     "step11"),
+    ('and saved["tokenizer"].vocab_size == saved["config"].vocab_size', "and True", "step11"),
+    ("check(math.isclose(found, expected, rel_tol=1e-4),", "check(True,", "step11 errors"),
+    ('check(math.isfinite(loss), "the model computes', 'check(True, "the model computes', "step11"),
+    # keep_previous_model
+    ("if same and previous.train_config", "if previous.train_config", "step11 command_line"),
+    ("if same and previous.train_config == run.train_config and", "if same and",
+     "step11 command_line"),
+    ("previous.train_config == run.train_config and previous.step <= run.step:",
+     "previous.train_config == run.train_config:", "step11 command_line"),
+    ("        if not kept.exists():\n", "        if True:\n", "command_line"),
+    ("check(os.path.isfile(path) or not os.path.lexists(path),", "check(True,", "errors"),
+
+    # step 12: loss curves
+    ("if None not in values:", "if True:", "step12"),
+    ("check(not endings or path.suffix.lower() in endings,", "check(True,", "step12"),
+
+    # step 13: the cache and sampling
+    ("keys = torch.cat([old_keys, keys], dim=2)", "keys = torch.cat([keys, old_keys], dim=2)",
+     "step13"),
+    ("        self.length = keys.shape[2]\n", "        self.length += 1\n", "step13"),
+    ("window = token_ids[:, -context_length:].cpu()", "window = token_ids.cpu()", "step13"),
+    ("            window = window[:, 1:]\n            cache = KeyValueCache()\n",
+     "            window = window[:, 1:]\n", "step13"),
+    ("if sampling.temperature < 1e-4:     # as good as 0\n        return F.one_hot",
+     "if False:\n        return F.one_hot", "step13"),
+    ("(logits / sampling.temperature)", "(logits * sampling.temperature)", "step13"),
+    ("sorted_probs[..., sampling.top_k:] = 0", "sorted_probs[..., sampling.top_k + 1:] = 0",
+     "step13"),
+    ("        sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)\n", "", "step13"),
+    ("sum_before >= sampling.top_p]", "sum_before > sampling.top_p]", "step13"),
+    ("torch.Generator().manual_seed(sampling.seed)", "torch.Generator().manual_seed(42)",
+     "step13 command_line"),
+    # predict_next
+    ("logits = model(window[:, cache.length:], cache)[:, -1, :]",
+     "logits = model(window, KeyValueCache())[:, -1, :]", "step13"),
+    ("logits = model(window[:, cache.length:], cache)[:, -1, :]",
+     "logits = model(window[:, -1:], cache)[:, -1, :]", "step13"),
+    # generate_text
+    ('if not text.endswith("\\ufffd"):', "if True:", "step13"),
+    ('check(token_ids, f"the prompt {prompt!r}', 'check(True, f"the prompt {prompt!r}', "step13"),
+
+    # other positions, fused attention
+    ("first * cos - second * sin", "first * cos + second * sin", "workshop_attention"),
+    ("rotate_by(queries, angles[-queries.shape[2]:])",
+     "rotate_by(queries, angles[:queries.shape[2]])", "workshop_attention step13"),
+    ("angles = position_angles(keys.shape[2], keys.shape[3], keys.device)",
+     "angles = position_angles(keys.shape[2], keys.shape[3], keys.device).to(keys.dtype)",
+     "workshop_attention"),
+    ('if config.position == "sinusoidal" else 0.0', "if True else 0.0", "workshop_attention"),
+    ("freeze=True)", "freeze=False)", "step07 workshop_attention"),
+    ("    return ~mask, False\n", "    return None, False\n", "workshop_attention step06"),
+    ("        return None, True\n", "        return None, False\n", "workshop_attention step06"),
+    ("drop_rate = dropout.p if dropout.training else 0.0", "drop_rate = 0.0",
+     "step06 workshop_attention"),
+    ("drop_rate = dropout.p if dropout.training else 0.0", "drop_rate = dropout.p",
+     "step06 workshop_attention"),
+
+    # Progress
+    ("signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()",
+     "signals = (signal.SIGINT,) if main_thread else ()", "interruption"),
+    ("signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()",
+     "signals = (signal.SIGINT, signal.SIGTERM)", "interruption"),
+    ("signal.signal(number, signal.default_int_handler)", "pass", "interruption"),
+    ("            signal.signal(number, handler)\n", "            pass\n", "interruption"),
+    ("is_last = stop or run.step >= run.total_steps",
+     "is_last = run.step >= run.total_steps", "interruption"),
+    ("if is_last or (evaluations and now > self.next_save):", "if is_last:", "interruption"),
+    ("self.saved = resumed ", "self.saved = True ", "command_line"),
+    ("self.shown = len(run.history)       #", "self.shown = 0       #", "interruption"),
+
+    # the command line
+    ('message = CONTROL.sub("\\ufffd", message) if file.isatty() else message', "pass",
+     "command_line"),
+    ("        if args.tokenizer != kind:\n", "        if False:\n", "command_line"),
+    ("refuse_options(args, args.given.keys() - set(MAY_CHANGE),", "refuse_options(args, (),",
      "interruption"),
-    ("    except (ImportError, torch.OutOfMemoryError): ", "    except KeyError: ", "command_line"),
-    ('if "memory" not in str(error):', "if False:", "command_line"),
-    ('meaning = meaning.replace("%", "%%")', "pass", "command_line"),
-    ("if not old.exists():", "if True:", "command_line"),
+    ("check(corpus.fingerprint == run.fingerprint,", "check(True,", "interruption"),
+    ("        run.train_config = replace(run.train_config, max_steps=0)\n", "        pass\n",
+     "interruption"),
+    ("    run.total_steps = count_steps(run.steps_per_epoch, run.train_config)\n", "",
+     "interruption"),
+    ('run.text_path = args.given.get("text", "")', 'run.text_path = ""', "interruption"),
+    ("    if corpus.fingerprint != run.fingerprint:\n", "    if False:\n", "command_line"),
+    ("epoch = max(1, math.ceil(evaluation.epoch))", "epoch = int(evaluation.epoch) + 1",
+     "command_line"),
+    ("with_given(Sampling(temperature=1.0), args)", "with_given(Sampling(), args)", "command_line"),
+    ('yield line.rstrip("\\r\\n")', "yield line", "command_line"),
+    ('names = [name for name in names_of(Sampling) if name != "temperature"]', "names = ['seed']", "command_line"),
+    ('("attention", "plot"): "attention.png", ', "", "command_line"),
+    ("refuse_options(args, given.keys() - set(options),", "refuse_options(args, (),",
+     "command_line"),
+    ('refuse_options(args, ["model"], "cannot', 'refuse_options(args, [], "cannot', "command_line"),
+    ('help=text.replace("%", "%%")', "help=text", "command_line"),
+    ("    with_given(Options(), args) ", "    pass ", "command_line"),
+    ("    except KeyboardInterrupt:\n        return 130\n",
+     "    except KeyboardInterrupt:\n        return 1\n", "interruption"),
+    ('if error.name not in ("tiktoken", "matplotlib"):', "if True:", "errors"),
+    ("if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):",
+     "if isinstance(error, RuntimeError):", "errors"),
+    ('stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")', "pass", "command_line"),
+    ("    except BrokenPipeError: ", "    except KeyError: ", "command_line interruption"),
 ]
-SCALE_MUTANTS = [       # the same of extras/scale.py
-    ("self.agreed = sum_of_all(self.asked, run.model.tok_emb.weight.device) > 0", "self.agreed = self.asked", "extras_scale"),
-    ("precision_of(run, RANK, part)", "precision_of(run, part)", "extras_scale"),
-    ("precision_of(run, RANK, part)", "precision_of(run, RANK)", "extras_scale"),
-    ("(PROCESSES * loss).backward()", "loss.backward()", "extras_scale"),
-    ("more = -head.out_features % 64", "more = 0", "extras_scale"),
-    ("more = -len(inputs) % self.n_parts", "more = 0", "extras_scale"),
-    ("value=IGNORED)", "value=0)", "extras_scale"),
-    ("[..., :head.out_features]", "", "extras_scale"),
-    ("        with self.without_sharing(): ", "        if True: ", "extras_scale"),
-    ('init_process_group("gloo")', "init_process_group()", "extras_scale"),
-    ("story_llm.check_finite(run.loss + length_before.item(), run)", "pass", "extras_scale"),
+SCALE_MUTANTS = [       # the same for extras/scale.py
     ("    torch.cuda.set_device(LOCAL_RANK) ", "    pass ", "extras_scale"),
-    ("answer = letter[0]", "pass", "extras_scale"),
+    ('init_process_group("gloo")', "init_process_group()", "extras_scale"),
+    ("result = message[0]", "pass", "extras_scale"),
+    ("    if isinstance(result, StoryError):\n        raise result\n", "", "extras_scale"),
+    ("n_padding = -head.out_features % 64", "n_padding = 0", "extras_scale"),
+    ("[..., :head.out_features]", "", "extras_scale"),
+    ("check(self.n_micro_batches <= batch_size,", "check(True,", "extras_scale"),
+    ("n_padding = -len(inputs) % self.n_micro_batches", "n_padding = 0", "extras_scale"),
+    ("value=IGNORE_INDEX)", "value=0)", "extras_scale"),
+    ("        run.model.train()\n", "", "extras_scale"),
+    ("        run.model.eval()\n", "", "extras_scale"),
+    ("        with self.no_sync(): ", "        if True: ", "extras_scale"),
+    ("            targets = targets.clamp(min=0)\n", "            pass\n", "extras_scale"),
+    ("loss = share * self.batch_loss(inputs, targets)", "loss = self.batch_loss(inputs, targets)",
+     "extras_scale"),
+    ("dropout_seed(run, RANK, i)", "dropout_seed(run, i)", "extras_scale"),
+    ("dropout_seed(run, RANK, i)", "dropout_seed(run, RANK)", "extras_scale"),
+    ("(PROCESSES * loss).backward()", "loss.backward()", "extras_scale"),
+    ("story_llm.check_finite(run, run.loss + norm.item())", "pass", "extras_scale"),
+    ("self.agreed = sum_over_processes(self.request, run.model.tok_emb.weight.device) > 0",
+     "self.agreed = self.request", "extras_scale"),
+    ("        time.sleep(5) ", "        pass ", "extras_scale"),
 ]
+PROGRAMS = {"story_llm.py": MUTANTS, "extras/scale.py": SCALE_MUTANTS}
 
+def find_tests(project, names):
+    """The test files with these names, which must exist."""
+    files = []
+    for name in names.split():
+        found = sorted(project.glob(f"tests/test_{name}*.py"))
+        assert found, f"there are no tests/test_{name}*.py"
+        files += found
+    return files
 
-def failing(project, names):
-    """Whether one of these test files fails, or cannot even be collected."""
-    files = [str(path) for name in names.split() for path in sorted(project.glob(f"tests/test_{name}*.py"))]
-    assert files, names
+def mutate(source, old, new):
+    """The source of a mutant. The old text must occur once, and the mutant must be valid Python."""
+    assert source.count(old) == 1, f"this must occur once, not {source.count(old)} times: {old}"
+    mutant = source.replace(old, new)
+    ast.parse(mutant)
+    return mutant
+
+def check_mutants():
+    """Check that every mutant can be made, and that its tests exist."""
+    for program, mutants in PROGRAMS.items():
+        source = (ROOT / program).read_text(encoding="utf-8")
+        assert len(set(mutants)) == len(mutants), f"a mutant of {program} occurs twice"
+        for old, new, names in mutants:
+            mutate(source, old, new)
+            find_tests(ROOT, names)
+
+def is_killed(project, names):
+    """Whether one of these test files fails, cannot be collected, or does not end."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
+               *find_tests(project, names)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files], cwd=project,
-                          env=environment, capture_output=True, text=True, timeout=600)
+    try:
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True,
+                              timeout=600)
+    except subprocess.TimeoutExpired:
+        return True
     return done.returncode != 0
 
-
 def main(words):
-    chosen = [mutant for mutant in MUTANTS + SCALE_MUTANTS if not words or any(word in line for word in words for line in mutant[:2])]
-    left = []
+    check_mutants()
+    if words == ["--check"]:
+        return 0
+    chosen = [(program, *mutant) for program, mutants in PROGRAMS.items() for mutant in mutants
+              if not words or any(word in text for word in words for text in mutant[:2])]
+    test_names = sorted({name for *_, names in chosen for name in names.split()})
+    survived = 0
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder, "story_llm")
-        shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", "__pycache__", ".hypothesis"))
-        for old, new, names in chosen:
-            path = project / ("story_llm.py" if (old, new, names) in MUTANTS else "extras/scale.py")
-            program = path.read_text(encoding="utf-8")
-            assert program.count(old) == 1, f"this must stand in {path.name} once, not {program.count(old)} times: {old}"
-            path.write_text(program.replace(old, new), encoding="utf-8")
-            noticed = failing(project, names)
-            path.write_text(program, encoding="utf-8")
-            left += [] if noticed else [old]
-            print("noticed" if noticed else "LEFT   ", repr(old.strip())[:60], "->", repr(new.strip())[:40], flush=True)
-    print(f"{len(chosen)} mutants, {len(chosen) - len(left)} noticed, {len(left)} left")
-    return bool(left)
-
+        shutil.copytree(ROOT, project,
+                        ignore=shutil.ignore_patterns(".git", "__pycache__", ".hypothesis"))
+        for name in test_names:     # otherwise every mutant would seem to be killed
+            assert not is_killed(project, name), f"tests/test_{name}*.py fail without a mutant"
+        for program, old, new, names in chosen:
+            path = project / program
+            source = path.read_text(encoding="utf-8")
+            path.write_text(mutate(source, old, new), encoding="utf-8")
+            killed = is_killed(project, names)
+            path.write_text(source, encoding="utf-8")
+            survived += not killed
+            print("killed  " if killed else "SURVIVED", repr(old.strip())[:60], "->",
+                  repr(new.strip())[:40], flush=True)
+    print(f"{len(chosen)} mutants, {len(chosen) - survived} killed, {survived} survived")
+    return int(survived > 0)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

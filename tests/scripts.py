@@ -1,7 +1,7 @@
-"""A short text in each of six scripts, written for these tests, sentence by sentence; so what is to be found is known.
+"""A short text in each of six scripts, written for these tests and stored by sentence, so the right answer is known.
 
-In Tamil, Hindi and Arabic, spaces part the words, and many letters carry marks. Thai, Chinese and Japanese put no
-spaces between words; Thai has no full stop either, so its sentences are paragraphs of their own.
+In Tamil, Hindi and Arabic, spaces separate the words, and many letters carry marks. Thai, Chinese and Japanese put no
+spaces between words. Thai has no full stop either, so each of its sentences is a paragraph.
 """
 SENTENCES = {
     "tamil": (

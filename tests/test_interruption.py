@@ -1,7 +1,9 @@
-"""Interruption and going on: after Ctrl-C, or a request to end, training comes to the same weights as without."""
+"""Interruption and resuming: after Ctrl-C, SIGTERM, a closed pipe or kill -9, training ends with the same weights as
+without."""
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers import PROGRAM, TEXT, story_llm, weights_equal
 
-from story_llm import COMMANDS, FIELDS, load_checkpoint
+from story_llm import COMMANDS, FIELDS, GPTConfig, TrainConfig, load_checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to other processes")
@@ -32,14 +34,15 @@ def interrupt_at(monkeypatch, module, name, turn, *signals):
 
 
 def stopped_at(err):
-    """(the step at which the program says it has stopped, the command by which it says that it goes on)"""
+    """(the step at which the program says that it stopped, the command that it prints for continuing)"""
     step, command = re.search(r"stopped after step (\d+) of .*?python story_llm\.py (.*)", err).groups()
     return int(step), shlex.split(command)
 
 
 @pytest.fixture(autouse=True)
-def handlers_are_as_before():
-    """A signal that is not ours must not end the tests; and after each test all handlers are as they were."""
+def handlers_are_restored():
+    """A signal that the program does not handle must not end the tests; and every test ends with the handlers with
+    which it began."""
     before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
     yield
     now = {number: signal.signal(number, handler) for number, handler in before.items()}
@@ -54,10 +57,19 @@ def quick_pictures(monkeypatch):
 
 @pytest.fixture
 def whole(folder, trained_here):
-    """The run of an uninterrupted training; story_llm.pt itself is gone."""
+    """The run of a training that was not interrupted; story_llm.pt itself is deleted."""
     run = load_checkpoint("story_llm.pt")
     os.remove("story_llm.pt")
     return run
+
+
+def assert_resumed_as_if_whole(result, whole):
+    status, out, err = result
+    assert (status, err) == (0, "") and "Recall" in out
+    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
+    resumed = load_checkpoint("story_llm.pt")
+    assert resumed.step == whole.step and resumed.history == whole.history
+    assert weights_equal(resumed.model, whole.model)
 
 
 # the first signal
@@ -65,9 +77,8 @@ def whole(folder, trained_here):
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("name, turn", [("learning_rate", 1), ("learning_rate", 4), ("learning_rate", 8),
                                         ("mean_loss", 1), ("mean_loss", 3), ("save_checkpoint", 1)])
-def test_a_signal_leaves_a_checkpoint_from_which_training_goes_on_to_the_same_weights(
-        whole, call, small, number, name, turn):
-    """Within a step, within an evaluation, the first one too, and within saving."""
+def test_after_a_signal_training_resumes_to_the_same_weights(whole, call, small, number, name, turn):
+    """Within a step, within an evaluation, also the first one, and while saving."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_at(monkeypatch, story_llm, name, turn, number)
         status, out, err = call(*small("train"))
@@ -76,15 +87,11 @@ def test_a_signal_leaves_a_checkpoint_from_which_training_goes_on_to_the_same_we
     stopped = load_checkpoint("story_llm.pt")
     assert stopped.step == step < whole.step and [e.step for e in stopped.history] == [
         e.step for e in whole.history if e.step <= step]
-    status, out, err = call(*again)
-    assert (status, err) == (0, "") and "Recall" in out
-    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
-    resumed = load_checkpoint("story_llm.pt")
-    assert weights_equal(resumed.model, whole.model) and resumed.history == whole.history
+    assert_resumed_as_if_whole(call(*again), whole)
 
 
-@pytest.mark.parametrize("turn", (2, 5, 8, 9, 12))
-def test_whenever_the_signal_comes_what_is_said_to_be_saved_is_saved(whole, call, small, turn):
+@pytest.mark.parametrize("turn", range(2, 12))
+def test_whenever_the_signal_comes_the_step_that_is_said_to_be_saved_is_saved(whole, call, small, turn):
     """The clock is read between all that happens after a step."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_at(monkeypatch, story_llm.time, "perf_counter", turn, signal.SIGINT)
@@ -101,17 +108,52 @@ def test_an_interrupted_training_can_be_interrupted_again(whole, call, small):
         step, command = stopped_at(err)
         steps.append(step)
         assert status == 130 and command.count("--resume") == 1
-    assert 0 < steps[0] < steps[1] < steps[2] < whole.step and call(*command)[0] == 0
-    assert weights_equal(load_checkpoint("story_llm.pt").model, whole.model)
+    assert 0 < steps[0] < steps[1] < steps[2] < whole.step
+    assert_resumed_as_if_whole(call(*command), whole)
 
 
-def test_the_way_to_go_on_is_told_so_that_a_shell_understands_it(folder, call, small):
+@pytest.mark.parametrize("more", [["--drop-rate", "0.2"], ["--optimizer", "muon"], ["--tokenizer", "story"],
+                                  ["--max-steps", "7"], ["--prompt", "At night a boy"]])
+def test_a_resumed_training_has_all_its_settings_again(folder, call, small, more):
+    command = small("train", *more)
+    assert call(*command, "--model", "whole.pt")[0] == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGINT)
+        _, _, err = call(*command)
+    assert call(*stopped_at(err)[1])[0] == 0
+    resumed, whole = load_checkpoint("story_llm.pt"), load_checkpoint("whole.pt")
+    assert resumed.train_config == whole.train_config and resumed.config == whole.config
+    assert resumed.history == whole.history and weights_equal(resumed.model, whole.model)
+
+
+@not_on_windows
+def test_the_printed_command_works_in_a_shell_as_it_is_printed(folder, call, small):
     os.rename("my.txt", "my own $HOME 'story'.txt")
+    shutil.copy(PROGRAM, folder)
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGINT)
         _, _, err = call(*small("train", "--text", "my own $HOME 'story'.txt", "--model", "my model.pt"))
-    assert call(*stopped_at(err)[1])[0] == 0
-    assert load_checkpoint("my model.pt").step == load_checkpoint("my model.pt").total_steps
+    command = re.search(r"to continue: python (.*)", err)[1]
+    done = subprocess.run(f"{shlex.quote(sys.executable)} {command}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_checkpoint("my model.pt").step == 12
+
+
+@pytest.mark.parametrize("option, file", [("--text", "moved.txt"), ("--plot", "curve.svg")])
+def test_the_printed_command_knows_the_files_that_were_given(folder, call, small, option, file):
+    """Whoever moves the text and says so once need not say it again."""
+    if option == "--text":
+        assert call(*small("train", "--max-steps", "2"))[0] == 0
+        os.rename("my.txt", file)
+        os.remove("loss.png")
+        command = ["train", "--resume", "--max-steps", "12"]
+    else:
+        command = small("train")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGINT)
+        _, _, err = call(*command, option, file)
+    assert call(*stopped_at(err)[1])[::2] == (0, "")
+    assert os.path.exists(file) and os.path.exists("loss.png") == (option == "--text")
 
 
 def test_an_interrupted_training_keeps_the_model_of_another_text(folder, trained_here, call, small):
@@ -125,42 +167,69 @@ def test_an_interrupted_training_keeps_the_model_of_another_text(folder, trained
     assert (status, err) == (0, "") and (folder / "story_llm.old.pt").read_bytes() == before
 
 
-def test_who_no_longer_reads_what_is_printed_does_not_keep_a_stop_from_saving(folder, small):
-    """As in `train | tee log`: Ctrl-C ends tee as well."""
-    def closed(run, speed):
-        if run.step == 5:
+def test_ctrl_c_after_the_last_step_finds_everything_saved(whole, call, small):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, story_llm, "log_recall", 1, signal.SIGINT)
+        status, _, err = call(*small("train"))
+    assert (status, err) == (130, "")
+    assert weights_equal(load_checkpoint("story_llm.pt").model, whole.model)
+    assert_resumed_as_if_whole(call("train", "--resume"), whole)
+
+
+# output that nobody reads any more
+
+@pytest.mark.parametrize("number", [signal.SIGINT, None])
+def test_a_closed_pipe_loses_no_step(whole, call, small, number):
+    """As in `train | tee log`, where Ctrl-C ends tee as well, and in `train | head`, without any signal."""
+    def closed(evaluation, speed):
+        if evaluation.step == 5:
             raise BrokenPipeError
+
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(story_llm, "log_evaluation", closed)
-        interrupt_at(monkeypatch, story_llm, "training_step", 5, signal.SIGINT)
+        if number is not None:
+            interrupt_at(monkeypatch, story_llm, "training_step", 5, number)
         with pytest.raises(BrokenPipeError):
             story_llm.run_command(small("train"))
     assert load_checkpoint("story_llm.pt").step == 5
+    assert_resumed_as_if_whole(call("train", "--resume"), whole)
 
 
 # a second signal
 
 @pytest.mark.parametrize("second", SIGNALS)
 @pytest.mark.parametrize("first", SIGNALS)
-@pytest.mark.parametrize("name, turn", [("learning_rate", 6), ("save_checkpoint", 1)])
-def test_a_second_signal_ends_at_once_and_harms_nothing(folder, trained_here, call, small, first, second,
-                                                        name, turn):
-    whole = load_checkpoint("story_llm.pt")
+@pytest.mark.parametrize("module, name, turn, steps", [
+    (story_llm, "learning_rate", 6, (1, 2, 5)), (story_llm, "save_checkpoint", 1, ()), (torch, "save", 1, ()),
+    (os, "replace", 1, ())])
+def test_a_second_signal_ends_the_program_at_once_and_does_no_harm(whole, call, small, first, second, module, name,
+                                                                   turn, steps):
+    """What is left is the file of an earlier evaluation, if there was one, and no temporary file."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_at(monkeypatch, story_llm, name, turn, first, second)
+        interrupt_at(monkeypatch, module, name, turn, first, second)
         status, out, err = call(*small("train"))
     assert status == 130 and "Traceback" not in err and "stopped" not in err
-    # that of an evaluation before, or of the training before
-    assert load_checkpoint("story_llm.pt").step in ((1, 2, 5, 12) if name == "learning_rate" else (12,))
+    if not steps:
+        assert sorted(os.listdir()) == ["loss.png", "my.txt"]
+        return
+    assert load_checkpoint("story_llm.pt").step in steps
+    assert_resumed_as_if_whole(call("train", "--resume"), whole)
+
+
+def test_a_second_signal_while_a_file_is_replaced_leaves_the_old_one(folder, trained_here, call):
+    before = (folder / "story_llm.pt").read_bytes()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_at(monkeypatch, torch, "save", 1, signal.SIGINT, signal.SIGINT)
+        assert call("train", "--resume", "--epochs", "6")[0] == 130
+    assert (folder / "story_llm.pt").read_bytes() == before
     assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
-    assert call(*small("train", "--resume"))[0] == 0
-    assert weights_equal(load_checkpoint("story_llm.pt").model, whole.model)
 
 
 # other commands
 
-@pytest.mark.parametrize("command, name", [("generate", "load_checkpoint"), ("train", "load_text"), ("plot", "draw")])
-def test_ctrl_c_in_any_command_is_status_130_without_a_word(folder, trained_here, call, small, command, name):
+@pytest.mark.parametrize("command, name", [("generate", "load_checkpoint"), ("train", "load_text"),
+                                           ("plot", "plot_losses")])
+def test_ctrl_c_in_any_command_is_status_130_without_a_message(folder, trained_here, call, small, command, name):
     before = (folder / "story_llm.pt").read_bytes()
     with pytest.MonkeyPatch.context() as monkeypatch:
         interrupt_at(monkeypatch, story_llm, name, 1, signal.SIGINT)
@@ -170,12 +239,12 @@ def test_ctrl_c_in_any_command_is_status_130_without_a_word(folder, trained_here
 
 @pytest.mark.parametrize("name, turn", [("learning_rate", 2), ("load_text", 2)])
 def test_ctrl_c_in_the_tour_ends_it_with_status_130(folder, call, monkeypatch, name, turn):
-    monkeypatch.setattr(story_llm, "FEWEST_STEPS", 5)
-    monkeypatch.setitem(story_llm.USUAL, "text", str(folder / "my.txt"))
-    monkeypatch.setitem(story_llm.PRESETS, "story", story_llm.GPTConfig(context_length=12, emb_dim=32, n_layers=1))
+    monkeypatch.setattr(FIELDS["text"], "default", str(folder / "my.txt"))
+    monkeypatch.setitem(story_llm.PRESETS, "story", (GPTConfig(context_length=12, emb_dim=32, n_layers=1),
+                                                     TrainConfig()))
     interrupt_at(monkeypatch, story_llm, name, turn, signal.SIGINT)
     status, out, err = call("tour")
-    assert status == 130 and "Traceback" not in err and "═══ 13" not in out and os.getcwd() == str(folder)
+    assert status == 130 and "Traceback" not in err and "story_llm.py plot" not in out and os.getcwd() == str(folder)
 
 
 def test_in_another_thread_signals_stay_as_they_are_and_training_works(folder, small):
@@ -216,159 +285,110 @@ def test_a_real_signal_to_a_real_process_saves_and_resume_finishes(folder, call,
 
 
 @not_on_windows
-def test_kill_9_leaves_the_last_checkpoint_whole_and_the_next_run_no_litter(folder, call, small):
-    process = start_training(folder, small("train", "--epochs", "5000", "--eval-every", "1"))
+@pytest.mark.parametrize("how", ["kill -9", "train | head"])
+def test_a_process_that_was_killed_or_lost_its_reader_left_a_whole_file_from_which_training_resumes(
+        folder, call, small, how):
+    command = small("train", "--max-steps", "150", "--eval-every", "1", "--drop-rate", "0.1")
+    process = start_training(folder, command)
     wait_for(process, "Step 000010")
-    process.kill()
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert load_checkpoint("story_llm.pt").step > 0
-    for orphan in folder.glob("*.tmp"):      # if it was just saving: an hour later, the next run takes that away
-        os.utime(orphan, (0, 0))
-    assert call(*small("train"))[0] == 0
-    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
+    if how == "kill -9":
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    else:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(timeout=60) == 1
+        process.stderr.close()
+    stopped = load_checkpoint("story_llm.pt")
+    assert 0 < stopped.step < 150
+    if how == "train | head":
+        assert stopped.step >= 10
+    assert call("train", "--resume")[0] == 0 and call(*command, "--model", "whole.pt")[0] == 0
+    resumed, whole = load_checkpoint("story_llm.pt"), load_checkpoint("whole.pt")
+    assert resumed.history == whole.history and weights_equal(resumed.model, whole.model)
 
 
-# going on
+# resuming
 
 def assert_refused(result, *names):
     status, out, err = result
-    assert status in (1, 2) and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert (status, out) == (1, "") and err.count("\n") == 1 and err.startswith("error: ")
     assert all(name in err for name in names), err
 
 
-def test_resume_without_a_checkpoint_is_one_line(folder, call, small):
-    assert_refused(call(*small("train", "--resume")), "story_llm.pt")
+def test_resume_without_a_checkpoint_is_one_line(folder, call):
+    assert_refused(call("train", "--resume"), "story_llm.pt")
 
 
-CAN_CHANGE = {"epochs", "max_steps", "eval_every", "model", "resume", "prompt", "plot", "device"}
-CANNOT = [name for name in " ".join(COMMANDS["train"][2:]).split() if name not in CAN_CHANGE]
+MAY_CHANGE = {"text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot"}
 
 
-@pytest.mark.parametrize("name", sorted({*CANNOT}))
-def test_resuming_with_anything_changed_is_refused_with_the_difference(folder, trained_here, call, small, name):
-    (folder / "other.txt").write_text(TEXT.replace("boat", "raft"))
-    f = FIELDS[name]
-    if name in ("text", "start"):
-        value = ["other.txt"]
-    elif f.type is bool:
-        value = []
-    elif f.metadata["choices"]:
-        value = [next(choice for choice in f.metadata["choices"] if choice not in (f.default, "word", "fp32"))]
-    else:
-        value = [str(f.default + 7 if f.type is int else f.default / 2 or 0.25)]
+@pytest.mark.parametrize("name", sorted({*COMMANDS["train"][2]} - MAY_CHANGE))
+def test_resuming_with_any_other_setting_is_refused(folder, trained_here, call, name):
+    """Also with the value that the checkpoint has: everything comes from there."""
     before = (folder / "story_llm.pt").read_bytes()
-    option = "--" + name.replace("_", "-")
-    assert_refused(call(*small("train", "--resume", option, *value)), *value, *([option] if name != "text" else []))
-    assert (folder / "story_llm.pt").read_bytes() == before and sorted(os.listdir()) == [
-        "loss.png", "my.txt", "other.txt", "story_llm.pt"]
+    option = story_llm.option_string(name)
+    value = [] if FIELDS[name].type is bool else [str(FIELDS[name].default)]
+    assert_refused(call("train", "--resume", option, *value), option, "--resume")
+    assert (folder / "story_llm.pt").read_bytes() == before
+    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
 
 
-def test_what_a_preset_or_a_start_has_settled_is_what_resuming_compares_with(folder, trained_on_bytes, call, monkeypatch):
-    monkeypatch.setitem(story_llm.PRESETS, "gpt2-small", story_llm.GPTConfig(context_length=12, emb_dim=16, n_layers=1))
-    (folder / "other.txt").write_text(TEXT)
-    for begun, same, other in ((["--preset", "gpt2-small", "--tokenizer", "word"], ["--emb-dim", "16"], ["--emb-dim", "192"]),
-                               (["--start", trained_on_bytes], ["--learning-rate", "0.00125"], ["--learning-rate", "0.0025"])):
-        command = ["train", "--text", "other.txt", *begun]
-        assert call(*command, "--max-steps", 1)[0] == 0
-        assert_refused(call(*command, "--max-steps", 2, "--resume", *other), other[0], other[1], same[1])
-        assert call(*command, "--max-steps", 2, "--resume", *same)[0] == 0
+def test_what_may_change_at_a_resume_is_accepted(folder, trained_here, call):
+    os.rename("my.txt", "moved.txt")
+    os.rename("story_llm.pt", "moved.pt")
+    status, _, err = call("train", "--resume", "--text", "moved.txt", "--model", "moved.pt", "--max-steps", "14",
+                          "--eval-every", "1", "--device", "cpu", "--plot", "curve.svg")
+    run = load_checkpoint("moved.pt")
+    assert (status, err, run.step) == (0, "", 14) and [e.step for e in run.history[-2:]] == [13, 14]
+    assert sorted(os.listdir()) == ["curve.svg", "loss.png", "moved.pt", "moved.txt"]
 
 
-def test_resuming_with_more_epochs_goes_on_with_all_else_as_it_was(folder, trained_here, call):
+@pytest.mark.parametrize("text", ["other.txt", "my.txt"])
+def test_resuming_with_another_text_is_refused(folder, trained_here, call, text):
+    """Another file, or the same one with other words in it."""
+    (folder / text).write_text(TEXT.replace("boat", "raft"))
+    before = (folder / "story_llm.pt").read_bytes()
+    options = [] if text == "my.txt" else ["--text", text]
+    assert_refused(call("train", "--resume", *options), "different text", "--text")
+    assert (folder / "story_llm.pt").read_bytes() == before
+
+
+def test_resuming_uses_the_text_that_the_model_was_trained_on(folder, call, small):
+    os.rename("my.txt", "mine.txt")
+    assert call(*small("train", "--text", "mine.txt", "--max-steps", "2"))[0] == 0
+    status, _, err = call("train", "--resume", "--max-steps", "3")
+    assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").step == 3
+    os.remove("mine.txt")
+    assert_refused(call("train", "--resume", "--max-steps", "4"), "mine.txt")
+
+
+def test_resuming_with_more_epochs_continues_with_everything_else_as_it_was(folder, trained_here, call):
     first = load_checkpoint("story_llm.pt")
-    assert call("train", "--text", "my.txt", "--resume", "--epochs", "6")[0] == 0
+    assert call("train", "--resume", "--epochs", "6")[0] == 0
     run = load_checkpoint("story_llm.pt")
-    assert run.step == first.step * 6 // 4 and run.config == first.config and run.history[:len(first.history)] == (
-        first.history)
+    assert run.step == first.step * 6 // 4 and run.config == first.config
+    assert run.history[:len(first.history)] == first.history
 
 
-def test_going_on_takes_again_what_a_short_text_took_away(folder, call, small):
+def test_a_training_whose_text_was_too_short_for_its_settings_resumes_without_a_note(folder, call, small):
     (folder / "short.txt").write_text("Only a few words stand in this very short text.", encoding="utf-8")
     command = small("train", "--text", "short.txt", "--context-length", "40", "--val-fraction", "0.3")
-    assert call(*command)[0] == 0
-    assert load_checkpoint("story_llm.pt").config.context_length < 40
-    status, _, err = call(*command, "--epochs", "60", "--resume")
+    status, _, err = call(*command)
+    assert status == 0 and err.count("note: ") == 2 and load_checkpoint("story_llm.pt").config.context_length < 40
+    status, _, err = call("train", "--resume", "--epochs", "60")
     assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").step > 50
-    assert_refused(call(*command, "--context-length", "5", "--resume"), "context-length", "5")
 
 
 def test_epochs_given_on_resume_replace_the_steps_that_it_was_begun_with(folder, call, small):
-    for more, step in ((["--max-steps", "2"], 2), (["--resume"], 12), (["--resume", "--max-steps", "15"], 15)):
-        assert call(*small("train", *more))[0] == 0 and load_checkpoint("story_llm.pt").step == step
+    for command, step in ((small("train", "--max-steps", "2"), 2), (["train", "--resume", "--epochs", "4"], 12),
+                          (["train", "--resume", "--max-steps", "15"], 15)):
+        assert call(*command)[0] == 0 and load_checkpoint("story_llm.pt").step == step
 
 
-def test_going_on_where_nothing_is_left_to_do_changes_nothing(folder, trained_here, call, small):
-    before = load_checkpoint("story_llm.pt")
-    for fewer in ([], ["--epochs", "2"]):
-        status, _, err = call(*small("train", "--resume", *fewer))
-        after = load_checkpoint("story_llm.pt")
-        assert "Traceback" not in err and weights_equal(before.model, after.model) and after.history == before.history
-        assert status == 0 or "error" in err
-
-
-# beginning with the weights of another
-
-def test_a_start_has_the_weights_and_tokenizer_of_a_model_and_an_own_history(folder, trained_on_bytes, call):
-    (folder / "other.txt").write_text(TEXT.replace("boat", "raft").replace("river", "lake") * 3)
-    old = load_checkpoint(trained_on_bytes)
-    assert call("train", "--start", trained_on_bytes, "--text", "other.txt", "--max-steps", 3,
-                "--learning-rate", 1e-9)[0] == 0
-    run = load_checkpoint("story_llm.pt")
-    assert run.config == old.config and run.tokenizer.tokens == old.tokenizer.tokens
-    assert run.step == run.total_steps == 3 and run.history[0].step == 0
-    for one, other in zip(run.model.parameters(), old.model.parameters()):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
-    assert run.fingerprint != old.fingerprint and old.step > 0
-
-
-def test_a_start_learns_with_half_the_usual_rate_unless_another_is_given(folder, trained_on_bytes, call):
-    (folder / "other.txt").write_text(TEXT)
-    for more, rate in ([], story_llm.TrainConfig().learning_rate / 2), (["--learning-rate", "0.003"], 0.003):
-        assert call("train", "--start", trained_on_bytes, "--text", "other.txt", "--max-steps", 1, *more)[0] == 0
-        assert load_checkpoint("story_llm.pt").train_config.learning_rate == rate
-
-
-@pytest.mark.parametrize("text, options, context", [("other.txt", ["--context-length", "5"], 5), ("short.txt", [], None)])
-def test_a_start_can_have_a_shorter_context_its_first_places_stay(folder, trained_on_bytes, call, text, options, context):
-    (folder / "other.txt").write_text(TEXT)
-    (folder / "short.txt").write_text("The old man")
-    old = load_checkpoint(trained_on_bytes)
-    assert call("train", "--start", trained_on_bytes, "--text", text, *options, "--max-steps", 1,
-                "--learning-rate", 1e-9)[0] == 0
-    run = load_checkpoint("story_llm.pt")
-    T = run.config.context_length
-    assert T < old.config.context_length and context in (T, None)
-    torch.testing.assert_close(run.model.pos_emb.weight, old.model.pos_emb.weight[:T], rtol=0, atol=1e-7)
-
-
-@pytest.mark.parametrize("options, names", [
-    (["--n-layers", "2"], ["--n-layers", "--start"]), (["--tokenizer", "story"], ["--tokenizer"]),
-    (["--preset", "story"], ["--preset"]), (["--context-length", "99"], ["99"])])
-def test_what_the_model_of_a_start_has_settled_is_refused(folder, trained_on_bytes, call, options, names):
-    (folder / "other.txt").write_text(TEXT)
-    assert_refused(call("train", "--start", trained_on_bytes, "--text", "other.txt", *options), *names)
-    assert not (folder / "story_llm.pt").exists()
-
-
-def test_a_word_tokenizer_cannot_be_started_from_nor_can_what_is_no_model(folder, trained_here, call):
-    assert_refused(call("train", "--start", "story_llm.pt", "--text", "my.txt"), "story_llm.pt", "words")
-    assert_refused(call("train", "--start", "my.txt", "--text", "my.txt"), "my.txt")
-
-
-def test_a_start_that_was_interrupted_goes_on_with_the_same_options(folder, trained_on_bytes, call):
-    (folder / "other.txt").write_text(TEXT)
-    command = ["train", "--start", trained_on_bytes, "--text", "other.txt", "--eval-every", 100]
-    assert call(*command, "--model", "whole.pt", "--max-steps", 6)[0] == 0
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGINT)
-        status, out, err = call(*command, "--max-steps", 6)
-    assert status == 130 and "--resume" in err and "--start" in err
-    assert call(*command, "--max-steps", 6, "--resume")[0] == 0
-    assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("whole.pt").model)
-
-
-def test_a_start_says_like_any_other_training_what_is_not_as_it_was_asked_for(folder, trained_on_bytes, call):
-    (folder / "short.txt").write_text("The old man")
-    err = call("train", "--start", trained_on_bytes, "--text", "short.txt", "--max-steps", 1)[2]
-    assert err.count("note: ") == 2 and "without validation" in err and "context" in err
+@pytest.mark.parametrize("fewer", [[], ["--epochs", "2"]])
+def test_resuming_a_training_that_is_finished_changes_nothing(folder, trained_here, call, fewer):
+    before = (folder / "story_llm.pt").read_bytes()
+    status, _, err = call("train", "--resume", *fewer)
+    assert "Traceback" not in err and (folder / "story_llm.pt").read_bytes() == before
+    assert status == 0 or "error" in err

@@ -1,4 +1,4 @@
-"""Step 1: the settings, and what they refuse."""
+"""The settings of model, training, sampling and command line, and what they refuse."""
 import dataclasses
 import math
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from helpers import story_llm
-from story_llm import GPTConfig, GPTModel, Options, PRESETS, Sampling, TrainConfig
+from story_llm import CHOICES, FIELDS, LIMITS, GPTConfig, GPTModel, Options, PRESETS, Sampling, StoryError, TrainConfig
 
 ALL_SETTINGS = [GPTConfig, TrainConfig, Sampling, Options]
 EVERY_FIELD = [(settings, f) for settings in ALL_SETTINGS for f in dataclasses.fields(settings)]
@@ -24,22 +24,28 @@ def test_settings_are_frozen(settings):
             setattr(settings(), f.name, f.default)
 
 
+@pytest.mark.parametrize("settings", ALL_SETTINGS)
+def test_settings_are_given_by_name_only(settings):
+    with pytest.raises(TypeError):
+        settings(dataclasses.fields(settings)[0].default)
+
+
 @pytest.mark.parametrize("settings, field", EVERY_FIELD, ids=lambda value: getattr(value, "name", None))
-def test_every_setting_refuses_values_of_a_wrong_type_by_name_and_value(settings, field):
-    a_path_or_prompt = field.type is str and not field.metadata["choices"]     # there, any text will do, or none
-    for value in [b"story.txt", True, 0, 1.5, []] if a_path_or_prompt else WRONG_TYPES[field.type]:
-        with pytest.raises(ValueError) as refusal:
+def test_every_setting_refuses_values_of_a_wrong_type_and_names_itself_and_the_value(settings, field):
+    any_text = field.type is str and field.name not in CHOICES      # a path, a prompt or a device
+    for value in [b"story.txt", None, True, 0, 1.5, []] if any_text else WRONG_TYPES[field.type]:
+        with pytest.raises(StoryError) as refusal:
             settings(**{field.name: value})
         assert field.name in str(refusal.value) and repr(value) in str(refusal.value)
 
 
-def test_what_it_says_of_a_wrong_setting_tells_what_would_be_right():
+def test_the_error_about_a_wrong_setting_names_the_values_that_are_allowed():
     for settings, values, words in [
             (GPTConfig, {"qkv_bias": "no"}, ["qkv_bias", "True", "False", "'no'"]),
             (GPTConfig, {"position": "none"}, ["position", "learned", "sinusoidal", "rotary", "'none'"]),
-            (TrainConfig, {"epochs": -1}, ["epochs", "whole number", "0", "-1"]),
-            (TrainConfig, {"val_fraction": 1.5}, ["val_fraction", "number", "0", "below 1", "1.5"])]:
-        with pytest.raises(ValueError) as refusal:
+            (TrainConfig, {"epochs": -1}, ["epochs", "integer", "at least 0", "-1"]),
+            (TrainConfig, {"val_fraction": 1.5}, ["val_fraction", "number", "at least 0", "below 1", "1.5"])]:
+        with pytest.raises(StoryError) as refusal:
             settings(**values)
         assert all(word in str(refusal.value) for word in words)
 
@@ -55,39 +61,40 @@ def test_what_it_says_of_a_wrong_setting_tells_what_would_be_right():
     (TrainConfig, "learning_rate", [0, 0.0, -1e-3], [1e-9, 1, 2.5]),
     (TrainConfig, "warmup_steps", [-1], [0, 10**6]), (TrainConfig, "weight_decay", [-0.1], [0, 0.1, 2]),
     (TrainConfig, "grad_clip", [0, 0.0, -1.0], [1e-3, 1, 1e9]),
-    (TrainConfig, "openings", [1, 1.0, -0.1], [0, 0.5, 0.999]),
+    (TrainConfig, "prompt_windows", [1, 1.0, -0.1], [0, 0.5, 0.999]),
     (TrainConfig, "val_fraction", [1, 1.0, 10, -0.1], [0, 0.999]),
     (TrainConfig, "eval_every", [-1, -45], [0, 10**6]), (TrainConfig, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
     (TrainConfig, "precision", ["fp8", "BF16"], ["auto", "bf16", "fp32"]),
     (Sampling, "temperature", [-0.1], [0, 0.0, 1, 100.0]), (Sampling, "top_k", [-1], [0, 1, 10**6]),
     (Sampling, "top_p", [-0.1, 0], [1e-9, 0.5, 1.0]), (Sampling, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
-    (Options, "vocab_size", [256, 0, -1], [257, 50000]), (Options, "max_new_tokens", [-1], [0, 1000]),
+    (Options, "vocab_size", [0, -1, 1 << 24], [1, 257, 50000]), (Options, "max_new_tokens", [-1], [0, 1000]),
     (Options, "stride", [-1], [0, 1])])
 def test_numbers_are_accepted_up_to_their_limits_and_refused_beyond(settings, name, refused, accepted):
     for value in refused:
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(StoryError, match=name):
             settings(**{name: value})
     for value in accepted:
         assert getattr(settings(**{name: value}), name) == value
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="(?s)30.*4"):
+def test_the_number_of_heads_must_divide_the_embedding_dimension():
+    with pytest.raises(StoryError, match="(?s)30.*4"):
         GPTConfig(emb_dim=30, n_heads=4)
 
 
 @pytest.mark.parametrize("position, works", [("learned", True), ("sinusoidal", False), ("rotary", False)])
-def test_an_odd_width_works_just_where_places_are_not_pairs(position, works):
+def test_heads_of_odd_dimension_work_only_with_learned_positions(position, works):
+    """The other kinds of positions consist of pairs, of a sine and a cosine or of two rotated numbers."""
     config = dict(vocab_size=9, context_length=4, emb_dim=15, n_heads=3, n_layers=1, position=position)
     if works:
         assert GPTModel(GPTConfig(**config))(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 9)
     else:
-        with pytest.raises(ValueError, match=rf"{position}.*pairs.*\b5\b"):
+        with pytest.raises(StoryError, match=rf"{position}.*even.*\b5\b"):
             GPTConfig(**config)
 
 
 def test_a_changed_copy_is_checked_too():
-    with pytest.raises(ValueError, match="emb_dim"):
+    with pytest.raises(StoryError, match="emb_dim"):
         dataclasses.replace(GPTConfig(), emb_dim=30)
 
 
@@ -98,22 +105,24 @@ numbers = st.integers(-2, 40) | st.floats(-1, 2) | st.sampled_from([None, True, 
     "vocab_size": numbers, "context_length": numbers, "emb_dim": numbers, "n_heads": numbers, "drop_rate": numbers,
     "n_layers": st.integers(-1, 3) | st.sampled_from([None, 1.5, "2"]),
     "qkv_bias": st.booleans() | st.sampled_from([None, "no", 1]), "tie_weights": st.booleans(),
+    "gelu": st.sampled_from(["exact", "tanh", "relu", True]),
     "position": st.sampled_from(["learned", "sinusoidal", "rotary", "", None])}))
-def test_any_values_build_a_model_or_raise_value_error(values):
+def test_any_values_build_a_model_or_raise_story_error(values):
     try:
         with torch.device("meta"):
             model = GPTModel(GPTConfig(**{"vocab_size": 7, "context_length": 5, "emb_dim": 24, "n_heads": 2, **values}))
-    except ValueError as refusal:
+    except StoryError as refusal:
         assert str(refusal)
     else:
         assert model.tok_emb.weight.shape == (model.config.vocab_size, model.config.emb_dim)
 
 
 def test_the_presets_are_the_small_default_and_gpt2s_architecture():
-    small = PRESETS["gpt2-small"]
-    assert PRESETS["story"] == GPTConfig()
+    assert PRESETS["story"] == (GPTConfig(), TrainConfig())
+    small, training = PRESETS["gpt2-small"]
     assert (small.vocab_size, small.context_length, small.emb_dim, small.n_heads, small.n_layers) == (
         50257, 256, 768, 12, 12)
+    assert (small.qkv_bias, small.tie_weights, small.gelu, training.learning_rate) == (True, True, "tanh", 6e-4)
 
 
 def test_every_setting_has_a_meaning_and_a_default_within_its_own_limits():
@@ -122,7 +131,15 @@ def test_every_setting_has_a_meaning_and_a_default_within_its_own_limits():
         assert settings(**{field.name: field.default}) == settings()
 
 
+def test_every_number_has_limits_and_no_limit_or_choice_is_left_over():
+    """A name that was changed in one of two places would leave its setting unchecked."""
+    names = {field.name for _, field in EVERY_FIELD}
+    assert set(FIELDS) == names
+    assert {field.name for _, field in EVERY_FIELD if field.type in (int, float)} <= set(LIMITS)
+    assert set(LIMITS) | set(CHOICES) <= names and not set(LIMITS) & set(CHOICES)
+
+
 def test_check_raises_its_message_only_if_the_condition_fails():
     story_llm.check(True, "fine")
-    with pytest.raises(ValueError, match="^not fine$"):
+    with pytest.raises(StoryError, match="^not fine$"):
         story_llm.check(False, "not fine")

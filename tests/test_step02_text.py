@@ -1,4 +1,5 @@
-"""Step 2: a text is loaded, split in two, and cut into words; in any script, and its sentences are found."""
+"""Step 2: a text is loaded, split in two and cut into words, in any script, and its sentences are found."""
+import contextlib
 import itertools
 import os
 import re
@@ -11,7 +12,8 @@ from hypothesis import given, strategies as st
 
 from helpers import STORY, TEXT, some_text
 from scripts import ARABIC, BETWEEN, CHINESE, JAPANESE, SCRIPTS, SENTENCES, SPACED, THAI, UNSPACED
-from story_llm import load_text, recall_exercises, sentence_starts, split_text, split_words, word_starts
+from story_llm import (StoryError, find_words, first_words, load_text, recall_tests, sentence_starts, split_text,
+                       split_words, word_starts)
 
 
 def is_mark(character):
@@ -23,7 +25,7 @@ def is_punctuation(character):
 
 
 def is_space(character):
-    """White space as Unicode has it; Python's isspace says so of four control characters more."""
+    """Whether a character is white space in Unicode. Python's isspace includes four control characters as well."""
     return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
 
 
@@ -50,6 +52,21 @@ def bare_words(text):
     return words
 
 
+@contextlib.contextmanager
+def at_most(seconds):
+    """Fail a test that has not finished after so many seconds, instead of waiting for ever."""
+    def give_up(number, frame):
+        raise AssertionError(f"not finished after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 # loading
 
 @pytest.mark.parametrize("content", [b"\xef\xbb\xbfOne.\nTwo.\n", b"One.\r\nTwo.\r\n", b"One.\rTwo.\r",
@@ -63,30 +80,30 @@ def test_byte_order_mark_and_line_ends_make_no_difference(tmp_path, content):
 def test_another_encoding_is_refused_with_the_byte_and_a_remedy(tmp_path, start):
     content = start + "Die Königin".encode("latin-1")
     (tmp_path / "story.txt").write_bytes(content)
-    with pytest.raises(ValueError, match="iconv") as refusal:
+    with pytest.raises(StoryError, match="iconv") as refusal:
         load_text(tmp_path / "story.txt")
-    place, value = re.search(r"byte (\d+) is 0x(\w\w)", str(refusal.value)).groups()
-    assert content[int(place)] == int(value, 16) == ord("ö")
+    position, value = re.search(r"byte (\d+) is 0x(\w\w)", str(refusal.value)).groups()
+    assert content[int(position)] == int(value, 16) == ord("ö")
 
 
 @pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("latin-1", "WINDOWS-1252")])
 def test_the_remedy_is_the_one_for_the_encoding(tmp_path, encoding, name):
     (tmp_path / "story.txt").write_text("Die Königin von Saba", encoding=encoding)
-    with pytest.raises(ValueError, match=f"iconv -f {name} "):
+    with pytest.raises(StoryError, match=f"iconv -f {name} "):
         load_text(tmp_path / "story.txt")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n\t \xc2\xa0"])
-def test_a_text_of_nothing_is_refused(tmp_path, content):
+def test_a_text_without_a_word_is_refused(tmp_path, content):
     (tmp_path / "story.txt").write_bytes(content)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(StoryError, match="empty"):
         load_text(tmp_path / "story.txt")
 
 
 def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "missing.txt", tmp_path, tmp_path / "pipe"):
-        with pytest.raises((OSError, ValueError), match=re.escape(str(path))):
+        with pytest.raises(StoryError, match=re.escape(str(path))), at_most(seconds=30):
             load_text(path)
 
 
@@ -99,7 +116,7 @@ def test_every_script_is_loaded_as_it_was_written(tmp_path, name):
 # splitting in two
 
 @given(some_text, st.floats(0, 1, exclude_max=True))
-def test_the_two_parts_of_a_text_are_the_text_and_no_word_is_cut_but_a_very_long_one(text, fraction):
+def test_the_two_splits_add_up_to_the_text_and_cut_no_word_but_a_very_long_one(text, fraction):
     train_text, val_text = split_text(text, fraction)
     assert train_text + val_text == text
     if train_text and val_text and val_text[0] not in " \n":
@@ -113,14 +130,14 @@ def test_a_text_in_a_script_without_spaces_is_not_all_kept_for_validation(title)
     assert len(train_text) > 3000 and len(val_text) > 300
 
 
-def test_the_validation_part_is_about_as_large_as_asked_for():
+def test_the_validation_split_is_about_as_large_as_asked_for():
     assert len(TEXT) * 0.2 <= len(split_text(TEXT, 0.2)[1]) <= len(TEXT) * 0.2 + 12
 
 
 # words
 
 @given(some_text)
-def test_the_pieces_in_a_row_are_the_text(text):
+def test_the_pieces_add_up_to_the_text(text):
     pieces = split_words(text)
     assert "".join(pieces) == text and "" not in pieces
 
@@ -142,7 +159,7 @@ def test_an_apostrophe_within_a_word_belongs_to_it_and_a_quote_around_it_does_no
 
 
 @pytest.mark.parametrize("name", SPACED)
-def test_where_spaces_part_the_words_each_piece_is_a_whole_word(name):
+def test_where_spaces_separate_the_words_each_piece_is_a_whole_word(name):
     text = SPACED[name]
     assert any(is_mark(character) for character in text)
     words = [piece.strip() for piece in split_words(text) if not is_punctuation(piece.strip()[0])]
@@ -151,26 +168,26 @@ def test_where_spaces_part_the_words_each_piece_is_a_whole_word(name):
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("name", UNSPACED)
-def test_where_no_spaces_part_the_words_each_piece_is_one_character_with_its_marks(name, form):
+def test_where_no_spaces_separate_the_words_each_piece_is_one_character_with_its_marks(name, form):
     text = unicodedata.normalize(form, UNSPACED[name])
     pieces = [piece.removeprefix(" ") for piece in split_words(text) if not piece.isspace()]
     assert pieces == [character for character in with_their_marks(text) if not character.isspace()]
 
 
 def test_some_characters_of_thai_and_of_decomposed_japanese_have_marks():
-    """Else the test above would not say much."""
+    """Otherwise the test above would not say much."""
     for text in (THAI, unicodedata.normalize("NFD", JAPANESE)):
         assert sum(is_mark(character) for character in text) > 10
 
 
 @given(st.text(st.sampled_from("aé कகா்ि\u0301\u0651سب天かが\u3099น้ั漢9’' \n")))
-def test_no_mark_is_torn_from_its_letter(text):
-    """But where a mark of Thai follows a letter of another script, where no mark of Thai can stand."""
+def test_no_mark_is_separated_from_its_letter(text):
+    """Thai marks after letters of another script are left out, because they cannot occur there."""
     at = 0
     for piece in split_words(text)[:-1]:
         at += len(piece)
-        before, behind = text[at - 1], text[at]
-        if is_mark(behind) and behind not in "้ั":
+        before, after = text[at - 1], text[at]
+        if is_mark(after) and after not in "้ั":
             assert not before.isalpha() and not is_mark(before)
 
 
@@ -191,18 +208,30 @@ def test_the_sentences_of_every_script_are_found(name):
     assert sentence_starts(SCRIPTS[name]) == starts_of(SENTENCES[name], BETWEEN[name])
 
 
+def word_ends(text, has_spaces):
+    """Where the words of a text end: before white space, or, in a script without spaces, before every letter too."""
+    def separates(character):
+        return character.isspace() or not (has_spaces or is_mark(character) or is_punctuation(character))
+
+    return [end for end in range(1, len(text) + 1)
+            if not text[end - 1].isspace() and (end == len(text) or separates(text[end]))]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_sentence_of_every_script_is_an_exercise_of_five_words_and_what_follows(name):
-    text, exercises = SCRIPTS[name], recall_exercises(SCRIPTS[name])
-    assert len(exercises) == len(SENTENCES[name])
-    for (prompt, answer), sentence in zip(exercises, SENTENCES[name]):
+def test_every_sentence_of_every_script_gives_a_recall_test_of_five_words_and_what_follows(name):
+    """What follows has 80 characters and the rest of the word in which these end."""
+    text, tests = SCRIPTS[name], recall_tests(SCRIPTS[name])
+    assert len(tests) == len(SENTENCES[name])
+    for (prompt, continuation), sentence in zip(tests, SENTENCES[name]):
         assert sentence.startswith(prompt)
         if name in SPACED:
             assert prompt.split() == sentence.split()[:5]
         else:
             letters = [c for c in prompt if not (is_mark(c) or is_punctuation(c) or c.isspace())]
             assert len(letters) == 5
-        assert answer == text.partition(prompt)[2][:80]
+        rest = text.partition(prompt)[2]
+        end = min([end for end in word_ends(rest, name in SPACED) if end >= 80], default=len(rest))
+        assert continuation == rest[:end]
 
 
 @pytest.mark.parametrize("end", ["।", "॥", "۔", "؟", "?", "!", ".", "…", "?!", '."', "!’", ".)", "۔”"])
@@ -219,7 +248,7 @@ def test_after_these_ends_no_space_is_needed(end, space):
     assert sentence_starts(first + "天亮了") == [0, len(first)]
 
 
-def test_what_is_no_sentence_end_starts_none():
+def test_what_does_not_end_a_sentence_starts_none():
     for text in ("Pi is 3.14 or so", "one, two; three: four", "a line\nand the next one", "山下，有人、走了", "end."):
         assert sentence_starts(text) == [0]
 
@@ -234,7 +263,7 @@ def test_where_hardly_any_sentence_ends_as_in_some_poems_every_line_starts_one(b
     lines = [f"the river took the {thing} away and never gave it back" for thing in
              "boat oar lamp post road salt rain king door name hand bank".split()]
     assert sentence_starts(between.join(lines)) == starts_of(lines, between)
-    assert [prompt for prompt, _ in recall_exercises(between.join(lines))] == [line.rsplit(" ", 6)[0] for line in lines]
+    assert [prompt for prompt, _ in recall_tests(between.join(lines))] == [line.rsplit(" ", 6)[0] for line in lines]
 
 
 def test_prose_in_short_lines_has_the_sentences_that_it_has_in_long_ones():
@@ -244,7 +273,7 @@ def test_prose_in_short_lines_has_the_sentences_that_it_has_in_long_ones():
 
 
 @given(some_text)
-def test_sentences_start_in_order_and_never_at_white_space_and_the_first_where_the_text_begins(text):
+def test_sentences_start_in_order_never_at_white_space_and_the_first_one_where_the_text_begins(text):
     starts = sentence_starts(text)
     solid = [i for i in range(len(text)) if not is_space(text[i])]
     assert starts == sorted(set(starts))
@@ -252,9 +281,31 @@ def test_sentences_start_in_order_and_never_at_white_space_and_the_first_where_t
 
 
 @given(st.text(st.sampled_from("ab’é9_-.,!? \n\t\u3000கி"), min_size=1))
-def test_where_spaces_part_the_words_they_start_after_white_space(text):
+def test_where_spaces_separate_the_words_they_start_after_white_space(text):
     starts = [i for i in range(len(text)) if not text[i].isspace() and (i == 0 or text[i - 1].isspace())]
     assert word_starts(text) == (starts or [0])
+
+
+@given(some_text)
+def test_words_are_found_in_order_and_together_are_all_that_is_not_white_space(text):
+    words = find_words(text)
+    assert "".join(word.group() for word in words) == "".join(c for c in text if not is_space(c))
+    assert all(one.end() <= other.start() for one, other in itertools.pairwise(words))
+
+
+@pytest.mark.parametrize("text, count, expected", [
+    ("The old ferryman tied his boat", 5, "The old ferryman tied his"), ("The old  ferryman", 2, "The old"),
+    ("The old", 5, "The old"), ("  \n The old ferryman", 2, "The old"), ("山下有人，天亮了", 5, "山下有人，天"),
+    ("\n" * 300 + "The old ferryman", 2, "The old"), ("\n" * 3000 + "The old ferryman", 2, "The old"),
+    ("a" * 300, 5, "a" * 200), (" \n", 5, " \n")], ids=lambda value: repr(value)[:20])
+def test_the_first_words_of_a_text_are_found_after_any_white_space(text, count, expected):
+    assert first_words(text, count) == expected
+
+
+@given(some_text)
+def test_the_first_words_of_a_text_are_part_of_it_and_empty_only_if_it_is(text):
+    words = first_words(text)
+    assert words in text and len(words) <= 200 and bool(words) == bool(text)
 
 
 @pytest.mark.parametrize("name", UNSPACED)
@@ -271,26 +322,18 @@ BLANK_LINES = ["\n", " \n", "\n\t", "\n\u3000"]
 def test_a_thousand_blank_lines_at_the_end_are_no_sentence(blank):
     text = TEXT + 1000 * blank
     assert sentence_starts(text) == sentence_starts(TEXT)
-    assert [prompt for prompt, _ in recall_exercises(text)] == [prompt for prompt, _ in recall_exercises(TEXT)]
+    assert [prompt for prompt, _ in recall_tests(text)] == [prompt for prompt, _ in recall_tests(TEXT)]
 
 
 def test_the_search_for_sentences_reads_blank_lines_once_and_not_once_for_each_of_them():
-    """Once takes a moment, a million times a million would take hours: the alarm is there to end that."""
-    def give_up(number, frame):
-        raise AssertionError("sentence_starts has not finished")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(30)
-    try:
+    """To read them once takes a moment. To read a million lines a million times would take hours."""
+    with at_most(seconds=30):
         assert sentence_starts(TEXT + 250_000 * "".join(BLANK_LINES)) == sentence_starts(TEXT)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # the story
 
-def test_the_story_holds_the_promised_line_before_its_last_tenth():
+def test_the_story_contains_the_promised_line_before_its_last_tenth():
     story = load_text(STORY)
     promised = ("Once Aadhan renounced his kingdom for the love of Thamarai, its people living in fear and oppression. "
                 "Aadhan knew he had to act swiftly to overthrow his brother's oppressive regime.")

@@ -1,4 +1,4 @@
-"""Step 4: byte-pair encoding, learned from the story or taken from GPT-2."""
+"""Step 4: byte-pair encoding, with merges that are learned from the story or taken from GPT-2."""
 import contextlib
 import itertools
 import socket
@@ -12,27 +12,25 @@ import pytest
 import regex
 from hypothesis import given, settings, strategies as st
 
-from helpers import GPT2_FILES, STORY, TEXT, bare_environment, closed_port, some_text, story_llm
+from helpers import GPT2_FILES, ROOT, STORY, TEXT, bare_environment, closed_port, some_text, story_llm
 from scripts import ARABIC, CHINESE, HINDI, JAPANESE, SCRIPTS, SPACED, TAMIL, THAI
-from story_llm import (BPETokenizer, STORY_SPLIT, ask_for_gpt2, corpus_from_text, gpt2_tokens, learn_byte_pairs,
-                       make_tokenizer, tokenizer_from)
+from story_llm import (BPETokenizer, SPLIT_PATTERNS, STORY_SPLIT, StoryError, corpus_from_text, gpt2_tokens,
+                       load_gpt2_encoding, make_tokenizer, restore_tokenizer, train_bpe, train_bpe_fast)
 
 BYTES = [bytes([b]) for b in range(256)]
-
-
 UNSPACED = ("CJK UNIFIED", "HIRAGANA LETTER", "KATAKANA LETTER", "THAI CHARACTER")
 
 
 def kinds_of(text):
-    """What each character is; a joiner is of the kind before it in an emoji of several, else a letter. Where no spaces
-    part the words, each character with its marks is of a kind of its own: its place in the text."""
+    """The kind of each character. A joiner inside an emoji has the kind of what precedes it. Elsewhere it is a letter.
+    In scripts without spaces, each character, together with its marks, is a kind of its own: its position."""
     kinds = []
-    for place, character in enumerate(text):
+    for position, character in enumerate(text):
         category = unicodedata.category(character)[0]
         if category == "M" and kinds and type(kinds[-1]) is int:
             kinds.append(kinds[-1])
         elif unicodedata.name(character, "").startswith(UNSPACED):
-            kinds.append(place)
+            kinds.append(position)
         elif character in "\u200c\u200d":
             kinds.append("others" if kinds[-1:] == ["others"] else "letters")
         elif character.isspace():
@@ -43,24 +41,30 @@ def kinds_of(text):
 
 
 def words_of(text):
-    """The words within which pairs are joined: characters of one kind, with the space before them; and white space."""
+    """The words within which pairs are merged: characters of one kind with the space before them, and white space.
+    After 100 characters, a new word begins."""
     runs = ["".join(character for _, character in run)
             for _, run in itertools.groupby(zip(kinds_of(text), text), lambda pair: pair[0])]
     words, space = [], ""
     for number, run in enumerate(runs, 1):
         if not run.isspace():
-            words.append(space + run)
+            first, *others = in_hundreds(run)
+            words += [space + first, *others]
             space = ""
         elif number == len(runs):
-            words.append(run)
+            words += in_hundreds(run)
         else:
             space = " " if run.endswith(" ") else ""
-            words += [part for part in (run[:-1], run[-1].removeprefix(" ")) if part]
+            words += in_hundreds(run[:-1]) + in_hundreds(run[-1].removeprefix(" "))
     return words
 
 
+def in_hundreds(text):
+    return [text[start:start + 100] for start in range(0, len(text), 100)]
+
+
 def learn_naively(text, vocab_size):
-    """Count all pairs anew for each merge; of pairs that are equally frequent, the smallest."""
+    """Count all pairs again for each merge. Of equally frequent pairs, the first in order is merged."""
     words = [[bytes([b]) for b in word.encode()] for word in words_of(text)]
     tokens = list(BYTES)
     while len(tokens) < vocab_size - 1:
@@ -68,8 +72,7 @@ def learn_naively(text, vocab_size):
         if not counts or max(counts.values()) < 2:
             break
         first, second = best = min(counts, key=lambda pair: (-counts[pair], pair))
-        if first + second not in tokens:
-            tokens.append(first + second)
+        tokens.append(first + second)
         for word in words:
             i = 0
             while i < len(word) - 1:
@@ -87,21 +90,47 @@ def gpt2_pieces(encoding, text):
     return [encoding.decode_single_token_bytes(i) for i in encoding.encode_ordinary(text)]
 
 
-# where a text is split before pairs are joined
+# where a text is split before pairs are merged
 
 @given(st.text(st.sampled_from("abé 's \n\t12½.,-—😀_கா்ि\u0301\u200dعَ漢か\u3099")))
 def test_the_story_is_split_where_letters_digits_others_and_white_space_meet(text):
-    assert regex.findall(STORY_SPLIT, text) == words_of(text)
+    assert STORY_SPLIT.findall(text) == words_of(text)
 
 
 @given(some_text)
 def test_the_split_loses_nothing(text):
-    assert "".join(regex.findall(STORY_SPLIT, text)) == text
+    assert "".join(STORY_SPLIT.findall(text)) == text
+
+
+@given(st.lists(st.tuples(
+    st.sampled_from(["", " ", "x", "1", "-", "\n"]),
+    st.sampled_from(["b", "\u00e9", "\u0b95\u0bbe", "7", ".", "\N{DROMEDARY CAMEL}", " ", "\n", "\u6f22", "\u0301"]),
+    st.integers(90, 310))))
+def test_a_run_of_more_than_100_characters_is_split(runs):
+    text = "".join(before + repeated * count for before, repeated, count in runs)
+    assert STORY_SPLIT.findall(text) == words_of(text)
+
+
+def test_no_run_makes_a_word_longer_than_100_characters_and_a_space():
+    """Long words would make the merges slow. Marks need a look of their own, because they can follow any letter."""
+    for repeated in ("a", "1", ".", " ", "\n", "\u0e01", "\u6f22", "\u0301", "\u200d"):
+        for text in (repeated * 1000, " a" + repeated * 1000, " \u0e01" + repeated * 1000 + " x"):
+            assert max(map(len, STORY_SPLIT.findall(text))) <= 1 + 100
+
+
+def test_tiktoken_gets_the_pattern_with_which_the_merges_were_learned():
+    assert STORY_SPLIT.pattern == SPLIT_PATTERNS["story"]
+    assert make_tokenizer("story", TEXT, vocab_size=300).encoding._pat_str == SPLIT_PATTERNS["story"]
+
+
+@given(text=some_text)
+def test_the_pattern_of_gpt2_splits_any_text_as_gpt2s_own_does(gpt2, text):
+    assert regex.findall(SPLIT_PATTERNS["gpt2"], text) == regex.findall(gpt2._pat_str, text)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_word_of_any_script_is_split_before_a_mark(name):
-    for word in regex.findall(STORY_SPLIT, SCRIPTS[name]):
+    for word in STORY_SPLIT.findall(SCRIPTS[name]):
         assert not unicodedata.category(word.strip(" ")[:1] or " ").startswith("M")
 
 
@@ -110,19 +139,19 @@ def test_any_word_of_a_script_with_marks_can_become_one_token(name):
     words = {word.strip(".,:?!؟،।") for word in SPACED[name].split()}
     assert sum(unicodedata.category(c).startswith("M") for word in words for c in word) > 5
     for word in words:
-        tokenizer = BPETokenizer(learn_byte_pairs(f" {word}" * 3, 1000), "story")
+        tokenizer = BPETokenizer(train_bpe_fast(f" {word}" * 3, 1000), "story")
         assert pieces(tokenizer, f" {word}") == [f" {word}".encode()]
 
 
 @pytest.mark.parametrize("word", ["நான்\u200cகு", "क्\u200dष", "می\u200cروم", "مُحَمَّد", "น้ำ"[:2], "か\u3099"])
-def test_joiners_and_marks_in_a_row_keep_a_word_together(word):
-    tokenizer = BPETokenizer(learn_byte_pairs(word + " x " + word, 1000), "story")
+def test_joiners_and_several_marks_keep_a_word_together(word):
+    tokenizer = BPETokenizer(train_bpe_fast(word + " x " + word, 1000), "story")
     assert pieces(tokenizer, word) == [word.encode()]
 
 
 @pytest.mark.parametrize("word, parts", [("ไม่ไป", ["ไ", "ม่", "ไ", "ป"]), ("か\u3099く", ["か\u3099", "く"]), ("山下に", [*"山下に"])])
-def test_where_no_spaces_part_the_words_each_character_is_a_token_so_a_prompt_may_end_anywhere(word, parts):
-    tokenizer = BPETokenizer(learn_byte_pairs(word + " x " + word, 1000), "story")
+def test_where_no_spaces_separate_the_words_each_character_is_a_token_so_a_prompt_may_end_anywhere(word, parts):
+    tokenizer = BPETokenizer(train_bpe_fast(word + " x " + word, 1000), "story")
     assert pieces(tokenizer, word) == [part.encode() for part in parts]
     for end in range(len(parts)):
         prompt = "".join(parts[:end])
@@ -131,33 +160,51 @@ def test_where_no_spaces_part_the_words_each_character_is_a_token_so_a_prompt_ma
 
 # learning
 
+both_ways = pytest.mark.parametrize("learn", [train_bpe, train_bpe_fast])
+
+
+@both_ways
 @pytest.mark.parametrize("text", [TEXT, "a b a b c", "aaaaaaa aaa aa a", "abab abab ab", "don't can't won't  \n\n  x",
                                   "漢漢 漢 é é 😀😀", "the then them there " * 3, *SCRIPTS.values()],
                          ids=lambda text: text[:12])
-def test_the_learned_tokens_are_those_of_a_naive_learner(text):
-    assert learn_byte_pairs(text, 400) == learn_naively(text, 400)
+def test_the_learned_tokens_are_those_of_a_naive_learner(learn, text):
+    assert learn(text, 400) == learn_naively(text, 400)
 
 
-@given(st.text(st.sampled_from("aab \nbé்க9."), max_size=60), st.integers(257, 300))
-def test_the_learned_tokens_are_those_of_a_naive_learner_for_any_text(text, vocab_size):
-    assert learn_byte_pairs(text, vocab_size) == learn_naively(text, vocab_size)
+@both_ways
+@given(text=st.text(st.sampled_from("aab \nbé்க9."), max_size=60), vocab_size=st.integers(257, 300))
+def test_the_learned_tokens_are_those_of_a_naive_learner_for_any_text(learn, text, vocab_size):
+    assert learn(text, vocab_size) == learn_naively(text, vocab_size)
 
 
-def test_the_vocabulary_has_at_most_the_size_asked_for():
-    assert len(learn_byte_pairs(TEXT, 257)) == 256
-    assert len(learn_byte_pairs(TEXT, 300)) == 299
-    assert BPETokenizer(learn_byte_pairs(TEXT, 300), "story").vocab_size == 300
+@given(some_text | st.text(st.sampled_from("ab "), max_size=200), st.integers(0, 400))
+def test_the_plain_and_the_fast_way_to_learn_agree_on_any_text_and_size(text, vocab_size):
+    tokens = train_bpe(text, vocab_size)
+    assert train_bpe_fast(text, vocab_size) == tokens
+    assert tokens[:256] == BYTES and len(set(tokens)) == len(tokens) <= max(vocab_size - 1, 256)
+
+
+def test_the_plain_and_the_fast_way_to_learn_agree_on_the_story():
+    story = story_llm.load_text(STORY)
+    assert train_bpe(story, 500) == train_bpe_fast(story, 500)
+
+
+@both_ways
+def test_the_vocabulary_has_at_most_the_size_asked_for(learn):
+    assert len(learn(TEXT, 257)) == 256
+    assert len(learn(TEXT, 300)) == 299
+    assert BPETokenizer(learn(TEXT, 300), "story").vocab_size == 300
 
 
 @pytest.mark.parametrize("size", [256, 0, -1])
 def test_a_vocabulary_too_small_for_all_bytes_is_refused(size):
-    with pytest.raises(ValueError, match=f"257.*{size}"):
-        learn_byte_pairs(TEXT, size)
+    with pytest.raises(StoryError, match=f"257.*{size}"):
+        make_tokenizer("story", TEXT, vocab_size=size)
 
 
 # encoding and decoding
 
-LEARNED = BPETokenizer(learn_byte_pairs(TEXT, 400), "story")
+LEARNED = BPETokenizer(train_bpe_fast(TEXT, 400), "story")
 
 
 @given(some_text)
@@ -170,26 +217,26 @@ def test_decoding_what_was_encoded_gives_any_text_back(text):
 @pytest.mark.parametrize("learned_from", SCRIPTS)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_is_given_back_by_a_tokenizer_of_any_script(learned_from, name):
-    tokenizer = BPETokenizer(learn_byte_pairs(SCRIPTS[learned_from], 400), "story")
+    tokenizer = BPETokenizer(train_bpe_fast(SCRIPTS[learned_from], 400), "story")
     assert tokenizer.decode(tokenizer.encode(SCRIPTS[name])) == SCRIPTS[name]
 
 
 @pytest.mark.parametrize("text", [TEXT, TAMIL, HINDI, ARABIC, THAI, CHINESE, JAPANESE], ids=lambda text: text[:12])
 def test_a_learned_encoding_makes_its_text_shorter_and_no_token_crosses_a_word(text):
-    tokenizer = BPETokenizer(learn_byte_pairs(text, 500), "story")
+    tokenizer = BPETokenizer(train_bpe_fast(text, 500), "story")
     tokens = pieces(tokenizer, text)
     assert len(tokens) < len(text.encode()) * 2 / 3
     ends = set(itertools.accumulate(len(token) for token in tokens))
     assert ends >= set(itertools.accumulate(len(word.encode()) for word in words_of(text)))
 
 
-def test_bytes_that_make_no_character_are_decoded_as_the_replacement_sign():
+def test_bytes_that_form_no_character_are_decoded_as_the_replacement_character():
     assert LEARNED.decode([0xC3]) == "\ufffd"
 
 
 def test_a_lone_surrogate_does_not_raise():
     assert LEARNED.decode(LEARNED.encode("a\ud800b"))[0] == "a"
-    assert learn_byte_pairs("a\ud800 a\ud800", 300)
+    assert train_bpe_fast("a\ud800 a\ud800", 300) == train_bpe("a\ud800 a\ud800", 300)
 
 
 def test_the_special_token_is_decoded_as_it_is_written_and_never_encoded():
@@ -197,56 +244,72 @@ def test_the_special_token_is_decoded_as_it_is_written_and_never_encoded():
     assert LEARNED.end_of_text == len(LEARNED.tokens) not in LEARNED.encode("<|endoftext|>")
 
 
-@pytest.mark.parametrize("tokens", [BYTES[1:], BYTES + [b"ab", b"ab"], BYTES + [b"a"]])
-def test_a_saved_vocabulary_with_a_double_or_without_a_byte_is_refused(tokens):
-    with pytest.raises(ValueError, match="tokenizer"):
-        tokenizer_from({"kind": "story", "tokens": [token.decode("latin-1") for token in tokens]})
+@pytest.mark.parametrize("kind", ["story", "gpt2"])
+def test_a_saved_vocabulary_makes_the_same_tokenizer_again(kind):
+    again = restore_tokenizer(kind, LEARNED.tokens)
+    assert (again.kind, again.tokens) == (kind, LEARNED.tokens)
+    assert again.encode(TEXT) == BPETokenizer(LEARNED.tokens, kind).encode(TEXT)
+
+
+@pytest.mark.parametrize("kind", ["story", "gpt2"])
+@pytest.mark.parametrize("tokens", [BYTES[1:], BYTES + [b"ab", b"ab"], BYTES + [b"a"], BYTES + ["ab"], []])
+def test_a_saved_vocabulary_with_a_duplicate_or_another_type_or_without_a_byte_is_refused(kind, tokens):
+    with pytest.raises(StoryError, match="tokenizer"):
+        restore_tokenizer(kind, tokens)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "auto", None, ["story"]])
+def test_a_saved_vocabulary_of_an_unknown_kind_is_refused(kind):
+    with pytest.raises(StoryError, match="tokenizer"):
+        restore_tokenizer(kind, BYTES)
 
 
 # choosing a tokenizer
 
 @pytest.mark.parametrize("kind", ["bytes", "", None, "GPT2"])
 def test_an_unknown_kind_is_refused_by_name(kind):
-    with pytest.raises(ValueError, match=repr(kind)):
+    with pytest.raises(StoryError, match=repr(kind)):
         make_tokenizer(kind, TEXT)
 
 
 def test_a_learned_tokenizer_knows_nothing_of_the_validation_text():
     assert " Vikram" not in make_tokenizer("word", TEXT, " Vikram" * 99).tokens
-    assert make_tokenizer("story", TEXT, " Vikram" * 99, 300).tokens == learn_byte_pairs(TEXT, 300)
+    assert make_tokenizer("story", TEXT, " Vikram" * 99, 300).tokens == train_bpe_fast(TEXT, 300)
 
 
-def test_byte_pairs_are_learned_from_the_beginning_of_a_long_text(monkeypatch):
+def test_merges_are_learned_from_the_beginning_of_a_long_text(monkeypatch):
     monkeypatch.setattr(story_llm, "LEARN_FROM", len(TEXT))
     tokenizer = make_tokenizer("story", TEXT + "Vikram " * 999, vocab_size=300)
-    assert tokenizer.tokens == learn_byte_pairs(TEXT, 300)
+    assert tokenizer.tokens == train_bpe_fast(TEXT, 300)
 
 
 # without GPT-2's files
 
 def test_without_files_and_network_auto_learns_from_the_story(bare):
     tokenizer = make_tokenizer("auto", TEXT, vocab_size=300)
-    assert tokenizer.kind == "story" and tokenizer.tokens == learn_byte_pairs(TEXT, 300)
+    assert tokenizer.kind == "story" and tokenizer.tokens == train_bpe_fast(TEXT, 300)
 
 
-def test_without_files_and_network_gpt2_is_refused_with_all_that_is_needed_to_get_it(bare):
-    with pytest.raises(OSError) as refusal:
+def test_without_files_and_network_gpt2_is_refused_and_the_readme_tells_how_to_get_it(bare):
+    with pytest.raises(StoryError) as refusal:
         make_tokenizer("gpt2", TEXT)
-    for needed in ("vocab.bpe", "encoder.json", *GPT2_FILES, "TIKTOKEN_CACHE_DIR", "--tokenizer story"):
-        assert needed in str(refusal.value)
+    assert "--tokenizer story" in str(refusal.value) and "README" in str(refusal.value)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [needed for needed in ("vocab.bpe", "encoder.json", *GPT2_FILES, "TIKTOKEN_CACHE_DIR")
+            if needed not in readme] == []
 
 
-def test_damaged_files_are_as_good_as_none(bare):
+def test_damaged_files_count_as_missing(bare):
     for name in GPT2_FILES:
         (bare / name).write_bytes(b"#version: 0.2\n")
-    assert isinstance(ask_for_gpt2(), OSError) and make_tokenizer("auto", TEXT).kind == "story"
-    with pytest.raises(OSError):
+    assert isinstance(load_gpt2_encoding(), str) and make_tokenizer("auto", TEXT).kind == "story"
+    with pytest.raises(StoryError):
         gpt2_tokens()
 
 
 @pytest.fixture
 def hangs_up():
-    """(the port of a network that hangs up on everybody who asks, the list of those who asked)"""
+    """(The port of a network that closes every connection, the list of those who connected.)"""
     asked = []
 
     def serve():
@@ -268,35 +331,35 @@ def test_a_network_that_failed_is_not_asked_again(bare, hangs_up, monkeypatch):
     port, asked = hangs_up
     for name, value in bare_environment(bare, port).items():
         monkeypatch.setenv(name, value)
-    failure = ask_for_gpt2()
+    failure = load_gpt2_encoding()
     once = len(asked)
-    assert isinstance(failure, OSError) and once > 0
-    assert ask_for_gpt2() is failure
-    corpus = corpus_from_text("Far too short a text to keep a part.", "auto", 0.5)     # it makes its tokenizer twice
+    assert isinstance(failure, str) and once > 0
+    assert load_gpt2_encoding() is failure
+    corpus = corpus_from_text("Far too short a text to keep a part.", "auto", 0.5)     # makes its tokenizer twice
     assert corpus.tokenizer.kind == "story" and len(corpus.val_ids) == 0
-    with pytest.raises(OSError):
+    with pytest.raises(StoryError):
         gpt2_tokens([TEXT])
     assert len(asked) == once
-    ask_for_gpt2.cache_clear()
-    ask_for_gpt2()
-    assert len(asked) == 2 * once       # they would have been counted
+    load_gpt2_encoding.cache_clear()
+    load_gpt2_encoding()
+    assert len(asked) == 2 * once       # so further questions would have been counted
 
 
 def test_a_network_that_never_answers_is_given_up_and_not_waited_for_again(tmp_path):
-    """In a process of its own, which must end too, although a thread of it still waits, but never a second one."""
+    """In a process of its own, which must end although one of its threads still waits. There is never a second one."""
     program = ("import story_llm, threading\n"
                "before = threading.active_count()\n"
-               "first = story_llm.ask_for_gpt2(seconds=1)\n"
-               "second = story_llm.ask_for_gpt2(seconds=1)\n"
-               "print(type(first), second is first, threading.active_count() - before, first)\n")
+               "first = story_llm.load_gpt2_encoding(seconds=1)\n"
+               "second = story_llm.load_gpt2_encoding(seconds=1)\n"
+               "print(type(first).__name__, second is first, threading.active_count() - before, first)\n")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = subprocess.run([sys.executable, "-c", program], env=bare_environment(tmp_path, silent.getsockname()[1]),
                               capture_output=True, text=True, timeout=60)
         silent.setblocking(False)
-        silent.accept()     # it did ask this network,
+        silent.accept()     # it connected to this network,
         with pytest.raises(BlockingIOError):
             silent.accept()     # and only once
-    assert done.stdout.startswith("<class 'OSError'> True 1 no answer") and done.returncode == 0, done.stderr
+    assert done.stdout.startswith("str True 1 no answer") and done.returncode == 0, done.stderr
 
 
 def test_a_closed_port_is_really_closed():
@@ -309,31 +372,31 @@ def test_a_closed_port_is_really_closed():
 KNOWN = {"Hello, I am": [15496, 11, 314, 716],
          "Once Aadhan renounced his kingdom": [7454, 38746, 7637, 8851, 8918, 465, 13239]}
 ODD = "I'll we've it's they're you'd I'm don't  two  spaces\n\n\ttab\r\n  café 漢字 😀 e\u0301 123456 ...! <|endoftext|> İ"
-
-
 GERMAN = "Der alte Fährmann band sein Boot an den zerbrochenen Pfahl und wartete, bis der Regen aufhörte."
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "russian"])
-def test_auto_does_not_take_gpt2s_encoding_for_a_text_that_it_cuts_into_tiny_pieces(gpt2, name):
+def test_auto_does_not_choose_gpt2s_merges_for_a_text_that_they_split_into_very_small_tokens(gpt2, name):
     text = SCRIPTS.get(name, "Старый паромщик привязал лодку к сломанному столбу и ждал, пока не кончится дождь.")
     assert len(gpt2.encode_ordinary(text)) > len(text) / 2
     assert make_tokenizer("auto", text).kind == "story" and make_tokenizer("gpt2", text).kind == "gpt2"
 
 
 @pytest.mark.parametrize("text", [TEXT, GERMAN, "hi", "Two words."])
-def test_auto_takes_gpt2s_encoding_for_others(gpt2, text):
+def test_auto_chooses_gpt2s_merges_for_other_texts(gpt2, text):
     assert make_tokenizer("auto", text).kind == "gpt2"
 
 
-def test_a_note_says_why_gpt2s_encoding_was_not_taken(gpt2, tmp_path, monkeypatch, capsys):
+def test_a_note_says_why_gpt2s_merges_were_not_chosen(gpt2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hindi.txt").write_text(HINDI, encoding="utf-8")
     assert story_llm.main(["bpe", "--text", "hindi.txt"]) == 0
     out, err = capsys.readouterr()
-    assert "story tokens" in out and "tiny pieces" in err and "--tokenizer gpt2" in err and err.count("\n") == 1
+    assert "story tokenizer" in out and "very small tokens" in err and "--tokenizer story" in err
+    assert err.startswith("note: ") and err.count("\n") == 1
     assert story_llm.main(["bpe", "--text", "hindi.txt", "--tokenizer", "gpt2"]) == 0
-    assert "gpt2 tokens" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "gpt2 tokenizer" in out and err == ""
 
 
 def test_the_full_vocabulary_gives_gpt2s_own_ids(gpt2):
@@ -361,7 +424,7 @@ def test_the_kept_vocabulary_splits_the_story_as_gpt2_does_and_is_much_smaller(g
 
 @settings(max_examples=20)
 @given(train_text=some_text, val_text=some_text)
-def test_the_kept_vocabulary_splits_both_parts_of_any_text_as_gpt2_does(gpt2, train_text, val_text):
+def test_the_kept_vocabulary_tokenizes_both_splits_of_any_text_as_gpt2_does(gpt2, train_text, val_text):
     tokenizer = make_tokenizer("gpt2", train_text, val_text)
     for text in (train_text, val_text):
         assert pieces(tokenizer, text) == gpt2_pieces(gpt2, text)
@@ -383,12 +446,12 @@ def test_the_kept_vocabulary_gives_any_other_text_back(kept, text):
     assert kept.decode(kept.encode(text)) == text
 
 
-def test_the_kept_entries_are_what_the_text_needs_and_no_more(gpt2):
-    """In GPT-2's order, with all bytes; each longer entry is one that occurs, or part of another one that is kept."""
+def test_the_kept_tokens_are_those_that_the_text_needs_and_no_others(gpt2):
+    """In GPT-2's order, with all bytes. Each longer token occurs in the text or is part of another one that is kept."""
     everything, kept = gpt2_tokens(), gpt2_tokens([TEXT])
     ranks = {token: rank for rank, token in enumerate(everything)}
-    places = [ranks[token] for token in kept]
-    assert len(everything) == 50256 and places == sorted(set(places)) and set(BYTES) <= set(kept)
+    kept_ranks = [ranks[token] for token in kept]
+    assert len(everything) == 50256 and kept_ranks == sorted(set(kept_ranks)) and set(BYTES) <= set(kept)
     occur = set(gpt2_pieces(gpt2, TEXT))
     assert occur <= set(kept)
     for token in set(kept) - occur - set(BYTES):

@@ -1,20 +1,20 @@
-"""Step 8: always the likeliest next token."""
+"""Step 8: greedy generation, which always takes the most likely next token."""
 import inspect
 
 import pytest
 import torch
 
-from helpers import lively_model, tiny
+from helpers import KINDS, lively_model, tiny
 from story_llm import generate_text_simple
 
-LONG = 25  # three times the context of a lively model
+LONG = 25  # three times the context length of a lively model
 
 
-def greedy_naively(model, row, count, context):
+def greedy_naively(model, row, count, context_size):
     row = list(row)
     for _ in range(count):
         with torch.no_grad():
-            logits = model(torch.tensor([row[-context:]]))[0, -1].tolist()
+            logits = model(torch.tensor([row[-context_size:]]))[0, -1].tolist()
         row.append(max(range(len(logits)), key=logits.__getitem__))
     return row
 
@@ -34,7 +34,15 @@ def test_simple_generation_is_greedy_for_each_row(length):
     before = prompts.clone()
     out = generate_text_simple(model, prompts, LONG, 8)
     assert out.tolist() == [greedy_naively(model, row, LONG, 8) for row in prompts.tolist()]
-    assert len(out.unique()) > 5 and torch.equal(prompts, before)  # it does wander
+    assert len(out.unique()) > 5 and torch.equal(prompts, before)   # the text does not repeat one token
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_simple_generation_is_greedy_for_every_kind_of_model(kind):
+    model = lively_model(**kind)
+    T, prompt = model.config.context_length, torch.tensor([[1, 2, 3]])
+    out = generate_text_simple(model, prompt, LONG, T)
+    assert out[0].tolist() == greedy_naively(model, [1, 2, 3], LONG, T)
 
 
 def test_simple_generation_sees_no_more_than_the_context_size():
@@ -45,12 +53,12 @@ def test_simple_generation_sees_no_more_than_the_context_size():
     assert ends[0][0].tolist() == greedy_naively(model, prompt[0, 4:].tolist(), 9, 4)
 
 
-def test_no_new_tokens_are_none():
+def test_zero_new_tokens_leave_the_prompt_as_it_is():
     prompt = torch.tensor([[1, 2]])
     assert torch.equal(generate_text_simple(lively_model(), prompt, 0, 8), prompt)
 
 
-def test_gradients_are_on_again_afterwards_and_were_off_within():
+def test_gradients_are_off_during_generation_and_on_again_afterwards():
     seen = []
 
     def model(ids):
@@ -61,8 +69,8 @@ def test_gradients_are_on_again_afterwards_and_were_off_within():
     assert seen == [False, False] and torch.is_grad_enabled()
 
 
-def test_an_untrained_run_drops_nothing_when_it_writes_before_its_training():
-    """`generate --untrained --drop-rate 0.5` must say the same twice; only `train` turns dropout on."""
+def test_an_untrained_run_generates_without_dropout():
+    """`generate --untrained --drop-rate 0.5` must write the same text twice. Only a training step turns dropout on."""
     run, _ = tiny(drop_rate=0.5)
     before = torch.get_rng_state()
     prompt = torch.zeros(4, 5, dtype=torch.long)

@@ -1,7 +1,5 @@
-"""Step 11: the file of a run: what is saved is loaded, nothing is lost when saving fails, nothing bad is believed."""
-import copy
+"""Step 11: checkpoint files. What is saved is loaded, a failed save loses nothing, and no file can do harm."""
 import errno
-import hashlib
 import io
 import json
 import math
@@ -10,35 +8,23 @@ import pickle
 import random
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from collections import OrderedDict
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from helpers import PROGRAM, ROOT, TEXT, bare_environment, story_llm, tiny, trained, weights_equal
-from story_llm import (FORMAT, encode_corpus, generate_text, generate_text_simple, keep_other_model, load_checkpoint,
-                       measure_recall, optimizer_state, plot_losses, save_checkpoint, train)
+from hypothesis import given, strategies as st
+
+from helpers import (KINDS, PROGRAM, ROOT, TEXT, bare_environment, same, story_llm, tiny, train_to, trained,
+                     weights_equal)
+from story_llm import (FORMAT, StoryError, generate_text, generate_text_simple, keep_previous_model, load_checkpoint,
+                       measure_recall, optimizer_state, save_checkpoint)
 
 POSIX = os.name == "posix"
-UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")       # what ends a line or steers a terminal
-
-
-def same(a, b):
-    """Equality of nested plain values and tensors."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
+NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")      # line ends, and what controls a terminal
 
 
 @pytest.fixture(scope="module")
@@ -56,42 +42,37 @@ def copied(saved, tmp_path):
     return shutil.copy(saved[0], tmp_path / "model.pt")
 
 
-def write_signed(path, content):
-    """Content with the checksum that belongs to it: what somebody who means harm would write."""
-    path.write_bytes(content + hashlib.sha256(content).digest())
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    """The bytes of a checkpoint that is as small as possible."""
+    path = tmp_path_factory.mktemp("small") / "model.pt"
+    run, corpus = tiny("Once there was a king. He went up the river for nine days.", context_length=4, emb_dim=8,
+                       n_heads=1, batch_size=4, max_steps=6)
+    train_to(run, corpus, 3)
+    save_checkpoint(path, run)
+    return path.read_bytes()
 
 
-def read_state(path):
-    return torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
+def read(path):
+    return torch.load(path, weights_only=True)
 
 
-def write_state(path, state):
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_signed(path, content.getvalue())
-
-
-def check_refusal(error, path):
-    """A refusal is one line, not a long one, that says which file, and that a terminal can show."""
+def assert_one_line_about(path, error):
+    """A message is one line that is not too long, names the file, and can be shown in a terminal."""
     message = str(error)
-    assert str(path) in message and len(message) < 1000 + len(str(path)) and not UNFIT.search(message), repr(message)
+    assert str(path) in message and len(message) < 600 + len(str(path)), repr(message)
+    assert not NOT_PRINTABLE.search(message), repr(message)
 
 
-def refusal(path, kind=ValueError):
-    """The text of the error that loading raises."""
-    with pytest.raises(kind) as caught:
+def refusal(path):
+    """The message of the StoryError with which a file is refused."""
+    with pytest.raises(StoryError) as caught:
         load_checkpoint(path)
-    check_refusal(caught.value, path)
+    assert_one_line_about(path, caught.value)
     return str(caught.value)
 
 
-# the way there and back
-
-KINDS = [{"tokenizer": "word"}, {"tokenizer": "story", "precision": "bf16"}, {"position": "rotary"},
-         {"position": "sinusoidal", "drop_rate": 0.2}, {"tie_weights": True, "qkv_bias": True},
-         {"val_fraction": 0.0, "openings": 0.0, "seed": (1 << 63) - 1}, {"max_steps": 1, "n_layers": 3},
-         {"text": "漢字 é\u0301 😀\u200d👩 \"“„ \x1c <|endoftext|> \n\n one two. " * 9}]
-
+# saving and loading
 
 def assert_comes_back(run, path):
     save_checkpoint(path, run)
@@ -100,50 +81,40 @@ def assert_comes_back(run, path):
     assert loaded.config == run.config and loaded.tokenizer.kind == run.tokenizer.kind
     assert loaded.tokenizer.tokens == run.tokenizer.tokens
     assert loaded.tokenizer.encode(TEXT) == run.tokenizer.encode(TEXT)
-    for f in fields(run):
-        if f.name not in ("model", "tokenizer", "loss", "optimizer", "optimizer_state"):
+    for f in fields(run):       # a new field is compared as well
+        if f.name not in ("model", "tokenizer", "loss", "optimizer", "saved_optimizer"):
             assert same(getattr(loaded, f.name), getattr(run, f.name)), f.name
     assert same(optimizer_state(loaded), optimizer_state(run))
     token_ids = torch.arange(2 * run.config.context_length).view(2, -1) % run.config.vocab_size
     assert torch.equal(loaded.model(token_ids), run.model(token_ids))
     assert [p.requires_grad for p in loaded.model.parameters()] == [p.requires_grad for p in run.model.parameters()]
-    assert story_llm.count_parameters(loaded.model) == story_llm.count_parameters(run.model)
     save_checkpoint(path.with_name("again.pt"), loaded)
-    assert same(read_state(path.with_name("again.pt")), read_state(path))
+    assert same(read(path.with_name("again.pt")), read(path))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind)[:40])
-def test_all_that_is_saved_is_loaded(tmp_path, kind):
+@pytest.mark.parametrize("kind", [
+    {"tokenizer": "word"}, {"tokenizer": "story", "precision": "bf16"}, {"position": "rotary"},
+    {"position": "sinusoidal", "drop_rate": 0.2}, {"tie_weights": True, "qkv_bias": True},
+    {"optimizer": "muon", "gelu": "tanh"}, {"val_fraction": 0.0, "prompt_windows": 0.0, "seed": (1 << 63) - 1},
+    {"max_steps": 1, "n_layers": 3},
+    {"text": "漢字 é\u0301 😀\u200d👩 \"“„ \x1c <|endoftext|> \n\n one two. " * 9}], ids=lambda kind: str(kind)[:40])
+def test_everything_that_is_saved_is_loaded(tmp_path, kind):
     run = trained(**{"max_steps": 4, "eval_every": 3, **kind})
-    run.asked = {"epochs": 4, "learning_rate": 0.5, "qkv_bias": True, "tokenizer": "word"}
+    run.prompt, run.text_path = "Some other prompt", "somewhere/else.txt"
     assert_comes_back(run, tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("kind", [{}, {"tie_weights": True}, {"position": "sinusoidal", "tokenizer": "story"}], ids=str)
-def test_an_untrained_run_comes_back_too(tmp_path, kind):
-    run, _ = tiny(**kind)
-    run.model.eval()
-    assert_comes_back(run, tmp_path / "model.pt")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_an_untrained_model_of_any_kind_comes_back(tmp_path, kind):
+    assert_comes_back(tiny(**kind)[0], tmp_path / "model.pt")
 
 
 def test_a_run_with_gpt2s_tokens_comes_back(tmp_path, gpt2):
     run = trained(tokenizer="gpt2", max_steps=1)
     assert_comes_back(run, tmp_path / "model.pt")
-    ids = [gpt2.decode_single_token_bytes(i) for i in gpt2.encode_ordinary(TEXT)]
+    expected = [gpt2.decode_single_token_bytes(i) for i in gpt2.encode_ordinary(TEXT)]
     loaded = load_checkpoint(tmp_path / "model.pt").tokenizer
-    assert [loaded.tokens[i] for i in loaded.encode(TEXT)] == ids
-
-
-def test_a_run_can_be_saved_in_the_middle_of_a_training_with_dropout(tmp_path):
-    """While the model is in its training mode, which stays as it is."""
-    def save(run):
-        was = run.model.training
-        save_checkpoint(tmp_path / "model.pt", run)
-        assert run.model.training == was
-        assert weights_equal(load_checkpoint(tmp_path / "model.pt").model, run.model)
-
-    run = trained(drop_rate=0.5, max_steps=3, after_step=save)
-    assert load_checkpoint(tmp_path / "model.pt").step == run.step == 3
+    assert [loaded.tokens[i] for i in loaded.encode(TEXT)] == expected
 
 
 def test_only_the_checkpoint_is_left_in_the_folder(tmp_path):
@@ -158,7 +129,7 @@ def test_a_path_may_be_a_string_or_relative(tmp_path, monkeypatch):
     assert load_checkpoint("model.pt").step == 0 and load_checkpoint(str(tmp_path / "model.pt")).step == 0
 
 
-def test_what_was_loaded_works_as_others_rely_on(saved):
+def test_a_loaded_run_can_be_used_like_any_other(saved):
     run = load_checkpoint(saved[0], device="cpu")
     ids = run.tokenizer.encode("The old ferryman")
     assert run.model(torch.tensor([ids, ids])).shape == (2, len(ids), run.tokenizer.vocab_size)
@@ -167,7 +138,7 @@ def test_what_was_loaded_works_as_others_rely_on(saved):
     assert isinstance(measure_recall(run.model, run.tokenizer, TEXT), float)
 
 
-def test_generating_from_the_file_needs_nothing_but_the_program_and_the_file(saved, tmp_path):
+def test_generating_needs_nothing_but_the_program_and_the_file(saved, tmp_path):
     path, run = saved
     (tmp_path / "cache").mkdir()
     (tmp_path / "here").mkdir()
@@ -183,32 +154,27 @@ def test_generating_from_the_file_needs_nothing_but_the_program_and_the_file(sav
     assert os.listdir(tmp_path / "cache") == []
 
 
-# many at once
+def test_a_checkpoint_is_a_plain_file_of_torch_that_needs_no_story_llm(saved):
+    """A process that does not know the program loads the file with torch alone and finds plain values in it."""
+    path, run = saved
+    code = """if True:
+        import json, sys, torch
+        saved = torch.load(sys.argv[1], weights_only=True)
+        assert "story_llm" not in sys.modules
+        weights = {name: list(weight.shape) for name, weight in saved.pop("weights").items()}
+        assert set(saved.pop("optimizer")) == {"state", "param_groups"}
+        print(json.dumps({"weights": weights, **saved}))"""
+    done = subprocess.run([sys.executable, "-I", "-c", code, path], capture_output=True, encoding="utf-8", timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["weights"] == {name: list(weight.shape) for name, weight in run.model.state_dict().items()}
+    assert found["config"] == asdict(run.config) and found["train_config"] == asdict(run.train_config)
+    assert found["tokenizer"] == {"kind": "word", "tokens": run.tokenizer.tokens}
+    assert found["history"] == [asdict(evaluation) for evaluation in run.history]
+    assert (found["format"], found["step"], found["prompt"]) == (FORMAT, run.step, run.prompt)
 
-def test_threads_that_save_to_one_path_never_leave_a_damaged_or_missing_file(tmp_path):
-    path, runs, errors = tmp_path / "model.pt", [tiny(seed=seed)[0] for seed in (1, 2)], []
-    for run in runs:
-        run.step = run.train_config.seed
-    save_checkpoint(path, runs[0])
 
-    def save_often(run):
-        try:
-            for _ in range(12):
-                save_checkpoint(path, run)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=save_often, args=[run]) for run in runs]
-    for thread in threads:
-        thread.start()
-    while POSIX and any(thread.is_alive() for thread in threads):      # Windows replaces no file that is being read
-        assert load_checkpoint(path).step in (1, 2)
-    for thread in threads:
-        thread.join()
-    last = load_checkpoint(path)
-    assert not errors and os.listdir(tmp_path) == ["model.pt"]
-    assert weights_equal(last.model, runs[last.step - 1].model)
-
+# saving
 
 def test_processes_that_save_to_one_path_never_leave_a_damaged_or_missing_file(tmp_path):
     path, runs = tmp_path / "model.pt", [tiny(seed=seed)[0] for seed in (1, 2)]
@@ -222,7 +188,7 @@ def test_processes_that_save_to_one_path_never_leave_a_damaged_or_missing_file(t
         pathlib.Path(sys.argv[1] + "-ready").touch()
         while not pathlib.Path("go").exists():
             time.sleep(0.01)
-        for _ in range(20):
+        for _ in range(10):
             story_llm.save_checkpoint("model.pt", run)"""
     processes = [subprocess.Popen([sys.executable, "-c", code, f"{run.step}.pt"], cwd=tmp_path, stderr=subprocess.PIPE,
                                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}) for run in runs]
@@ -230,7 +196,7 @@ def test_processes_that_save_to_one_path_never_leave_a_damaged_or_missing_file(t
         assert all(process.poll() is None for process in processes)
         time.sleep(0.05)
     (tmp_path / "go").touch()
-    while POSIX and any(process.poll() is None for process in processes):
+    while POSIX and any(process.poll() is None for process in processes):   # Windows replaces no file that is open
         assert load_checkpoint(path).step in (1, 2)
         time.sleep(0.01)
     assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [(b"", 0)] * 2
@@ -239,48 +205,15 @@ def test_processes_that_save_to_one_path_never_leave_a_damaged_or_missing_file(t
     assert sorted(os.listdir(tmp_path)) == ["1.pt", "1.pt-ready", "2.pt", "2.pt-ready", "go", "model.pt"]
 
 
-# what is left of a process that was killed
-
-def put(path, hours_old):
-    path.write_bytes(b"half a model")
-    os.utime(path, (time.time() - 3600 * hours_old,) * 2)
-    return path
-
-
-def test_old_orphans_of_this_path_are_cleared_and_nothing_else(tmp_path):
-    old = put(tmp_path / "model.pt.123-abc.tmp", 1.1)
-    stay = [put(tmp_path / name, hours) for name, hours in (
-        ("model.pt.456.tmp", 0.9), ("model.pt.789.tmp", 0), ("other.pt.1.tmp", 9), ("model.pt.old", 9),
-        ("xmodel.pt.1.tmp", 9), ("model.pt2.1.tmp", 9))]
-    save_checkpoint(tmp_path / "model.pt", tiny()[0])
-    assert not old.exists() and all(path.read_bytes() == b"half a model" for path in stay)
-    assert len(os.listdir(tmp_path)) == len(stay) + 1
-
-
-def test_orphans_are_those_of_this_name_whatever_characters_are_in_it(tmp_path):
-    old, other = put(tmp_path / "model[1].pt.1.tmp", 2), put(tmp_path / "model1.pt.1.tmp", 2)
-    save_checkpoint(tmp_path / "model[1].pt", tiny()[0])
-    assert other.exists() and not old.exists()
-
-
-def test_an_orphan_that_cannot_be_cleared_does_not_matter(tmp_path):
-    (tmp_path / "model.pt.folder.tmp").mkdir()
-    os.utime(tmp_path / "model.pt.folder.tmp", (0, 0))
-    save_checkpoint(tmp_path / "model.pt", tiny()[0])
-    assert load_checkpoint(tmp_path / "model.pt").step == 0 and (tmp_path / "model.pt.folder.tmp").is_dir()
-
-
-# links
-
-@pytest.mark.parametrize("there", [True, False], ids=["to a file", "to a file that is not there yet"])
-def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path, there):
+@pytest.mark.parametrize("exists", [True, False], ids=["to a file", "to a file that does not exist yet"])
+def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path, exists):
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "model.pt", tmp_path / "disk" / "real.pt"
     try:
         link.symlink_to(os.path.join("disk", "real.pt"))
     except OSError:
-        pytest.skip("this system lets us make no links")
-    if there:
+        pytest.skip("symbolic links are not allowed here")
+    if exists:
         target.write_bytes(b"old")
     run = tiny()[0]
     save_checkpoint(link, run)
@@ -289,15 +222,14 @@ def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path, there):
     assert os.listdir(tmp_path / "disk") == ["real.pt"] and sorted(os.listdir(tmp_path)) == ["disk", "model.pt"]
 
 
-# saving that fails
-
 def assert_untouched(path, saved):
     assert os.listdir(path.parent) == ["model.pt"] and path.read_bytes() == saved[0].read_bytes()
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_litter(saved, copied):
-    """A real limit on the size of files, wherever in the file it is met: in tensors, at the end, in the checksum."""
-    pytest.importorskip("resource")          # Windows has none
+def test_a_full_disk_leaves_the_old_file_and_no_temporary_file(saved, copied):
+    """The process may not write files of more than so many bytes. It reaches this limit at once, in a tensor, or at the
+    very end."""
+    pytest.importorskip("resource")          # Windows does not have it
     size = copied.stat().st_size
     code = """if True:
         import os, resource, sys, story_llm
@@ -307,157 +239,246 @@ def test_a_full_disk_leaves_the_old_file_and_no_litter(saved, copied):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 story_llm.save_checkpoint("model.pt", run)
-            except OSError as error:
+            except story_llm.StoryError as error:
                 assert "model.pt" in str(error) and "\\n" not in str(error), error
             else:
                 sys.exit(f"{limit} bytes were enough")
             assert os.listdir() == ["model.pt"], os.listdir()"""
-    limits = [0, 100, 20_000, size // 2, size - 100, size - 33, size - 32, size - 1]
+    limits = [0, 100, 20_000, size // 2, size - 100, size - 1]
     done = subprocess.run([sys.executable, "-c", code, *map(str, limits)], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           cwd=copied.parent, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert_untouched(copied, saved)
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("owner, function", [(torch, "save"), (os, "replace")], ids=["torch.save", "os.replace"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
-def test_what_breaks_off_at_the_last_moment_leaves_the_old_file(saved, copied, monkeypatch, function, error):
+def test_a_save_that_fails_leaves_the_old_file(saved, copied, monkeypatch, owner, function, error):
+    original = getattr(owner, function)
+
     def fail(*arguments):
+        if function == "save":              # it has written something already
+            original(*arguments)
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, function, fail)
-        with pytest.raises(type(error)) as caught:
+        patched.setattr(owner, function, fail)
+        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StoryError) as caught:
             save_checkpoint(copied, saved[1])
-    assert type(error) is KeyboardInterrupt or "No space" in str(caught.value)
+    assert isinstance(error, KeyboardInterrupt) or "No space left" in str(caught.value)
     assert_untouched(copied, saved)
 
 
-def test_a_folder_that_is_not_there_and_a_folder_as_path_are_an_os_error(saved, tmp_path):
+def test_a_folder_that_does_not_exist_and_a_folder_as_path_are_refused(saved, tmp_path):
     for path in (tmp_path / "nowhere" / "model.pt", tmp_path):
-        with pytest.raises(OSError) as caught:
+        with pytest.raises(StoryError) as caught:
             save_checkpoint(path, saved[1])
-        check_refusal(caught.value, path)
+        assert_one_line_about(path, caught.value)
     assert os.listdir(tmp_path) == []
 
 
-def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(saved, copied):
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_model_with_nan_or_infinite_weights_does_not_replace_a_good_one(saved, copied, number):
     run = load_checkpoint(copied)
     with torch.no_grad():
-        run.model.tok_emb.weight.fill_(math.nan)
-    with pytest.raises((ValueError, OSError)):
+        run.model.tok_emb.weight.fill_(number)
+    with pytest.raises(StoryError, match="NaN"):
         save_checkpoint(copied, run)
     assert_untouched(copied, saved)
 
 
-# files that are not what they should be
+# files that are not checkpoints, or damaged
 
-def test_a_missing_file_is_an_os_error_that_says_what_to_do(tmp_path):
-    assert "train" in refusal(tmp_path / "model.pt", OSError)
+def test_a_missing_file_is_refused_with_the_remedy(tmp_path):
+    assert "train" in refusal(tmp_path / "model.pt")
 
 
 def test_a_folder_is_refused(tmp_path):
-    refusal(tmp_path, (ValueError, OSError))
+    refusal(tmp_path)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in its folders")
-def test_a_pipe_is_refused_and_nobody_waits_for_it(tmp_path):
-    path, errors = tmp_path / "pipe", []
-    os.mkfifo(path)
-
-    def load():
-        try:
-            load_checkpoint(path)
-        except (ValueError, OSError) as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(10)
-    waits = thread.is_alive()
-    if waits:                       # let it go
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        thread.join()
-    assert not waits and len(errors) == 1
+def zip_file(entries, compression=zipfile.ZIP_STORED):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
 
 
-def test_an_empty_file_a_picture_a_text_and_a_zip_file_are_refused(tmp_path):
-    path, packed = tmp_path / "model.pt", io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        archive.writestr("data.pkl", b"0" * 1000)
-    picture = b"\x89PNG\r\n\x1a\n" + bytes(500)
-    for content in (b"", b"x", picture, TEXT.encode() * 9, packed.getvalue(), bytes(32), bytes(33)):
-        path.write_bytes(content)
-        refusal(path)
-        write_signed(path, content)
-        refusal(path)
+NO_CHECKPOINTS = {
+    "an empty file": b"", "one byte": b"x", "text": TEXT.encode() * 9, "a picture": b"\x89PNG\r\n\x1a\n" + bytes(500),
+    "zeros": bytes(1000), "an empty zip file": zip_file({}), "a zip file of a text": zip_file({"a.txt": b"text"}),
+    "a zip file with a pickle that is none": zip_file({"archive/data.pkl": b"0" * 1000}),
+    "a zip file with a pickle": zip_file({"archive/data.pkl": pickle.dumps({"format": 5}, protocol=2)}),
+    "a pickle": pickle.dumps({"format": 5})}
 
 
-def test_a_file_cut_short_anywhere_is_refused_and_one_that_goes_on(saved, tmp_path):
-    content, path, places = saved[0].read_bytes(), tmp_path / "model.pt", random.Random(0)
-    size = len(content)
-    for length in [0, 1, 31, 32, 33, size - 33, size - 32, size - 1, *places.sample(range(size), 150)]:
-        path.write_bytes(content[:length])
+@pytest.mark.parametrize("kind", NO_CHECKPOINTS)
+def test_a_file_of_another_kind_is_refused(kind, tmp_path):
+    (tmp_path / "model.pt").write_bytes(NO_CHECKPOINTS[kind])
+    refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("content", [{}, [], "text", torch.zeros(3), {"weights": {}}], ids=str)
+def test_another_file_of_torch_is_refused(content, saved, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    assert "not a checkpoint" in refusal(tmp_path / "model.pt")
+    torch.save(saved[1].model.state_dict(), tmp_path / "model.pt")
+    assert "not a checkpoint" in refusal(tmp_path / "model.pt")
+
+
+def test_a_file_that_was_cut_off_anywhere_is_refused(small_file, tmp_path):
+    path, places = tmp_path / "model.pt", random.Random(0)
+    size = len(small_file)
+    for length in [1, 30, 100, size - 100, size - 23, size - 22, size - 1, *places.sample(range(size), 100)]:
+        path.write_bytes(small_file[:length])
         assert "damaged" in refusal(path)
-    path.write_bytes(content + b"\0")
-    assert "damaged" in refusal(path)
 
 
-def test_a_file_with_any_bit_changed_is_refused(saved, tmp_path):
-    content, path, places = saved[0].read_bytes(), tmp_path / "model.pt", random.Random(1)
-    for place in [0, len(content) - 32, len(content) - 1, *places.sample(range(len(content)), 200)]:
-        damaged = bytearray(content)
+# At its end, a zip file has a directory with a record for each entry. A byte of it has MS-DOS's attributes.
+DIRECTORY_ENTRY, ATTRIBUTES, FOLDER = b"PK\x01\x02", 38, 0x10
+
+
+def test_a_damaged_file_is_refused_unless_the_damage_is_in_bytes_that_mean_nothing(small_file, tmp_path):
+    """Of a zip file, checksums protect the contents. Between them there are bytes without a meaning, like the time when
+    an entry was written. If the file is accepted, all its contents are as before."""
+    path, places = tmp_path / "model.pt", random.Random(1)
+    path.write_bytes(small_file)
+    expected, directory = read(path), small_file.index(DIRECTORY_ENTRY)
+    refused = 0
+    for place in [*places.sample(range(len(small_file)), 200), *places.sample(range(directory, len(small_file)), 200)]:
+        damaged = bytearray(small_file)
         damaged[place] ^= 1 << places.randrange(8)
         path.write_bytes(damaged)
-        assert "damaged" in refusal(path)
+        try:
+            load_checkpoint(path)
+        except StoryError as error:
+            assert_one_line_about(path, error)
+            refused += 1
+        else:
+            assert same(read(path), expected), place
+    assert refused > 100
 
 
-def test_what_torch_saves_is_no_file_of_ours(saved, tmp_path):
-    torch.save(saved[1].model.state_dict(), tmp_path / "model.pt")
+def test_a_file_whose_entries_are_marked_as_folders_is_refused(small_file, tmp_path):
+    """Python's zipfile ignores this mark, so it finds that the checksum is right. torch does not read such an entry and
+    would return what was in its memory before."""
+    start = small_file.index(DIRECTORY_ENTRY, small_file.index(DIRECTORY_ENTRY) + 1)
+    damaged = bytearray(small_file)
+    damaged[start + ATTRIBUTES] ^= FOLDER
+    (tmp_path / "model.pt").write_bytes(damaged)
     refusal(tmp_path / "model.pt")
-    write_signed(tmp_path / "model.pt", (tmp_path / "model.pt").read_bytes())
-    refusal(tmp_path / "model.pt")
 
 
-def test_a_device_that_is_not_there_is_not_blamed_on_the_file(saved):
-    with pytest.raises(ValueError, match="abacus") as caught:
+def test_a_damaged_byte_in_any_of_the_contents_is_noticed(small_file, tmp_path):
+    path, places = tmp_path / "model.pt", random.Random(2)
+    path.write_bytes(small_file)
+    with zipfile.ZipFile(path) as archive:
+        contents = [archive.read(entry) for entry in archive.infolist() if entry.file_size > 50]
+    for content in contents:
+        start = small_file.index(content)
+        damaged = bytearray(small_file)
+        damaged[start + places.randrange(len(content))] ^= 1 << places.randrange(8)
+        path.write_bytes(damaged)
+        assert "checksum" in refusal(path)
+
+
+def test_a_device_that_does_not_exist_is_not_blamed_on_the_file(saved):
+    with pytest.raises(StoryError, match="abacus") as caught:
         load_checkpoint(saved[0], device="abacus")
     assert "damaged" not in str(caught.value)
 
 
+# files of other versions
+
 @pytest.mark.parametrize("number", [FORMAT - 1, FORMAT + 1, 1, 12345])
-def test_the_format_of_an_older_or_newer_program_is_named(saved, tmp_path, number):
-    state = read_state(saved[0])
-    write_state(tmp_path / "model.pt", {**state, "format": number})
-    assert re.search(rf"\b{number}\b.*\b{FORMAT}\b", refusal(tmp_path / "model.pt"))
-    write_state(tmp_path / "model.pt", {"format": number})      # what else was in it, we cannot know
-    assert re.search(rf"\b{number}\b.*\b{FORMAT}\b", refusal(tmp_path / "model.pt"))
+def test_a_file_of_an_older_or_newer_format_is_refused_with_both_numbers(saved, tmp_path, number):
+    path, expected = tmp_path / "model.pt", rf"\b{number}\b.*\b{FORMAT}\b"
+    torch.save({**read(saved[0]), "format": number}, path)
+    message = refusal(path)
+    assert re.search(expected, message) and "version" in message and "damaged" not in message
+    torch.save({"format": number}, path)        # its other contents are unknown
+    assert re.search(expected, refusal(path))
 
 
-@pytest.mark.parametrize("kind", ["untrained", "trained", "untrained, of the usual size"])
-def test_a_file_of_a_changed_program_is_refused_in_words_that_say_so(kind, tmp_path, monkeypatch):
-    if kind.endswith("size"):
-        corpus = story_llm.corpus_from_text(TEXT, "word")
-        run = story_llm.new_run(corpus)
+def test_a_file_as_the_version_before_wrote_it_is_refused_with_a_line_that_says_so(saved, tmp_path):
+    """It had other entries, and a checksum after the end of torch's file."""
+    content = io.BytesIO()
+    torch.save({"format": 4, "config": asdict(saved[1].config), "train_config": {}, "asked": {}, "fixed_loss": 1.0,
+                "optimizer_state": {}, "weights": dict(saved[1].model.state_dict())}, content)
+    (tmp_path / "model.pt").write_bytes(content.getvalue() + bytes(range(32)))
+    message = refusal(tmp_path / "model.pt")
+    assert f"another version of story_llm (format 4, here {FORMAT})" in message
+
+
+@pytest.mark.parametrize("kind", ["untrained", "trained", "with the default shape"])
+def test_after_a_change_of_the_model_its_old_files_are_refused(kind, tmp_path, monkeypatch):
+    if kind == "with the default shape":
+        run = story_llm.new_run(story_llm.corpus_from_text(TEXT, "word"))
     else:
         run = trained() if kind == "trained" else tiny()[0]
     save_checkpoint(tmp_path / "model.pt", run)
     with monkeypatch.context() as patched:
         patched.setattr(torch.nn.functional, "gelu", lambda x, approximate: torch.nn.functional.silu(x))
         message = refusal(tmp_path / "model.pt")
-        assert "version" in message and "program" in message and "damaged" not in message
+        assert "another version" in message and "damaged" not in message
     assert weights_equal(load_checkpoint(tmp_path / "model.pt").model, run.model)
 
 
-# files that are whole and mean harm
+def test_after_a_change_of_the_forward_pass_old_files_are_refused(saved, monkeypatch):
+    forward = story_llm.GPTModel.forward
+    monkeypatch.setattr(story_llm.GPTModel, "forward", lambda self, ids, cache=None: 1.1 * forward(self, ids, cache))
+    assert "another version" in refusal(saved[0])
 
-def test_a_signed_file_is_read_so_that_the_next_tests_test_what_they_say(saved, tmp_path):
-    write_state(tmp_path / "model.pt", read_state(saved[0]))
-    assert weights_equal(load_checkpoint(tmp_path / "model.pt").model, saved[1].model)
+
+def test_a_model_with_other_parts_is_refused_with_a_line_that_says_so(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(story_llm, "make_norm", lambda config: torch.nn.RMSNorm(config.emb_dim))
+    message = refusal(saved[0])
+    assert "version" in message and "damaged" not in message
+
+
+# files that mean harm
+
+class RunsCode:
+    """Unpickled without care, this creates a folder."""
+    def __reduce__(self):
+        return os.system, ("mkdir evil",)
+
+
+def test_no_code_in_a_file_is_run(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = read(saved[0])
+    files = {"torch's format": lambda path: torch.save({**state, "prompt": RunsCode()}, path),
+             "torch's old format": lambda path: torch.save({**state, "prompt": RunsCode()}, path,
+                                                           _use_new_zipfile_serialization=False),
+             "a pickle": lambda path: path.write_bytes(pickle.dumps(RunsCode())),
+             "a whole model": lambda path: torch.save(saved[1].model, path),
+             "a whole run": lambda path: torch.save(saved[1], path)}
+    for name, write in files.items():
+        write(tmp_path / "model.pt")
+        assert "damaged or not a checkpoint" in refusal(tmp_path / "model.pt"), name
+        assert os.listdir() == ["model.pt"]
+    torch.save(RunsCode(), "model.pt")
+    torch.load("model.pt", weights_only=False)      # a careless reader does run it
+    assert "evil" in os.listdir()
+
+
+def test_a_compressed_file_is_refused(saved, tmp_path):
+    """Otherwise a small file could fill the memory with its contents."""
+    path, state = tmp_path / "model.pt", read(saved[0])
+    state["weights"] = {name: torch.zeros_like(weight) for name, weight in state["weights"].items()}
+    state["test_loss"] = math.log(len(state["tokenizer"]["tokens"]))
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    path.write_bytes(zip_file(entries))
+    load_checkpoint(path)
+    path.write_bytes(zip_file(entries, zipfile.ZIP_DEFLATED))
+    assert "compressed" in refusal(path)
 
 
 def change(*path, **to):
-    """A function that updates the dictionary at that path of a state."""
+    """A function that updates the dictionary at that path of a saved state."""
     def function(state):
         for key in path:
             state = state[key]
@@ -465,328 +486,124 @@ def change(*path, **to):
     return function
 
 
-def remember(**to):
-    return change("optimizer_state", "out_head.weight", **to)
+def set_token(index, token):
+    return lambda state: state["tokenizer"]["tokens"].__setitem__(index, token)
 
 
-def weight(**to):
-    return lambda state: state["weights"].update({"out_head.weight": to["value"]})
-
-
-SHAPE = (85, 32)        # of out_head.weight
-WRONG = {
+WRONG = {       # {what is wrong: how to make a good state wrong}
     "no format": lambda state: state.pop("format"),
     "no config": lambda state: state.pop("config"),
-    "one entry too many": lambda state: state.update(more=1),
-    "terabytes": change("config", emb_dim=1 << 30),
-    "more than fits an integer": change("config", emb_dim=10**30),
-    "endless layers": change("config", n_layers=10**9),
-    "many layers": change("config", n_layers=1000),
-    "another vocabulary": change("config", vocab_size=7),
-    "an endless context": change("config", context_length=10**12),
-    "a context that is not in the weights": change("config", context_length=13),
-    "an unknown setting": change("config", new_setting=1),
-    "config of another type": lambda state: state.update(config=[1, 2]),
-    "a wrong setting": change("train_config", batch_size=-1),
-    "a setting that is no number": change("train_config", learning_rate=math.nan),
+    "no step": lambda state: state.pop("step"),
+    "no test loss": lambda state: state.pop("test_loss"),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "no prompt": lambda state: state.pop("prompt"),
     "no weights": lambda state: state.update(weights=None),
-    "wrong shape": weight(value=torch.zeros(3, 3)),
-    "text as weights": weight(value="text"),
-    "integers as weights": weight(value=torch.zeros(SHAPE, dtype=torch.long)),
-    "weights that are no numbers": weight(value=torch.full(SHAPE, math.nan)),
+    "config of another type": lambda state: state.update(config=[1, 2]),
+    "an unknown setting": change("config", new_setting=1),
+    "a huge setting": change("config", emb_dim=10**30),
+    "another vocabulary size": change("config", vocab_size=7),
+    "another context length": change("config", context_length=13),
+    "another number of layers": change("config", n_layers=2),
+    "a setting that is out of range": change("train_config", batch_size=-1),
+    "a setting that is NaN": change("train_config", learning_rate=math.nan),
+    "a weight of another shape": change("weights", **{"out_head.weight": torch.zeros(3, 3)}),
+    "text in place of a weight": change("weights", **{"out_head.weight": "text"}),
     "a weight is missing": lambda state: state["weights"].popitem(),
-    "a weight too many": lambda state: state["weights"].update(more=torch.zeros(3)),
-    "step is text": lambda state: state.update(step="many"),
-    "step is negative": lambda state: state.update(step=-1),
-    "step is beyond counting": lambda state: state.update(step=10**600),
-    "no history": lambda state: state.update(history=None),
-    "empty entries in the history": lambda state: state.update(history=[{"step": 0}]),
-    "a loss of text": lambda state: state["history"][0].update(train_loss="low"),
-    "a loss that is no number": lambda state: state["history"][0].update(val_loss=math.nan),
-    "epochs of no steps": lambda state: state.update(steps_per_epoch=0),
-    "a number among the tokens": lambda state: state["tokenizer"]["tokens"].__setitem__(3, 5),
-    "bytes among the tokens": lambda state: state["tokenizer"]["tokens"].__setitem__(3, b"bytes"),
-    "a token twice": lambda state: state["tokenizer"]["tokens"].__setitem__(3, state["tokenizer"]["tokens"][4]),
-    "a token less": lambda state: state["tokenizer"]["tokens"].pop(3),
-    "a token more": lambda state: state["tokenizer"]["tokens"].insert(3, "more"),
-    "no end of text among the words": lambda state: state["tokenizer"]["tokens"].__setitem__(-2, "end"),
-    "no unknown word among the words": lambda state: state["tokenizer"]["tokens"].__setitem__(-1, "unknown"),
-    "no tokenizer that we know": change("tokenizer", kind="letters"),
-    "memory of an unknown weight": change("optimizer_state", more={}),
-    "memory of another shape": remember(exp_avg=torch.zeros(2, 2)),
-    "memory without a shape": remember(exp_avg=torch.zeros(())),
-    "a step for each number": remember(step=torch.zeros(SHAPE)),
-    "memory that is no number": remember(exp_avg_sq=torch.full(SHAPE, math.nan)),
-    "memory that lacks something": lambda state: state["optimizer_state"]["out_head.weight"].pop("exp_avg"),
-    "memory that is text": remember(exp_avg="text"),
-    "memory of whole numbers": remember(exp_avg=torch.zeros(SHAPE, dtype=torch.int32)),
-    "nobody can have asked that": lambda state: state.update(asked={"epochs": [1]}),
+    "a weight too many": change("weights", more=torch.zeros(3)),
+    "the step is text": change(step="many"),
+    "the step is negative": change(step=-1),
+    "the total number of steps is text": change(total_steps="many"),
+    "the test loss is text": change(test_loss="low"),
+    "the prompt is a number": change(prompt=7),
+    "the optimizer is a list": change(optimizer=[1]),
+    "an epoch has no steps": change(steps_per_epoch=0),
+    "no history": change(history=None),
+    "an empty entry in the history": change(history=[{"step": 0}]),
+    "a number among the tokens": set_token(3, 5),
+    "bytes among the tokens": set_token(3, b"bytes"),
+    "a list among the tokens": set_token(3, [5]),
+    "the same token twice": lambda state: set_token(3, state["tokenizer"]["tokens"][4])(state),
+    "a token is missing": lambda state: state["tokenizer"]["tokens"].pop(3),
+    "a token too many": lambda state: state["tokenizer"]["tokens"].insert(3, "more"),
+    "no end of text among the words": set_token(-2, "end"),
+    "no unknown word among the words": set_token(-1, "unknown"),
+    "an unknown kind of tokenizer": change("tokenizer", kind="letters"),
+    "auto as the kind of tokenizer": change("tokenizer", kind="auto"),
+    "words as byte pairs": change("tokenizer", kind="story"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_signed_file_with_wrong_contents_is_refused(saved, tmp_path, wrong):
-    state = read_state(saved[0])
+def test_a_whole_file_with_wrong_contents_is_refused_in_one_line(saved, tmp_path, wrong):
+    state = read(saved[0])
     WRONG[wrong](state)
-    write_state(tmp_path / "model.pt", state)
+    torch.save(state, tmp_path / "model.pt")
     refusal(tmp_path / "model.pt")
 
 
-def test_byte_pairs_that_lack_a_byte_are_refused(tmp_path):
+@pytest.mark.parametrize("change_weight", [
+    lambda weight: weight.to("meta"), lambda weight: weight.to_sparse(), lambda weight: weight * math.nan],
+    ids=["without numbers", "sparse", "NaN"])
+def test_weights_of_another_kind_are_refused_in_one_line(saved, tmp_path, change_weight):
+    state = read(saved[0])
+    state["weights"]["out_head.weight"] = change_weight(state["weights"]["out_head.weight"])
+    torch.save(state, tmp_path / "model.pt")
+    refusal(tmp_path / "model.pt")
+
+
+def test_byte_pairs_without_one_of_the_bytes_are_refused(tmp_path):
     save_checkpoint(tmp_path / "model.pt", tiny(tokenizer="story")[0])
-    state = read_state(tmp_path / "model.pt")
-    state["tokenizer"]["tokens"][200] = "no byte"
-    write_state(tmp_path / "model.pt", state)
+    state = read(tmp_path / "model.pt")
+    state["tokenizer"]["tokens"][200] = b"no byte"
+    torch.save(state, tmp_path / "model.pt")
     refusal(tmp_path / "model.pt")
 
 
-def assert_usable(run, corpus):
-    """A run that was loaded can do all that a run is for; a ValueError is an answer, too."""
-    for name, p in run.model.named_parameters():        # torch's fused optimizer believes these without looking
-        assert p.is_contiguous() and p.isfinite().all()
-        for what, tensor in run.optimizer_state.get(name, {}).items():
-            assert tensor.shape == (() if what == "step" else p.shape) and tensor.dtype == torch.float32
-    ids = torch.arange(run.config.context_length)[None] % run.config.vocab_size
-    assert run.model(ids).isfinite().all()
-    run.tokenizer.decode(list(range(run.tokenizer.vocab_size)))
-    assert repr(run) and run.config and run.train_config
-    for action in (lambda: "".join(generate_text(run.model, run.tokenizer, run.prompt, 8)),
-                   lambda: plot_losses(run.history, run.config.vocab_size), lambda: train_a_little(run, corpus)):
-        try:
-            action()
-        except ValueError as error:
-            assert len(str(error).splitlines()) == 1
-    assert all(type(token) is type(run.tokenizer.tokens[0]) for token in run.tokenizer.tokens)
+plain_values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9),
+                         st.sampled_from(["\x1b[2J\n\x07", "x" * 5000, "\ud800", [], {}, [[]], 1 << 63, -1, 0.0]))
 
 
-def train_a_little(run, corpus):
-    if run.train_config.batch_size <= 64 and run.total_steps < 10_000:         # not what would only take long
-        corpus = encode_corpus(run.tokenizer, corpus.train_text, corpus.train_text)
-        run.history = [replace(evaluation, step=-1) for evaluation in run.history]
-        end = run.step + 2
-        train(run, corpus, lambda run: run.step >= end)
-
-
-@pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    """A function that gives (the state in the file of a run as small as can be, its corpus); it is half trained, and
-    of most weights it remembers nothing, for a smaller file is faster."""
-    path = tmp_path_factory.mktemp("smallest") / "model.pt"
-    run, corpus = tiny("Once there was a king. He went up the river for nine days.", context_length=4, emb_dim=8,
-                       batch_size=4, eval_every=1000, max_steps=6)
-    train(run, corpus, lambda run: run.step == 3)
-    run.asked = {"epochs": 3}
-    save_checkpoint(path, run)
-    state = read_state(path)
-    state["optimizer_state"] = {name: state["optimizer_state"][name] for name in ("out_head.weight", "final_norm.bias")}
-    return lambda: (fresh(state), corpus)
-
-
-def fresh(node):
-    """A copy of dictionaries and lists; what is in them is shared."""
-    if isinstance(node, dict):
-        return {key: fresh(value) for key, value in node.items()}
-    return [fresh(value) for value in node] if isinstance(node, list) else node
-
-
-odd_numbers = st.sampled_from([0, -1, 1, 2, 7, 1 << 31, 1 << 53, 1 << 63, -(1 << 63), 10**18, 10**300, 0.5, -0.0,
-                               1e-320, 1e308, -1e308, math.inf, -math.inf, math.nan])
-odd_texts = st.one_of(st.text(max_size=9), st.sampled_from(
-    ["\ud800", "\x1b[2J\n\x07", "a\nb", "x" * 5000, "word", "gpt2", "auto", "rotary", "bf16", "epochs", ""]))
-shapes = st.sampled_from([(), (0,), (1,), (8,), (4, 8), (8, 8), (8, 32), (32, 8), (32,), (16, 8), (2, 3, 4)])
-dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool,
-                          torch.complex64])
-tensors = st.builds(lambda shape, number, dtype: torch.full(shape, number, dtype=dtype), shapes,
-                    st.sampled_from([0, 1, 3]), dtypes)
-stretched = st.builds(torch.zeros(1).expand, st.sampled_from([(1000, 1000), (8, 8), (16, 8), (8, 32)]))
-plain = st.one_of(st.none(), st.booleans(), odd_numbers, st.integers(), st.floats(), odd_texts, st.binary(max_size=9))
-anything = st.one_of(plain, tensors, stretched, st.just(OrderedDict()), st.recursive(
-    plain, lambda inner: st.one_of(st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple),
-                                   st.dictionaries(odd_texts, inner, max_size=3),
-                                   st.dictionaries(odd_texts, inner, max_size=3).map(OrderedDict)), max_leaves=5))
-
-
-def nested(depth, kind):
-    value = kind()
-    for _ in range(depth):
-        value = [value] if kind is list else (value,) if kind is tuple else {"": value}
-    return value
-
-
-ALIKE = [       # tensors that are like another one, but for something
-    lambda t: t * math.nan, lambda t: t - 1e30, lambda t: t * 0 - 1, lambda t: t * 2, torch.zeros_like, torch.ones_like,
-    lambda t: t.double(), lambda t: t.bfloat16(), lambda t: t.reshape(-1), lambda t: t.mT if t.dim() > 1 else t,
-    lambda t: t[..., None], lambda t: t.sum(), lambda t: t.tolist(), lambda t: t.clone().requires_grad_(),
-    lambda t: torch.zeros(()).expand(t.shape), lambda t: t[:1].expand(t.shape) if t.dim() else t, torch.nn.Parameter,
-    lambda t: t.to_sparse() if t.dim() else t, lambda t: torch.zeros(t.shape, device="meta")]
-
-
-def tamper(data, state):
-    """Change one thing anywhere in the state: another value, a value less, one more, or a tensor of the right shape."""
-    parent, node = None, state
-    while isinstance(node, (dict, list)) and node and (parent is None or data.draw(st.integers(0, 3))):
-        parent = node
-        key = data.draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
-        node = node[key]
-    how = data.draw(st.sampled_from(["other", "other", "less", "more", "alike", "alike", "alike", "nested", "kind"]))
-    if how == "less":
-        del parent[key]
-    elif how == "more" and isinstance(node, dict):
-        node[data.draw(odd_texts)] = data.draw(anything)
-    elif how == "more" and isinstance(node, list):
-        node.insert(data.draw(st.integers(0, len(node))), data.draw(anything))
-    elif how == "nested":
-        parent[key] = nested(data.draw(st.sampled_from([1, 5, 90])), data.draw(st.sampled_from([list, tuple, dict])))
-    elif how == "kind" and type(node) is dict:
-        parent[key] = OrderedDict(node)
-    elif how == "alike" and isinstance(node, torch.Tensor):
-        parent[key] = data.draw(st.sampled_from(ALIKE))(node)
-    elif how == "alike" and type(node) in (int, float, str):
-        parent[key] = data.draw(odd_texts if type(node) is str else odd_numbers)
-    else:
-        parent[key] = data.draw(anything)
-
-
-def load_or_refuse(path, state, corpus):
-    write_state(path, state)
-    try:
-        run = load_checkpoint(path)
-    except ValueError as error:
-        check_refusal(error, path)
-    else:
-        assert_usable(run, corpus)
-
-
-@settings(max_examples=300)
 @given(data=st.data())
-def test_a_signed_file_with_anything_in_it_is_a_usable_run_or_refused_in_one_line(smallest, tmp_path_factory, data):
-    state, corpus = smallest()
-    for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]))):
-        tamper(data, state)
-    load_or_refuse(tmp_path_factory.getbasetemp() / "tampered.pt", state, corpus)
+def test_whatever_is_wrong_in_the_settings_the_refusal_is_one_line(small_file, tmp_path_factory, data):
+    """One value in the settings, the tokenizer or the history is replaced by any other value."""
+    state = torch.load(io.BytesIO(small_file), weights_only=True)
+    part = data.draw(st.sampled_from([state["config"], state["train_config"], state["tokenizer"], state["history"][0]]))
+    part[data.draw(st.sampled_from(sorted(part)))] = data.draw(plain_values)
+    path = tmp_path_factory.getbasetemp() / "changed.pt"
+    torch.save(state, path)
+    try:
+        load_checkpoint(path)
+    except StoryError as error:
+        assert_one_line_about(path, error)
 
 
-def test_the_unchanged_state_of_that_test_is_usable(smallest, tmp_path):
-    state, corpus = smallest()
-    write_state(tmp_path / "model.pt", state)
-    run = load_checkpoint(tmp_path / "model.pt")
-    assert_usable(run, corpus)
-    assert run.step == 5
+# Files that claim more memory than they have bytes. Each is read in a process of its own, whose memory is measured.
+
+def grow(**to):
+    """A function that makes a state claim a huge model. Each of its weights is stored as a single number."""
+    def function(state):
+        state["config"].update(to)
+        with torch.device("meta"):
+            model = story_llm.GPTModel(story_llm.GPTConfig(**state["config"]))
+        state["weights"] = {name: torch.zeros(1).expand(weight.shape) for name, weight in model.state_dict().items()}
+    return function
 
 
-@pytest.mark.parametrize("where", ["weights", "config", "optimizer_state", "asked", "train_config"])
-def test_dictionaries_of_another_kind_and_what_hangs_on_them_change_nothing(smallest, tmp_path, where):
-    """load_state_dict listens to a `_metadata` that an OrderedDict may bring along."""
-    state, corpus = smallest()
-    state[where] = OrderedDict(state[where])
-    state[where]._metadata = OrderedDict({name: {"assign_to_params_buffers": True} for name in
-                                          ("", "out_head", "tok_emb", "final_norm")})
-    load_or_refuse(tmp_path / "model.pt", state, corpus)
-    if where == "weights":
-        state["weights"]["out_head.weight"] = torch.zeros(1).expand(state["weights"]["out_head.weight"].shape)
-        state["fixed_loss"] = math.log(state["config"]["vocab_size"])           # which is then the loss
-        load_or_refuse(tmp_path / "model.pt", state, corpus)
+def share_storage(state):
+    """All weights are the beginning of the same 16 MB. Together they claim 800 MB."""
+    grow(emb_dim=1024, n_layers=16)(state)
+    numbers = torch.zeros(max(weight.numel() for weight in state["weights"].values()))
+    state["weights"] = {name: numbers[:weight.numel()].view(weight.shape) for name, weight in state["weights"].items()}
 
 
-# what would take memory, run code or crash: each read in a process of its own, whose memory is measured
-
-HERE = "here@@stands@@the@@harm"
-
-
-def text_in_a_pickle(text):
-    return b"X" + struct.pack("<I", len(text)) + text.encode()
-
-
-def with_pickle(state, path, harm, rename=lambda name: name, before=(), replaced=()):
-    """Write the state with `harm`, operations of a pickle, in place of the text HERE."""
-    content, harmful = io.BytesIO(), io.BytesIO()
-    torch.save(state, content)
-    with zipfile.ZipFile(content) as good, zipfile.ZipFile(harmful, "w") as bad:
-        for name, data in before:
-            bad.writestr(name, data)
-        for name in good.namelist():
-            data = good.read(name)
-            if name.endswith("data.pkl"):
-                assert data.count(text_in_a_pickle(HERE)) == 1
-                data = data.replace(text_in_a_pickle(HERE), harm)
-            bad.writestr(rename(name), data)
-    write_signed(path, harmful.getvalue())
-
-
-def doubled(depth):
-    """A list that is small, but each of whose ten parts is the next such list: to write it down takes 10**depth."""
-    value = []
-    for _ in range(depth):
-        value = [value] * 10
-    return value
-
-
-class RunsCode:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
-
-
-GIGABYTE = b"c%s\nbytearray\n(J" + struct.pack("<i", 10**9) + b"tR"
-DEEP = 100_000
-
-
-def harmful_files(folder, state):
-    """Write them; returns their names."""
-    files = []
-
-    def new(name):
-        files.append(name)
-        return folder / name
-
-    def changed(name, function):
-        other = copy.deepcopy(state)
-        function(other)
-        write_state(new(name), other)
-
-    pickled = {**state, "prompt": HERE}
-    for module in (b"builtins", b"__builtin__"):
-        with_pickle(pickled, new(f"a bytearray of {module.decode()}"), GIGABYTE % module)
-    harmless = [("archive/xdata.pkl", pickle.dumps(None, protocol=2))]
-    with_pickle(pickled, new("a bytearray behind a harmless pickle"), GIGABYTE % b"builtins", before=harmless)
-    with_pickle(pickled, new("a bytearray in capital letters"), GIGABYTE % b"builtins", before=harmless,
-                rename=lambda name: name.replace("data.pkl", "DATA.PKL"))
-    with_pickle(pickled, new("a bytearray in another folder"), GIGABYTE % b"builtins", rename=lambda name: "x/" + name)
-    with_pickle(pickled, new("code"), b"cos\nmkdir\n(X\x04\0\0\0eviltR")
-    with_pickle(pickled, new("code by a name on the stack"), b"X\x02\0\0\0osX\x05\0\0\0mkdir\x93(X\x04\0\0\0eviltR")
-    with_pickle(pickled, new("code by INST"), b"(X\x04\0\0\0evilios\nmkdir\n")
-    with_pickle(pickled, new("names that steer a terminal"), b"cos\x1b[2J\nmkdir\n)R")
-    changed("code of torch.save", lambda state: state.update(history=RunsCode()))
-    with_pickle(pickled, new("a deep list"), b"]" * DEEP + b"a" * (DEEP - 1))
-    tokens = [*state["tokenizer"]["tokens"][:-3], HERE, *state["tokenizer"]["tokens"][-2:]]
-    with_pickle({**state, "tokenizer": {"kind": "word", "tokens": tokens}}, new("a deep tuple as a token"),
-                b")" + b"\x85" * DEEP)
-    with_pickle({**state, "format": HERE}, new("a deep list as the format"), b"]" * DEEP + b"a" * (DEEP - 1))
-    changed("a format that is long to tell", lambda state: state.update(format=doubled(7)))
-    changed("a setting that is long to tell", lambda state: state["config"].update(emb_dim=doubled(7)))
-    changed("a choice that is long to tell", lambda state: state["train_config"].update(precision=doubled(7)))
-    changed("an option that is long to tell", lambda state: state.update(asked={"epochs": doubled(7)}))
-    wide = torch.zeros(1).expand(20_000, 20_000)
-    changed("wide weights", lambda state: state["weights"].update({"out_head.weight": wide}))
-    changed("wide memory", lambda state: state["optimizer_state"]["out_head.weight"].update(exp_avg=wide))
-    changed("a long context", lambda state: state["config"].update(context_length=(1 << 20) - 1))
-    changed("a long context, fixed", lambda state: state["config"].update(context_length=(1 << 20) - 1,
-                                                                         position="sinusoidal"))
-    changed("a large vocabulary", lambda state: state["config"].update(vocab_size=(1 << 24) - 1))
-    changed("a wide model", lambda state: state["config"].update(emb_dim=(1 << 16) - 2))
-    changed("many layers", lambda state: state["config"].update(n_layers=(1 << 10) - 1))
-    content = io.BytesIO()
-    torch.save(state, content)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(content) as good, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
-        for name in good.namelist():
-            bomb.writestr(name, bytes(10**8) if name.endswith("data/0") else good.read(name))
-    write_signed(new("a zip bomb"), packed.getvalue())
-    return files
-
-
-HARMFUL = """if True:
+CLAIMS = {
+    "wide": grow(emb_dim=(1 << 16) - 2), "rather wide": grow(emb_dim=2048), "long": grow(context_length=(1 << 20) - 1),
+    "long with fixed positions": grow(context_length=(1 << 20) - 1, position="sinusoidal"),
+    "deep": grow(n_layers=200, emb_dim=512), "one storage for all": share_storage,
+    "without these weights": change("config", emb_dim=(1 << 16) - 2)}
+READ_EACH = """if True:
     import json, os, resource, sys, story_llm
-    story_llm.load_checkpoint(sys.argv[1])      # what torch sets up once, before it is measured
+    story_llm.load_checkpoint(sys.argv[1])      # what torch sets up once is not measured
     unit = 1 if sys.platform == "darwin" else 1024
     for name in sys.argv[2:]:
         sys.stdout.flush()
@@ -794,7 +611,8 @@ HARMFUL = """if True:
         if child == 0:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             try:
-                story_llm.load_checkpoint(name)
+                run = story_llm.load_checkpoint(name)
+                story_llm.start_optimizer(run)
                 kind, message = "loaded", ""
             except BaseException as error:
                 kind, message = type(error).__name__, str(error)
@@ -806,64 +624,160 @@ HARMFUL = """if True:
             print(json.dumps([name, "crashed", str(status), 0]), flush=True)"""
 
 
-def test_files_that_would_run_code_take_memory_or_crash_are_refused_before_they_do(saved, tmp_path):
-    pytest.importorskip("resource")
-    folder = tmp_path / "files"
-    folder.mkdir()
-    names = harmful_files(folder, read_state(saved[0]))
-    done = subprocess.run([sys.executable, "-c", HARMFUL, saved[0], *names], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+def read_each(saved, folder, names):
+    """[(name, kind of error, its message, bytes by which the process grew)] for each of these files."""
+    done = subprocess.run([sys.executable, "-c", READ_EACH, saved[0], *names], cwd=folder, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result[0] for result in results] == names
-    bad = []
-    for name, kind, message, grown in results:
-        fine = kind == "ValueError" and name in message and len(message) < 1000 and not UNFIT.search(message)
-        if not fine or grown > 60e6:
-            bad.append(f"{name}: {kind}, {message[:100]!r}, {grown / 1e6:.0f} MB more")
-    assert not bad, "\n".join(bad)
-    assert sorted(os.listdir(folder)) == sorted(names)       # no folder "evil"
+    return results
 
 
-# models of other texts
+def test_a_file_that_claims_a_huge_model_is_refused_before_it_takes_memory(saved, small_file, tmp_path):
+    pytest.importorskip("resource")
+    for name, function in CLAIMS.items():
+        state = read(saved[0])
+        function(state)
+        torch.save(state, tmp_path / name)
+        assert (tmp_path / name).stat().st_size < 20e6
+    with zipfile.ZipFile(io.BytesIO(small_file)) as archive:
+        entries = {name: bytes(10**8) if name.endswith("data/0") else archive.read(name) for name in archive.namelist()}
+    (tmp_path / "zip bomb").write_bytes(zip_file(entries, zipfile.ZIP_DEFLATED))
+    for name, kind, message, grown in read_each(saved, tmp_path, [*CLAIMS, "zip bomb"]):
+        assert kind == "StoryError" and name in message, (name, kind, message)
+        assert grown < 100e6, (name, grown)
 
-OTHER = "A sparrow sat on a wall. It sang of rain all day long."
+
+def with_optimizer_entries(saved, folder, kinds):
+    """Write files in which one entry of the optimizer state has another value; return their names."""
+    names = []
+    for entry in ("exp_avg", "exp_avg_sq", "step"):
+        for kind, value in kinds.items():
+            state = read(saved[0])
+            assert state["weights"]["tok_emb.weight"].shape == (85, 32)
+            state["optimizer"]["state"][0][entry] = value
+            names.append(f"{entry} {kind}")
+            torch.save(state, folder / names[-1])
+    return names
 
 
-def test_a_model_of_another_text_is_moved_out_of_the_way(saved, copied):
-    run, _ = tiny(OTHER)
-    assert keep_other_model(copied, run) == copied.with_name("model.old.pt").resolve()
-    assert os.listdir(copied.parent) == ["model.old.pt"]
-    assert weights_equal(load_checkpoint(copied.with_name("model.old.pt")).model, saved[1].model)
+def test_optimizer_state_that_does_not_fit_its_weights_is_refused(saved, tmp_path):
+    """torch's fused AdamW believes the shapes of its state, and would read and write memory that belongs to others."""
+    pytest.importorskip("resource")
+    names = with_optimizer_entries(saved, tmp_path, {
+        "of another shape": torch.zeros(2, 2), "of a huge shape": torch.zeros(1).expand(20_000, 20_000),
+        "of one number, repeated": torch.zeros(1).expand(85, 32), "transposed": torch.zeros(32, 85).mT})
+    for name, kind, message, grown in read_each(saved, tmp_path, names):
+        assert kind == "StoryError" and grown < 100e6, (name, kind, message, grown)
 
 
-def test_a_model_of_the_same_text_stays(saved, copied):
-    run, _ = tiny(n_layers=2, epochs=9)
-    assert keep_other_model(copied, run) is None
+def test_optimizer_state_of_another_kind_is_refused(saved, tmp_path):
+    """torch converts a tensor to float32 before its shape can be checked, and that would take 1.6 GB here."""
+    pytest.importorskip("resource")
+    names = with_optimizer_entries(saved, tmp_path, {
+        "as text": "text", "huge": torch.zeros(1, dtype=torch.float64).expand(20_000, 20_000)})
+    for name, kind, message, grown in read_each(saved, tmp_path, names):
+        assert kind == "StoryError" and grown < 100e6, (name, kind, message, grown)
+
+
+# models that stood at the path before
+
+OTHER = "A sparrow sat on a wall. It sang of rain all day long, and nobody listened to it."
+
+
+def assert_kept(path, run, content):
+    """The file at the path gets out of the way of this run, and is still there under its new name."""
+    kept = path.with_name("model.old.pt").resolve()
+    assert keep_previous_model(path, run) == kept
+    assert os.listdir(path.parent) == ["model.old.pt"] and kept.read_bytes() == content
+
+
+@pytest.mark.parametrize("text, changed", [
+    (OTHER, {}), (TEXT + OTHER, {}), (TEXT, {"val_fraction": 0.2}), (TEXT, {"n_layers": 2}), (TEXT, {"emb_dim": 16}),
+    (TEXT, {"position": "rotary"}), (TEXT, {"tokenizer": "story"}), (TEXT, {"seed": 1}), (TEXT, {"epochs": 9}),
+    (TEXT, {"learning_rate": 0.01}), (TEXT, {"optimizer": "muon"})], ids=lambda value: str(value)[:30])
+def test_a_model_of_another_text_shape_or_training_is_kept(text, changed, saved, copied):
+    run, _ = tiny(text, **changed)
+    run.step = 100
+    assert_kept(copied, run, saved[0].read_bytes())
+
+
+def test_a_model_with_another_tokenizer_of_the_same_size_is_kept(saved, copied):
+    run, _ = tiny()
+    run.tokenizer = story_llm.WordTokenizer(["other", *run.tokenizer.tokens[1:]])
+    run.step = 100
+    assert_kept(copied, run, saved[0].read_bytes())
+
+
+def test_a_model_that_had_got_further_is_kept(saved, copied):
+    run, _ = tiny()
+    run.step = saved[1].step - 1
+    assert_kept(copied, run, saved[0].read_bytes())
+
+
+@pytest.mark.parametrize("more_steps", [0, 1])
+def test_an_earlier_state_of_the_same_run_is_replaced(more_steps, saved, copied):
+    run, _ = tiny()
+    run.step = saved[1].step + more_steps
+    assert keep_previous_model(copied, run) is None
+    assert_untouched(copied, saved)
+
+
+def test_a_changed_device_or_prompt_makes_no_other_run(saved, copied):
+    run = load_checkpoint(copied)
+    run.prompt, run.text_path, run.history = "Another prompt", "/elsewhere/story.txt", []
+    assert keep_previous_model(copied, run) is None
     assert_untouched(copied, saved)
 
 
 @pytest.mark.parametrize("content", [b"", b"my thesis", bytes(1000)], ids=repr)
-def test_a_file_that_is_no_checkpoint_is_kept_too(tmp_path, content):
+def test_a_file_that_is_no_checkpoint_is_kept(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
-    assert keep_other_model(tmp_path / "model.pt", tiny()[0]) == (tmp_path / "model.old.pt").resolve()
-    assert (tmp_path / "model.old.pt").read_bytes() == content
+    assert_kept(tmp_path / "model.pt", tiny()[0], content)
 
 
-def test_where_there_is_nothing_nothing_is_moved(tmp_path):
-    assert keep_other_model(tmp_path / "model.pt", tiny()[0]) is None and os.listdir(tmp_path) == []
+def test_as_many_models_as_come_are_kept(saved, tmp_path):
+    """No name is used twice, whether it has been given by the program or was there before."""
+    run, _ = tiny(OTHER)
+    (tmp_path / "model.old2.pt").write_bytes(b"mine")
+    kept = []
+    for content in (b"a", b"b", b"c"):
+        (tmp_path / "model.pt").write_bytes(content)
+        kept.append(keep_previous_model(tmp_path / "model.pt", run).name)
+    assert kept == ["model.old.pt", "model.old3.pt", "model.old4.pt"]
+    assert [(tmp_path / name).read_bytes() for name in kept] == [b"a", b"b", b"c"]
+    assert (tmp_path / "model.old2.pt").read_bytes() == b"mine"
 
 
-def test_a_model_behind_a_link_is_kept_beside_itself(saved, tmp_path):
+def test_where_there_is_no_model_nothing_is_renamed(tmp_path):
+    assert keep_previous_model(tmp_path / "model.pt", tiny()[0]) is None and os.listdir(tmp_path) == []
+
+
+def test_a_model_behind_a_symbolic_link_is_kept_in_its_folder(saved, tmp_path):
     (tmp_path / "disk").mkdir()
     shutil.copy(saved[0], tmp_path / "disk" / "real.pt")
     try:
         (tmp_path / "model.pt").symlink_to(tmp_path / "disk" / "real.pt")
     except OSError:
-        pytest.skip("this system lets us make no links")
+        pytest.skip("symbolic links are not allowed here")
     run, _ = tiny(OTHER)
-    assert keep_other_model(tmp_path / "model.pt", run) == (tmp_path / "disk" / "real.old.pt").resolve()
+    assert keep_previous_model(tmp_path / "model.pt", run) == (tmp_path / "disk" / "real.old.pt").resolve()
     save_checkpoint(tmp_path / "model.pt", run)
     assert (tmp_path / "model.pt").is_symlink()
     assert weights_equal(load_checkpoint(tmp_path / "model.pt").model, run.model)
     assert weights_equal(load_checkpoint(tmp_path / "disk" / "real.old.pt").model, saved[1].model)
+
+
+# paths that cannot be written
+
+def test_a_path_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere" / "model.pt"):
+        with pytest.raises(StoryError) as caught:
+            story_llm.check_writable(path)
+        assert_one_line_about(path, caught.value)
+    with pytest.raises(StoryError, match=r"picture\.txt.*\.png"):
+        story_llm.check_writable(tmp_path / "picture.txt", story_llm.PICTURES)
+    for name in ("model.pt", "picture.png"):
+        story_llm.check_writable(tmp_path / name, () if name == "model.pt" else story_llm.PICTURES)
+    assert os.listdir(tmp_path) == []

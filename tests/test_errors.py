@@ -1,0 +1,337 @@
+"""Errors: a user's mistake is one line that names the remedy; a bug, in particular in a model that the reader has
+edited, keeps its traceback."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import PROGRAM, STORY, TEXT, story_llm, tiny
+
+from story_llm import COMMANDS, StoryError, load_checkpoint, load_text, save_checkpoint
+
+PROMPT = "The old ferryman tied his"
+
+
+def assert_one_line(result, *words):
+    """Status 1, and one line on stderr that begins with "error: " and contains the words."""
+    status, out, err = result
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, err
+    assert "error" not in out and not [word for word in words if str(word) not in err], err
+
+
+# a model that the reader has broken
+
+BROKEN = {      # {where: (the line, what the reader made of it, what the traceback names)}
+    "split_heads": ("        B, T, C = x.shape\n", "        B, T = x.shape\n",
+                    ["in split_heads", "    B, T = x.shape\n", "ValueError: too many values to unpack"]),
+    "FeedForward": ("        return self.project(F.gelu(self.expand(x), ", "        return self.project(F.gelu(self.expand(x).mT, ",
+                    ["in forward", "    return self.project(F.gelu(self.expand(x).mT, ", "RuntimeError: "]),
+    "GPTModel.forward": ("        return self.out_head(self.final_norm(x)) ",
+                         "        return self.out_head(self.final_norm(y)) ",
+                         ["in forward", "    return self.out_head(self.final_norm(y)) ",
+                          "NameError: name 'y' is not defined"])}
+
+
+@pytest.mark.parametrize("where", BROKEN)
+def test_whoever_breaks_the_model_sees_in_every_command_the_line_that_fails(folder, trained_here, small, where):
+    """`generate` reads a checkpoint that the intact program has saved."""
+    line, broken_line, named = BROKEN[where]
+    source = PROGRAM.read_text(encoding="utf-8")
+    assert source.count(line) == 1
+    (folder / "story_llm.py").write_text(source.replace(line, broken_line), encoding="utf-8")
+    commands = [small("model"), small("train", "--model", "new.pt"), ["generate", "--prompt", PROMPT]]
+    processes = [subprocess.Popen([sys.executable, "story_llm.py", *command], cwd=folder, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+                                  encoding="utf-8") for command in commands]
+    for command, process in zip(commands, processes):
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1 and err.startswith("Traceback (most recent call last):\n"), (command, err)
+        assert f'File "{folder / "story_llm.py"}", line ' in err and "error: " not in err.splitlines()[0]
+        assert not [words for words in named if words not in err], (command, err)
+    assert not (folder / "new.pt").exists()
+
+
+def test_a_changed_model_that_works_is_told_from_the_saved_one(folder, trained_here, call, monkeypatch):
+    """Other shapes, or the same shapes and another result."""
+    with monkeypatch.context() as patch:
+        patch.setattr(story_llm, "make_norm", lambda config: torch.nn.RMSNorm(config.emb_dim))
+        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "GPTModel", "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(story_llm.F, "gelu", lambda x, approximate: torch.relu(x))
+        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
+
+
+# a bug anywhere
+
+class Mistake(Exception):
+    pass
+
+
+@pytest.mark.parametrize("bug", [
+    KeyError("no such key"), ValueError("too many values"), OSError(2, "No such file"), PermissionError(13, "denied"),
+    ImportError("cannot import name"), ModuleNotFoundError("No module named 'numpyy'", name="numpyy"),
+    TypeError("not iterable"), AttributeError("no attribute"), IndexError("out of range"), AssertionError(),
+    ZeroDivisionError(), NameError("y"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"), RecursionError(), Mistake()],
+    ids=lambda bug: f"{type(bug).__name__}-{str(bug)[:10]}")
+def test_an_exception_that_is_not_a_users_mistake_keeps_its_traceback(folder, capsys, monkeypatch, bug):
+    def command(args):
+        raise bug
+    monkeypatch.setitem(story_llm.COMMANDS, "words", (command, *COMMANDS["words"][1:]))
+    with pytest.raises(type(bug)) as raised:
+        story_llm.main(["words"])
+    assert raised.value is bug and capsys.readouterr() == ("", "")
+
+
+def test_a_story_error_is_a_value_error_that_is_printed_in_one_line(call, monkeypatch):
+    def command(args):
+        raise StoryError("the river is too wide: build a bridge")
+    assert issubclass(StoryError, ValueError)
+    monkeypatch.setitem(story_llm.COMMANDS, "words", (command, *COMMANDS["words"][1:]))
+    assert call("words") == (1, "", "error: the river is too wide: build a bridge\n")
+
+
+def test_from_python_a_mistake_is_a_story_error(folder):
+    for wrong in (lambda: load_text("missing.txt"), lambda: load_checkpoint("missing.pt"),
+                  lambda: load_checkpoint("my.txt"),
+                  lambda: story_llm.GPTConfig(emb_dim=0), lambda: story_llm.choose_device("abacus"),
+                  lambda: story_llm.make_tokenizer("bytes", TEXT),
+                  lambda: next(story_llm.generate_text(tiny()[0].model, tiny()[0].tokenizer, "", 3))):
+        with pytest.raises(StoryError):
+            wrong()
+
+
+# the text
+
+@pytest.mark.parametrize("command", ["words", "bpe", "windows", "model", "evaluate", "train"])
+def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, command):
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "blank.txt").write_bytes(b" \n\t\n")
+    (folder / "latin.txt").write_bytes("Once there was a café by the river.".encode("latin-1"))
+    (folder / "utf16.txt").write_bytes(TEXT.encode("utf-16"))
+    (folder / "folder").mkdir()
+    for text, *words in (("missing.txt", "give a text file"), ("folder", "give a text file"), ("nowhere/my.txt",),
+                         ("empty.txt", "empty"), ("blank.txt", "empty"), ("latin.txt", "UTF-8", "byte 20 is 0xe9"),
+                         ("utf16.txt", "UTF-8", "UTF-16")):
+        result = call(*small(command), "--text", text)
+        assert_one_line(result, text, *words)
+        assert result[1] == ""
+    assert not (folder / "story_llm.pt").exists()
+
+
+# the model
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["next"], ["evaluate"], ["plot"], ["attention"],
+                                     ["train", "--resume"]])
+def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, trained_here, call, command):
+    content = (folder / "story_llm.pt").read_bytes()
+    (folder / "half.pt").write_bytes(content[:len(content) // 2])
+    (folder / "bit.pt").write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    (folder / "empty.pt").write_bytes(b"")
+    torch.save(torch.zeros(3), "tensor.pt")
+    torch.save({"format": story_llm.FORMAT + 1}, "newer.pt")
+    torch.save({"format": story_llm.FORMAT}, "hollow.pt")
+    (folder / "folder.pt").mkdir()
+    before = sorted(os.listdir())
+    for model, word in (("missing.pt", "train one"), ("half.pt", "damaged"), ("bit.pt", "damaged"),
+                        ("empty.pt", "damaged"), ("my.txt", "damaged or not"), ("loss.png", "damaged or not"),
+                        ("tensor.pt", "not a checkpoint"),
+                        ("newer.pt", "version"), ("hollow.pt", "not compatible"), ("folder.pt", "")):
+        result = call(*command, "--model", model, *(["--plot", "new.png"] if command == ["train", "--resume"] else []))
+        assert_one_line(result, model, word)
+        assert result[1] == ""
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("name", [
+    "fingerprint", "text_path", "prompt", "step", "total_steps", "steps_per_epoch", "test_loss", "weights", "optimizer",
+    "history", "config", "train_config", "tokenizer"])
+def test_a_checkpoint_with_an_entry_missing_or_of_another_type_is_one_line(folder, trained_here, call, name):
+    saved = torch.load("story_llm.pt", weights_only=True)
+    others = {other: value for other, value in saved.items() if other != name}
+    for broken in (others, {**others, name: torch.zeros(2)}, {**others, name: 3.5 if name != "test_loss" else "3.5"}):
+        torch.save(broken, "broken.pt")
+        assert_one_line(call("generate", "--model", "broken.pt", "--prompt", PROMPT), "broken.pt")
+
+
+# prompts
+
+@pytest.mark.parametrize("command", [["generate"], ["next"], ["attention"], ["train"], ["generate", "--untrained"],
+                                     ["next", "--untrained"]])
+def test_an_empty_prompt_is_one_line(folder, trained_here, call, small, command):
+    words = small("train", "--model", "new.pt") if command == ["train"] else command
+    if "--untrained" in command:
+        words = small(command[0])
+    assert_one_line(call(*words, "--prompt", ""), "prompt", "empty")
+    assert not (folder / "new.pt").exists()
+
+
+# files that cannot be written
+
+@pytest.mark.parametrize("option, path", [
+    ("--model", "nowhere/story.pt"), ("--plot", "nowhere/loss.png"), ("--model", "."), ("--model", "my.txt/story.pt"),
+    ("--model", "x" * 300 + ".pt"), ("--plot", "x" * 300 + ".png"), ("--plot", "loss.txt"), ("--plot", "loss")])
+def test_a_path_that_cannot_be_written_is_one_line_before_the_training(folder, call, small, option, path):
+    result = call(*small("train", option, path))
+    assert_one_line(result, path if path != "." else "folder")
+    assert result[1] == "" and os.listdir() == ["my.txt"]
+
+
+def test_a_folder_in_which_nothing_may_be_written_is_one_line_before_the_training(folder, trained_here, call, small):
+    (folder / "locked").mkdir(mode=0o500)
+    if os.access("locked", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    for command in (small("train", "--model", "locked/story.pt"), small("train", "--plot", "locked/loss.png"),
+                    ["plot", "--plot", "locked/loss.png"], ["attention", "--plot", "locked/loss.png"]):
+        result = call(*command)
+        assert_one_line(result, "locked", "cannot be written")
+        assert result[1] == ""
+
+
+@pytest.mark.parametrize("options", [["--model", "same.png", "--plot", "same.png"], ["--model", "./my.txt"]])
+def test_one_file_for_two_purposes_is_refused_before_the_training(folder, call, small, options):
+    """Otherwise the picture or the model would replace what was written there before it."""
+    result = call(*small("train", *options))
+    assert_one_line(result, "--model")
+    assert result[1] == "" and os.listdir() == ["my.txt"] and (folder / "my.txt").read_text() == TEXT
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_or_a_device_is_neither_read_nor_replaced_by_a_model(folder, call, small):
+    os.mkfifo("pipe.pt")
+    other_end = os.open("pipe.pt", os.O_RDWR | os.O_NONBLOCK)     # so that whoever opens it does not wait forever
+    for command in (small("train"), ["generate"], ["plot"], ["train", "--resume"]):
+        assert_one_line(call(*command, "--model", "pipe.pt"), "pipe.pt")
+    os.close(other_end)
+    assert sorted(os.listdir()) == ["my.txt", "pipe.pt"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows lets only few users make links")
+def test_a_link_to_itself_causes_no_traceback(folder, call, small):
+    os.symlink("loop.pt", "loop.pt")
+    assert_one_line(call("generate", "--model", "loop.pt"), "loop.pt")
+    assert "Traceback" not in call(*small("train", "--model", "loop.pt"))[2]
+
+
+def test_the_tour_in_a_folder_where_it_cannot_write_is_one_line(folder, call):
+    (folder / "story_llm_tour").write_text("not a folder")
+    assert_one_line(call("tour"), "story_llm_tour")
+
+
+@pytest.fixture
+def full_disk():
+    """Until the end of the test no file can grow beyond 8 kB, so writing more fails as on a full disk."""
+    resource = pytest.importorskip("resource")      # not on Windows
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_while_training_is_one_line_and_keeps_what_was_there(folder, trained_here, call, full_disk):
+    before = (folder / "story_llm.pt").read_bytes()
+    status, out, err = call("train", "--resume", "--epochs", "6")
+    *notes, error = err.splitlines(keepends=True)
+    assert_one_line((status, out, error), "story_llm.pt", "could not be written")
+    assert all(note.startswith("note: ") for note in notes)     # of earlier evaluations; it tries again at the next one
+    assert "enforce fail" not in err        # which is torch's way to say so
+    assert (folder / "story_llm.pt").read_bytes() == before
+    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
+
+
+@pytest.mark.parametrize("picture", ["curve.png", "curve.svg", "curve.pdf"])
+def test_a_full_disk_while_drawing_is_one_line(folder, trained_here, call, full_disk, picture):
+    assert_one_line(call("plot", "--plot", picture), picture, "could not be written")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
+def test_whatever_keeps_a_checkpoint_from_being_written_is_a_story_error(folder, trained_here, monkeypatch, error):
+    run, before = load_checkpoint("story_llm.pt"), (folder / "story_llm.pt").read_bytes()
+
+    def save(contents, file):
+        raise error
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(StoryError, match="could not be written"):
+        save_checkpoint("story_llm.pt", run)
+    assert (folder / "story_llm.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_output_to_a_full_disk_is_one_line(folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, PROGRAM, "words", "--text", "my.txt"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert_one_line((done.returncode, "", done.stderr), "No space left on device")
+
+
+# the machine
+
+@pytest.mark.parametrize("command", ["train", "model", "evaluate", "generate", "next"])
+def test_a_device_that_does_not_exist_is_one_line(folder, call, small, monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False, raising=False)
+    for device in ("abacus", "cuda", "mps", "cuda:99", ""):
+        assert_one_line(call(*small(command), "--device", device), device, "device", "cpu")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to "
+                 "allocate 68719476736 bytes."), RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")],
+    ids=["Python", "CUDA", "CPU", "MPS"])
+def test_too_little_memory_is_one_line(folder, call, small, monkeypatch, error):
+    def fail(config, seed):
+        raise error
+    monkeypatch.setattr(story_llm, "new_model", fail)
+    assert_one_line(call(*small("train")), "memory", "--batch-size")
+
+
+def test_a_loss_that_becomes_nan_is_one_line_and_moves_no_model(folder, trained_here, call, small):
+    before = (folder / "story_llm.pt").read_bytes()
+    (folder / "other.txt").write_text(TEXT.replace("boat", "raft"))
+    result = call(*small("train", "--text", "other.txt", "--learning-rate", "1e8"))
+    assert_one_line(result, "--learning-rate")
+    assert "nan" in result[2] or "inf" in result[2]
+    assert (folder / "story_llm.pt").read_bytes() == before and not (folder / "story_llm.old.pt").exists()
+
+
+# packages that are not installed
+
+def without(monkeypatch, package):
+    """Import as on a machine that has no such package."""
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.split(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+
+
+@pytest.mark.parametrize("command", [["plot"], ["attention"]])
+def test_without_matplotlib_drawing_is_one_line_that_tells_how_to_install_it(folder, trained_here, call, monkeypatch,
+                                                                             command):
+    without(monkeypatch, "matplotlib")
+    assert_one_line(call(*command), "matplotlib is not installed", "pip install")
+    assert call("generate", "--prompt", PROMPT, "--max-new-tokens", "1")[::2] == (0, "")
+
+
+def test_without_matplotlib_training_says_so_before_it_begins_or_saves_the_model(folder, call, small, monkeypatch):
+    without(monkeypatch, "matplotlib")
+    result = call(*small("train"))
+    assert_one_line(result, "matplotlib is not installed")
+    assert result[1] == "" or load_checkpoint("story_llm.pt").step == 12
+
+
+def test_without_tiktoken_byte_pairs_are_one_line_and_words_still_work(folder, trained_on_bytes, call, small,
+                                                                       monkeypatch):
+    without(monkeypatch, "tiktoken")
+    story_llm.load_gpt2_encoding.cache_clear()
+    for tokenizer in ("story", "gpt2", "auto"):
+        assert_one_line(call(*small("bpe", "--tokenizer", tokenizer)), "tiktoken is not installed", "pip install")
+    assert_one_line(call("generate", "--model", trained_on_bytes, "--prompt", PROMPT), "tiktoken is not installed")
+    assert call(*small("train"))[::2] == (0, "") and call("words", "--text", STORY)[::2] == (0, "")
+    assert call("generate", "--prompt", PROMPT, "--max-new-tokens", "1")[::2] == (0, "")
