@@ -37,16 +37,18 @@ import regex    # comes with tiktoken; like re, with extra classes such as \p{L}
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # A language model predicts how a text continues. Given the beginning of a text, it computes for
 # every token it knows the probability that this token comes next. (A token is a word or a piece of
-# a word.) To write, the model picks the most likely token, appends it to the text, and repeats.
-# Models that predict each token from the ones before it are called autoregressive. ChatGPT is built
-# around such a model. Ours is far smaller, and all it will ever have read is one story.
+# a word.) To write, the program appends the most likely token, or one drawn at random according to
+# the probabilities, and repeats. Models that predict each token from the ones before it are called
+# autoregressive. ChatGPT is built around such a model. Ours is far smaller, and all it will ever
+# have read is one story.
 #
 # Nobody tells the model any rules. It consists of 1.7 million numbers, its parameters, which are
 # random at first, so its predictions are noise. Then it is trained. It reads passages of the story,
 # predicts every next token, and compares its predictions with what really came next. All parameters
 # are then moved a little in the direction that makes the right tokens more probable. That is one
 # training step. After 180 of them, some ten seconds on a laptop, the model can continue every
-# longer sentence that it was trained on, word for word, from its first five words.
+# sentence of eight words or more that it was trained on, word for word for at least 80 characters,
+# from its first five words.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -90,8 +92,8 @@ def split_text(text, val_fraction):
 # its number. The list is called the vocabulary.
 #
 # A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do. It
-# matches a word, a punctuation mark, or white space. (WORD_OR_MARK in the workshop does the same
-# for every script.) The space before a word is kept as a part of that word, so that nothing is
+# matches a word, a punctuation mark, or white space. (WORD_OR_MARK in the workshop does much the
+# same for every script.) The space before a word is kept as a part of that word, so that nothing is
 # lost: joining the pieces gives back the text.
 def split_words(text):
     """Split a text into words, punctuation marks and white space. A single space is kept with the
@@ -118,8 +120,9 @@ def build_vocabulary(text):
 # in the vocabulary, and `decode` turns token ids back into text.
 #
 # What happens to a word that is not in the vocabulary? It becomes the special token `<|unk|>`, for
-# "unknown". The text can be processed, but the word is lost. Worse, the model can learn nothing
-# about this token, because in the training split every word is known. The other special token,
+# "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
+# token in training, because there every word is known. So the token's vector stays random, and all
+# that the model learns about it is that it never comes next. The other special token,
 # `<|endoftext|>`, marks the boundary between two texts when a model is trained on many of them. We
 # have a single story and do not need it.
 class WordTokenizer:
@@ -163,8 +166,8 @@ class WordTokenizer:
 # unknown to it. Then it finds the two neighbouring tokens that occur together most often in some
 # training text, and merges them into a new token. It repeats this until the vocabulary has the size
 # we want. Frequent words end up as one token, rare words as several. The method comes from data
-# compression (Gage 1994), and Sennrich et al. (2016) brought it to machine translation, from where
-# language models took it.
+# compression (Gage 1994), and Sennrich et al. (2016) brought it to machine translation. Language
+# models adopted it from there.
 #
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
@@ -188,9 +191,8 @@ def train_bpe(text, vocab_size):
     >>> train_bpe("low lower lowly", 300)[256:]
     [b'lo', b'low', b' low']
     """
-    words = {}      # {distinct word, as a tuple of tokens: how often it occurs}
-    for word, count in Counter(STORY_SPLIT.findall(text)).items():
-        words[split_bytes(word)] = count
+    # {distinct word, as a tuple of tokens: how often it occurs}
+    words = Counter(split_bytes(word) for word in STORY_SPLIT.findall(text))
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < vocab_size - 1:
         pair_counts = Counter()
@@ -250,7 +252,7 @@ class BPETokenizer:
     '漢字 <|endoftext|>'
     """
     def __init__(self, tokens, kind):
-        import tiktoken     # here, so that the word tokenizer works without it
+        import tiktoken     # here, because the word tokenizer does not need it
         self.tokens = list(tokens)
         self.kind = kind
         self.end_of_text = len(self.tokens)         # the id of `<|endoftext|>`
@@ -266,10 +268,12 @@ class BPETokenizer:
     def decode(self, token_ids):
         return self.encoding.decode(token_ids)      # bytes that form no character become a �
 
-# Our story needs only a few of GPT-2's tokens. With the intermediate tokens that lead to them, the
-# 256 bytes, and `<|endoftext|>`, that makes 2,079 of 50,257. `make_tokenizer` in the workshop keeps
-# only these, because every token makes the model larger and slower (step 6). It looks at both
-# splits, so that both are tokenized exactly as GPT-2 would tokenize them.
+# Our story needs only a few of GPT-2's tokens. `make_tokenizer` in the workshop keeps those that
+# occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
+# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. A token that was left out is never made on
+# the way from the bytes of the story to its tokens, so both splits are tokenized exactly as GPT-2
+# would do it. (In another text, words may be split into smaller tokens than GPT-2's.) We leave
+# tokens out because every one of them makes the model larger and slower (step 6).
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
@@ -326,9 +330,9 @@ def pytorch_in_one_page():
 # the ones to its left.
 class SlidingWindowDataset:
     """Sliding windows over token ids of shape (N,). Each window has `context_length` tokens, and
-    windows start `stride` tokens apart. Item i is a pair (input, target) of shape (context_length,)
-    each; if i is a tensor of indices, both have a leading batch dimension. Raises StoryError if N
-    <= context_length.
+    windows start `stride` tokens apart. Item i is a pair (input, target), each of shape
+    (context_length,); if i is a tensor of indices, both have a leading batch dimension. Raises
+    StoryError if N <= context_length.
 
     >>> windows = SlidingWindowDataset(torch.tensor([10, 11, 12, 13, 14, 15, 16]), 4, stride=2)
     >>> len(windows)
@@ -386,8 +390,8 @@ class Settings:
 class GPTConfig(Settings):
     """The shape of the model. The defaults give a small one, which learns a story in seconds."""
     vocab_size: int = setting(50257, "vocabulary size; the tokenizer determines it")
-    context_length: int = setting(32, "context length: most tokens that the model sees at once")
-    emb_dim: int = setting(192, "embedding dimension: numbers that represent a token")
+    context_length: int = setting(32, "context length: the most tokens the model sees at once")
+    emb_dim: int = setting(192, "embedding dimension: how many numbers represent a token")
     n_heads: int = setting(4, "attention heads in each block")
     n_layers: int = setting(2, "transformer blocks")
     drop_rate: float = setting(0.0, "dropout probability in training")
@@ -439,9 +443,9 @@ class GPTConfig(Settings):
 # and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is saturated. Its output hardly
 # reacts to the scores, so hardly any gradient reaches the query and key layers. Dividing all scores
 # by sqrt(D) brings their standard deviation back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to
-# every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1). The
-# root matters. Trained without this division, our model recites a third of the story's sentences,
-# not all.
+# every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
+# This division matters. Trained without it, our model recites a third of the story's sentences, not
+# all.
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. From queries (..., T, D) and keys (..., S, D)
     it computes weights (..., T, S), in which each row adds up to 1. They are 0 where `mask` (T, S)
@@ -515,8 +519,9 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
 
     def split_heads(self, x):
-        """(B, T, C) -> (B, T, H, D): cut the C numbers of each token into H pieces. Then -> (B, H,
-        T, D): `@` works on the last two dimensions, so the heads must not be among them."""
+        """(B, T, C) -> (B, T, H, D): cut the C numbers of each token into H pieces. Then swap T and
+        H, -> (B, H, T, D): `@` works on the last two dimensions, so the heads must not be among
+        them."""
         B, T, C = x.shape
         H = self.config.n_heads
         return x.reshape(B, T, H, C // H).transpose(1, 2)
@@ -541,13 +546,13 @@ class MultiHeadAttention(nn.Module):
 # Attention moves information between tokens. Then the feed-forward network processes each token on
 # its own. It maps the C numbers to 4 C hidden units, applies an activation function to each, and
 # maps the result back to C numbers. The activation function is needed because two linear layers in
-# a row are again a linear layer, just as 3 (2x) is 6x. With it, the network can combine facts.
-# Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
-# 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and bias -15
-# receives 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks & Gimpel 2016)
-# is a smooth version of max(0, x), so it leaves the 5 almost unchanged and turns the negative
-# numbers into almost 0. The second layer can then add something in favour of "kingdom" if both
-# facts hold, and only then.
+# a row amount to a single linear layer, just as 3 (2x) is 6x. With it, the network can combine
+# facts. Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that
+# another is 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and
+# bias -15 receives 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks &
+# Gimpel 2016) is a smooth version of max(0, x), so it leaves the 5 almost unchanged and turns the
+# negative numbers into almost 0. The second layer can then add something in favour of "kingdom" if
+# both facts hold, and only then.
 class FeedForward(nn.Module):
     """Two linear layers with an activation function in between, (B, T, C) -> (B, T, C).
 
@@ -566,12 +571,15 @@ class FeedForward(nn.Module):
 # Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Why?
 #
 # The `x +` is the residual connection (He et al. 2016). Without it, a token would lose everything
-# in its vector that f does not pass on. We tried this. The vectors of different positions became
-# almost alike, the loss was still 4.5 after 180 steps, where it should be 0.2, and the model could
-# not recite a single sentence. In deep models there is a second reason. On its way back, the
-# gradient is multiplied by one factor f' per layer. For vectors these factors are matrices, and in
-# a product of many of them most of the gradient is lost. The derivative of x + f(x) is 1 + f'(x),
-# and the 1 (for vectors, the identity matrix) passes the gradient on undiminished.
+# in its vector that f does not pass on. Attention passes on averages, and averages over much the
+# same tokens are alike. We tried this. The vectors of different positions became almost the same,
+# the loss was still 4.5 after 180 steps, where it should be 0.2, and the model could not recite a
+# single sentence. In deep models there is a second reason. By the chain rule, the gradient is
+# multiplied by one factor f' per layer on its way back. With factors of 0.5, only 0.5^24 of it is
+# left after 24 layers, less than a ten-millionth. For vectors the factors are matrices, which
+# shrink some directions more than others, and after many of them most directions are gone. The
+# derivative of x + f(x) is 1 + f'(x), and the 1 (for vectors, the identity matrix) passes the
+# gradient on undiminished.
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
@@ -611,14 +619,14 @@ class TransformerBlock(nn.Module):
 # compute the same result and receive the same gradient, and they would stay equal forever.
 # Therefore the initialization is random. The initial weights are also small, to keep the first
 # logits close to 0, where no token is preferred. GPT-2 draws most of its weights from a normal
-# distribution with a standard deviation of 0.02, whatever its width. Our vectors are shorter than
-# those of the smallest GPT-2 (192 numbers instead of 768), so dot products have fewer terms, and we
-# use larger weights to make up for it. The embeddings get the same standard deviation, for
-# simplicity.
+# distribution with a standard deviation of 0.02, whatever the embedding dimension. Our vectors are
+# shorter than those of the smallest GPT-2 (192 numbers instead of 768), so dot products have fewer
+# terms, and we use larger weights to make up for it. The embeddings get the same standard
+# deviation, for simplicity.
 #
 # As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
 # such layers, so there are n = 2 n_layers of them. A sum of n independent numbers grows with
-# sqrt(n), and so their initial standard deviation is divided by that factor.
+# sqrt(n), so the initial weights of these layers get a standard deviation smaller by that factor.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -637,11 +645,15 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # "dog bites man" and after "man bites dog", the next token would find the same three keys, and the
 # first block could not tell who bites. So each position has a learned vector of its own, its
 # positional embedding, and the input of the first block is the sum of the token embedding and the
-# positional embedding. (The causal mask alone gives later blocks a hint, because the first token
-# sees one token and the tenth sees ten. Memorizing one short story is so easy that it takes no more
-# than this. Without position vectors, our model still recites 99 % of the sentences, and even with
-# plain averages in place of attention, it memorizes the story, only more slowly.) The workshop has
-# two other kinds of position encoding.
+# positional embedding. The workshop has two other kinds of position encoding.
+#
+# Memorizing one short story takes little of all this. The causal mask alone gives later blocks a
+# hint about positions, because the first token sees one token and the tenth sees ten, and without
+# positional embeddings our model still recites 99 % of the sentences. Even with plain averages in
+# place of attention it recites them all, though its loss falls more slowly. That does not
+# contradict the saturated softmax above, which led to a third. An average passes on something from
+# every token, while a saturated softmax passes on hardly more than one, and can hardly learn to
+# choose another.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
@@ -689,9 +701,9 @@ class GPTModel(nn.Module):
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Before we train the model, let us push a batch of two windows through it and look at the shapes.
 # The command `model` does this. Its last column counts the parameters. More than half of them are
-# in the blocks. Each block has 12 C^2, apart from 10 C biases and scales: 4 C^2 in attention and 8
-# C^2 in the feed-forward network. Almost all the others belong to the vocabulary, in tok_emb and
-# out_head.
+# in the blocks. Each block has 12 C^2 weights (4 C^2 in attention and 8 C^2 in the feed-forward
+# network), plus 10 C biases and scales. Almost all the others belong to the vocabulary, in tok_emb
+# and out_head.
 #
 #     $ python story_llm.py model
 #     ...
@@ -724,8 +736,8 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` tokens to the token ids idx (B, T), chosen greedily. The model sees
     the last `context_size` tokens.
 
-    Any function from ids to logits can serve as the model. This one knows five tokens, and prefers
-    the next one after each, and the first after the last:
+    Any function from ids to logits can serve as the model. This one knows five tokens. After each
+    token it predicts the next one, and after the last token the first:
 
     >>> def counting(idx):
     ...     return F.one_hot((idx + 1) % 5, num_classes=5)
@@ -748,9 +760,10 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # the probability p that the model gave to the token that really came next. The cross-entropy loss
 # is -ln(p). It is 0 if the model was certain and right, and it grows the more the right token
 # surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
-# mean over all its examples. (e to the loss is called perplexity: the number of equally likely
-# tokens among which the model would be just as uncertain. Both are means per token. Models with
-# different tokenizers have different tokens, so their losses cannot be compared.)
+# mean over all its examples. (e raised to the power of the loss is called perplexity: the number of
+# equally likely tokens among which the model would be just as uncertain. Both are computed per
+# token. Models with different tokenizers have different tokens, so their losses cannot be
+# compared.)
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
@@ -774,7 +787,7 @@ def batch_loss(model, inputs, targets):
     # filled up with padding (step 10), which is left out of the mean.
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
 
-# The loss does not tell us what we want to know most. Can the model continue the story? So we test
+# The loss does not tell us what we most want to know. Can the model continue the story? So we test
 # it. Recall is the share of sentences that the model continues word for word from their first five
 # words alone, for at least 80 characters, which may reach into the next sentence. (Research papers
 # call this verbatim memorization, Carlini et al. 2023.) The test is hard, because nothing before
@@ -792,7 +805,7 @@ def recall_tests(text, max_sentences=1000):
         words = find_words(text[start:end])
         if len(words) >= 8:
             fifth_word_end = start + words[4].end()
-            # The continuation ends at the first end of a word after at least 80 characters.
+            # The continuation ends with the first word that brings it to 80 characters or more.
             rest = text[fifth_word_end:fifth_word_end + 200]
             ends = [word.end() for word in find_words(rest) if word.end() >= 80]
             tests.append((text[start:fifth_word_end], rest[:min(ends, default=200)]))
@@ -844,8 +857,9 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 # parameter it keeps two moving averages, one of its gradients, in which noise cancels, and one of
 # their squares. It moves the parameter by -lr times the first average divided by the square root of
 # the second. So gradients of 3, 1, 2 and of 0.03, 0.01, 0.02 have the same effect, and a gradient
-# that keeps flipping between 3 and -3 has hardly any. Adam repairs the size of a gradient. It
-# cannot repair what the gradient has lost on its way through the layers.
+# that keeps flipping between 3 and -3 has hardly any. Adam repairs the size of a gradient, so a
+# small one is no problem. But it cannot bring back the directions that a gradient has lost on its
+# way through many layers, so the residual connections of step 6 are still needed.
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
 # step, separately from these averages. Like dropout, it is a form of regularization, which limits a
@@ -877,7 +891,8 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
-# These are the hyperparameters of training. The rest of this step explains those that are left.
+# These are the hyperparameters of training. The rest of this step explains the ones we have not met
+# yet.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """How the model is trained."""
@@ -891,7 +906,7 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "clip the gradient norm to this")
     prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
-    eval_every: int = setting(0, "steps between evaluations (0: 45, or 5 % of all if that is more)")
+    eval_every: int = setting(0, "steps between evaluations (0: 45, or 5 % if that is more)")
     precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
     seed: int = setting(42, "random seed")
 
@@ -919,29 +934,30 @@ def training_step(run, inputs, targets):
     run.model.eval()                    # evaluation mode: dropout is off
 
 # A batch contains two kinds of windows. The first kind is the sliding windows of step 5. If they
-# always started at the same positions, the model would see each word of the story at one position
-# only and could not use it at another. So in every epoch, that is, in every pass over the text, the
-# text is cut into windows from a different random offset.
-def window_starts(n_windows, T, seed):
-    """Yield where to start windows of T tokens, epoch after epoch without end. There are
-    `n_windows` possible starts; one beyond the last wraps around to the beginning. Two epochs of
-    three windows:
+# always started at the same positions, the model would see each passage of the story at one set of
+# positions only, and would recognize it poorly at others. So in every epoch, that is, in every pass
+# over the text, the text is cut into windows from a different random offset.
+def window_starts(n_starts, T, seed):
+    """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
+    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4
+    these are three windows, in random order, at first with an offset of 2, then with an offset of
+    3. (A start beyond the last wraps around to the beginning.)
 
-    >>> list(islice(window_starts(n_windows=12, T=4, seed=3), 6))
+    >>> list(islice(window_starts(n_starts=12, T=4, seed=3), 6))
     [10, 2, 6, 7, 3, 11]
     """
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = torch.randint(T, (), generator=generator)
-        pieces = torch.randperm(math.ceil(n_windows / T), generator=generator)      # shuffled
-        yield from ((pieces * T + offset) % n_windows).tolist()
+        pieces = torch.randperm(math.ceil(n_starts / T), generator=generator)      # shuffled
+        yield from ((pieces * T + offset) % n_starts).tolist()
 
 # The second kind is prompt windows. During generation, a prompt starts at position 0, and its first
-# word has no space before it, so its token differs from the one in the middle of the text. Sliding
-# windows almost never look like this. Therefore half of the windows in each batch start where a
-# prompt would, and are tokenized like one. Most start at the beginning of a sentence, which is
-# exactly what recall tests, and one in five starts at a random word. Without prompt windows, recall
-# is 94 % after the same number of steps.
+# word has no space before it, so its tokens differ from those it has in the middle of the text.
+# Sliding windows almost never look like this. Therefore half of the windows in each batch start
+# where a prompt would, and are tokenized like one. Most start at the beginning of a sentence, which
+# is exactly what recall tests, and one in five starts at a random word. Without prompt windows,
+# recall is 94 % after the same number of steps.
 def shuffled(items, seed):
     """Yield all items in random order, over and over, each time in a new order. (Sampling with
     replacement would miss about a third of them in every pass.)"""
@@ -955,14 +971,14 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start` and padded where
     the text ends."""
-    text = corpus.train_text[start:start + 32 * (T + 1)]        # enough for T + 1 tokens
+    text = corpus.train_text[start:start + 32 * (T + 1)]        # nearly always enough
     token_ids = corpus.tokenizer.encode(text)[:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
 def training_batches(run, corpus):
-    """Yield (inputs, targets), (B, T) each, for every step that `run` still has to do. The batch of
-    a step depends only on the seed, so a resumed run sees the same batches as an uninterrupted
-    one."""
+    """Yield (inputs, targets), each of shape (B, T), for every step that `run` still has to do. The
+    batch of a step depends on the text, the settings and the seed, but not on earlier steps, so a
+    resumed run sees the same batches as an uninterrupted one."""
     config, T = run.train_config, run.config.context_length
     n_prompts = int(config.prompt_windows * config.batch_size)      # 16 of 32
     n_words = n_prompts // 5                                        # 3 of these 16
@@ -970,12 +986,14 @@ def training_batches(run, corpus):
     starts = window_starts(len(windows), T, config.seed)
     sentences = shuffled(sentence_starts(corpus.train_text), config.seed + 1)
     words = shuffled(word_starts(corpus.train_text), config.seed + 2)
-    batches = zip(in_batches(starts, config.batch_size - n_prompts, run.step),      # workshop
+    # in_batches (workshop) cuts each stream into lists, one for each step, and skips those of the
+    # steps that a resumed run has already done.
+    batches = zip(in_batches(starts, config.batch_size - n_prompts, run.step),
                   in_batches(sentences, n_prompts - n_words, run.step),
                   in_batches(words, n_words, run.step))
-    for starts, sentences, words in islice(batches, max(run.total_steps - run.step, 0)):
-        inputs, targets = windows[torch.tensor(starts, dtype=torch.long)]
-        prompts = [prompt_window(corpus, start, T) for start in sentences + words]
+    for window_list, *prompt_lists in islice(batches, max(run.total_steps - run.step, 0)):
+        inputs, targets = windows[torch.tensor(window_list, dtype=torch.long)]
+        prompts = [prompt_window(corpus, start, T) for start in sum(prompt_lists, [])]
         prompts = torch.tensor(prompts, dtype=torch.long).view(-1, T + 1)
         # As an input, padding can be any token. It comes last, so no real token attends to it.
         inputs = torch.cat([inputs, prompts[:, :-1].clamp(min=0)])
@@ -1033,13 +1051,13 @@ def train(run, corpus):
 # that a comma is often followed by "and". Then it rises again. This is overfitting: what the model
 # learns from here on is true of the training split alone. It memorizes. In the training split, for
 # example, "A ferry goes back and forth" is followed by "and", while the validation split has "going
-# back and forth with the rope". After 45 steps the model gives this "with" a probability of 1/37.
-# In the end it is certain of "and", and "with" gets 1/20,000. The loss of this token has risen from
-# 3.6 to 9.9. Being certain and wrong costs far more than being uncertain.
+# back and forth with the rope". After 45 steps the model gives this "with" a probability of about
+# 1/35. In the end it is certain of "and", and "with" gets less than 1/20,000. The loss of this
+# token has risen from 3.5 to 10. Being certain and wrong costs far more than being uncertain.
 #
-# With a single short story, a model can do little else than memorize, and that is what we wanted.
-# To generalize, a model needs far more text. The validation loss tells us how well our model does
-# on the rest of the same story. As an estimate for other texts, even that would be too optimistic.
+# With a single short story, a model can do little but memorize, and that is what we wanted. To
+# generalize, a model needs far more text. The validation loss tells us how well our model does on
+# the rest of the same story. As an estimate for other texts, even that would be too optimistic.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # Everything in a run goes into one file, a checkpoint. With it, the model can generate text even
@@ -1128,7 +1146,7 @@ def plot_losses(history, vocab_size, path=None):
 # others had attended to it, and they move to another position, so their vectors change. Everything
 # has to be computed again. The cache is emptied, and from there on it saves nothing.
 class KeyValueCache:
-    """The keys and values so far, (B, H, S, D) each, for every attention layer."""
+    """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
         self.layers = {}        # {attention layer: (keys, values)}
         self.length = 0         # S, the number of tokens they belong to
@@ -1197,7 +1215,8 @@ def predict_next(model, window, sampling, cache):
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
     """Continue token ids (B, T). This generator yields a tensor (B,) of new ids at every step. With
-    greedy decoding, they are the same as from `generate_text_simple`, only faster."""
+    greedy decoding, these are the ids that `generate_text_simple` would append (unless rounding
+    decides between two tokens), but computed faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
     window = token_ids[:, -context_length:].cpu()       # sample on the CPU: same text on any device
@@ -1224,13 +1243,17 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # autoregressive and generates with a key-value cache. You can now read nanoGPT's model, or how the
 # GPT-2 paper describes its own, and find hardly anything new.
 #
+# To get new text in the manner of a story, rather than the story itself, give the model far more
+# text than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
+# validation loss, and sample instead of decoding greedily.
+#
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
-# to learn the patterns of language, facts and arguments. This is called pre-training. It gives a
-# model that continues any text. To become one that answers, as ChatGPT does, it is fine-tuned on
-# dialogues, which is the loop of step 10 with other texts. Then comes reinforcement learning. The
-# model writes answers itself, and a score that reflects what people prefer takes the place of the
-# targets.
+# to learn the patterns of language, facts and arguments. This is called pre-training. The result is
+# a model that continues any text. To turn it into one that answers, as ChatGPT does, it is
+# fine-tuned on dialogues, which is the loop of step 10 with other texts. Then comes reinforcement
+# learning. The model writes answers itself, and a score that reflects what people prefer takes the
+# place of the targets.
 #
 # Further reading
 #   Gage 1994, A new algorithm for data compression
@@ -1250,8 +1273,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #   and Amsel et al. 2025 (Muon)
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
-# The workshop adds little about language models. It makes the lesson's code robust, fast and
-# portable, in functions that the lesson calls.
+# The workshop has little more to say about language models. It makes the lesson's code robust, fast
+# and portable, in functions that the lesson calls.
 import argparse
 import contextlib
 import ctypes
@@ -1268,14 +1291,15 @@ import zipfile
 
 class StoryError(ValueError):
     """A user's mistake. The message names the wrong value and the remedy, and the command line
-    prints it in one line. Every other exception is a bug and keeps its traceback."""
+    prints it on one line. Other exceptions are bugs and keep their traceback, except a lack of
+    memory and a missing package."""
 
 def check(condition, message):
     """Raise StoryError(message) unless the condition holds."""
     if not condition:
         raise StoryError(message)
 
-LIMITS = {      # {setting: (minimum, exclusive maximum)}; many only catch typing errors
+LIMITS = {      # {setting: (minimum, exclusive maximum)}; many are there only to catch typos
     "vocab_size": (1, 1 << 24), "context_length": (1, 1 << 20), "emb_dim": (1, 1 << 16),
     "n_heads": (1, 1 << 16), "n_layers": (1, 1 << 10), "drop_rate": (0, 1),
     "epochs": (0, 1 << 22), "max_steps": (0, 1 << 22), "batch_size": (1, 1 << 16),
@@ -1374,7 +1398,7 @@ def first_words(text, count=5):
     return beginning[:words[-1].end()][:200] if words else text[:200]
 
 # ═══ Workshop: tokenizers ══════════════════════════════════════════════════════════════════════
-LEARN_FROM = 1_000_000      # learn merges from so many characters; more hardly change them
+LEARN_FROM = 1_000_000      # learn merges from this many characters; more would hardly matter
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=False):
@@ -1527,9 +1551,9 @@ def fused_attention(queries, keys, values, dropout):
 
 @functools.cache
 def fused_mask(T, S, device):
-    """The mask and the flag `is_causal` for torch's call, found out once from `causal_mask` itself,
-    so that a change there has an effect here too. torch's masks are True where attending is
-    allowed."""
+    """The mask and the flag `is_causal` for torch's call, derived once from `causal_mask` itself,
+    so that a change there takes effect here too. (A change of `attention_weights` does not; then
+    `fused_is_faster` must return False.) torch's masks are True where attending is allowed."""
     mask = causal_mask(T, S, device)
     if not mask.any():
         return None, False
@@ -1666,7 +1690,7 @@ def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32
 
 # {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
-EVALUATE_AT = (0.02, 0.05, 0.2, 1)      # fractions of all steps; early ones show it learn to write
+EVALUATE_AT = (0.02, 0.05, 0.2, 1)      # fractions of all steps; early ones show it learning
 
 def new_run(corpus, config=GPTConfig(), train_config=TrainConfig(), device="cpu"):
     """Return a run with an untrained model. If the text is too short for the context length, the
@@ -1707,7 +1731,7 @@ def start_optimizer(run):
         if run.saved_optimizer is not None:
             run.optimizer.load_state_dict(run.saved_optimizer)
             run.saved_optimizer = None
-        for parameter, state in run.optimizer.state.items():        # as a file may have others
+        for parameter, state in run.optimizer.state.items():        # a file may hold wrong shapes
             for name, value in state.items():
                 shape = () if name == "step" else parameter.shape
                 check(value.shape == shape, "the optimizer state of the checkpoint does not fit "
@@ -1773,8 +1797,8 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None):
 # ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
 # The average gradient of a weight matrix usually has a few large singular values and many small
 # ones. Muon (Jordan et al. 2024) makes all of them about equal, so that the matrix changes at the
-# same pace in every direction. Our story then needs half as many steps, and each takes about half
-# as long again.
+# same pace in every direction. Our story then needs half as many steps, but each takes about 50 %
+# longer.
 class Muon(torch.optim.AdamW):
     """AdamW, but the weight matrices of the blocks, its first group, take Muon's step instead."""
     def __init__(self, model, config):
@@ -1863,7 +1887,8 @@ def read_checkpoint(path):
             unpacked = sum(entry.file_size for entry in archive.infolist())
             check(unpacked <= size, "it is compressed")
             check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
-            check(not any(entry.external_attr & 0x10 for entry in archive.infolist()), "a folder")
+            attributes = [entry.external_attr for entry in archive.infolist()]
+            check(not any(attribute & 0x10 for attribute in attributes), "it contains a folder")
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
         check(isinstance(saved, dict) and "format" in saved, "it has no format number")
@@ -1871,14 +1896,14 @@ def read_checkpoint(path):
         raise StoryError(f"there is no model at {path}: train one or give another path") from None
     except OSError as error:
         raise StoryError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:      # only torch and zipfile ran, and a hostile file may break both
+    except Exception as error:      # only torch and zipfile ran; a hostile file can break both
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
         raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason})") from None
     check(saved["format"] == FORMAT, f"{path} was saved by another version of story_llm (format "
           f"{reprlib.repr(saved['format'])}, here {FORMAT}): use that version, or train again")
     try:
         for name, kind in ENTRIES.items():
-            check(isinstance(saved[name], kind), f"its {name} is of another type")
+            check(isinstance(saved[name], kind), f"its {name} has the wrong type")
         saved["config"] = GPTConfig(**saved["config"])
         saved["train_config"] = TrainConfig(**saved["train_config"])
         saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
@@ -1886,7 +1911,7 @@ def read_checkpoint(path):
         shapes = {name: weight.shape for name, weight in saved["weights"].items()}
         states = saved["optimizer"]["state"].values() if saved["optimizer"] else ()
         tensors = itertools.chain(saved["weights"].values(), *(state.values() for state in states))
-        check(all(map(is_plain, tensors)), "its tensors are not plain and finite")
+        check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
         check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
     except (AttributeError, KeyError, TypeError, StoryError) as error:
         raise StoryError(f"{path} is not compatible with this story_llm ({error})") from None
@@ -1901,7 +1926,7 @@ def read_checkpoint(path):
     return saved
 
 def is_plain(tensor):
-    """Whether it is a tensor whose numbers are all there, in order, and finite."""
+    """Return whether this is a dense, contiguous CPU tensor of finite numbers."""
     return (type(tensor) is torch.Tensor and tensor.layout == torch.strided
             and tensor.is_contiguous() and tensor.device.type == "cpu"
             and bool(tensor.isfinite().all()))
@@ -2016,7 +2041,7 @@ def plot_attention(maps, names, path=None):
 # on stdout, notes on stderr. A table at the end lists which command has which options.
 DEFAULT_TEXT = str(Path(__file__).with_name("Short_Story.txt"))
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
-CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters but \t, \n
+CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters except \t, \n
 
 def log(message="", file=None, end="\n"):
     file = file or sys.stdout
@@ -2228,7 +2253,7 @@ class Progress:
         try:
             for evaluation in evaluations:
                 log_evaluation(evaluation, self.speed(run))
-        except (BrokenPipeError, StoryError):       # nobody reads on: `train | head`
+        except (BrokenPipeError, StoryError):       # nobody is reading any more: `train | head`
             self.save(run, is_last=True)
             raise
         if sys.stderr.isatty() and not evaluations:     # a line that the next one overwrites
@@ -2247,7 +2272,7 @@ class Progress:
 
     def save(self, run, is_last):
         """Save, and set the time of the next save so that saving takes at most 2 % of the time. If
-        it fails in the middle of a training, the next evaluation tries again."""
+        a save fails during training, it is tried again after the next evaluation."""
         start = time.perf_counter()
         kept = None if self.saved else keep_previous_model(self.path, run)
         if kept:
@@ -2259,7 +2284,7 @@ class Progress:
         except StoryError as error:
             if is_last:
                 raise
-            note(f"note: {error}; training continues, and saves again after the next evaluation")
+            note(f"note: {error}; training continues, and will try again after the next evaluation")
         self.next_save = time.perf_counter() + 50 * (time.perf_counter() - start)
 
 def log_evaluation(evaluation, speed=""):
@@ -2276,6 +2301,10 @@ def command_train(args):
     log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; {n_parameters:,} "
         f"parameters; {run.total_steps} steps; loss of a uniform guess "
         f"{math.log(run.config.vocab_size):.3f}")
+    first_step = run.step
+    if first_step >= run.total_steps:
+        note(f"note: {args.model} has been trained for {run.step} steps already, so nothing is "
+             "left to do: give more --epochs or --max-steps")
     with Progress(args.model, run, args.resume) as progress:
         for _ in train(run, corpus):
             if progress.update(run):
@@ -2287,7 +2316,8 @@ def command_train(args):
              f"continue: python story_llm.py {shlex.join(['train', '--resume', *given])}")
         raise KeyboardInterrupt
     log_recall(run, corpus.train_text)
-    log(f"saved {args.model}")
+    if run.step > first_step:
+        log(f"saved {args.model}")
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
 
@@ -2330,7 +2360,7 @@ def command_generate(args):
     if sampling.temperature == 0:
         names = [name for name in names_of(Sampling) if name != "temperature"]
         if args.untrained:
-            names.remove("seed")            # which is also that of the weights
+            names.remove("seed")            # it also seeds the weights
         refuse_options(args, names, "is for sampling: give a --temperature above 0 as well")
     run = saved_or_untrained(args)
     if args.untrained and sampling.temperature == 0:        # step 8
@@ -2383,9 +2413,9 @@ class Options(Settings):
     tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits the text, else story")
     vocab_size: int = setting(2048, "vocabulary size of --tokenizer story")
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
-    preset: str = setting("story", "default settings of the model")
+    preset: str = setting("story", "which set of defaults to start from")
     model: str = setting("story_llm.pt", "the checkpoint file")
-    untrained: bool = setting(False, "use a new, untrained model; accepts the model settings")
+    untrained: bool = setting(False, "use a new, untrained model, with the model options")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda if there is a GPU")
     prompt: str = setting("", "the text that the model continues")

@@ -191,11 +191,11 @@ def test_every_option_that_the_file_names_exists():
 
 def test_the_lesson_does_not_grow_unnoticed():
     """The bounds leave some slack. They are there to show growth, and a line that is worth it may raise them."""
-    assert WORKSHOP - 1 <= 1270
+    assert WORKSHOP - 1 <= 1290
 
 
 def test_the_file_does_not_grow_unnoticed():
-    assert len(LINES) <= 2550
+    assert len(LINES) <= 2600
 
 
 def test_no_line_has_more_than_100_columns():
@@ -263,4 +263,4 @@ def test_every_mutant_can_be_made():
     for program, listed in mutants.PROGRAMS.items():
         source = (ROOT / program).read_text(encoding="utf-8")
         assert [old for old, _, _ in listed if source.count(old) != 1] == []
-    mutants.check_mutants()
+    mutants.check_mutants(parsed=False)
