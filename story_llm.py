@@ -1398,7 +1398,7 @@ def first_words(text, count=5):
     return beginning[:words[-1].end()][:200] if words else text[:200]
 
 # ═══ Workshop: tokenizers ══════════════════════════════════════════════════════════════════════
-LEARN_FROM = 1_000_000      # learn merges from this many characters; more would hardly matter
+MAX_BPE_CHARS = 1_000_000      # learn merges from this many characters; more would hardly matter
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=False):
@@ -1415,7 +1415,7 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=Fa
     if kind == "story":
         check(vocab_size >= 257, f"vocab_size must be at least 257, for the 256 bytes and "
               f"{END_OF_TEXT}, not {vocab_size}")
-        return BPETokenizer(train_bpe_fast(train_text[:LEARN_FROM], vocab_size), kind)
+        return BPETokenizer(train_bpe_fast(train_text[:MAX_BPE_CHARS], vocab_size), kind)
     return BPETokenizer(gpt2_tokens([] if full_vocab else [train_text, val_text]), kind)
 
 def restore_tokenizer(kind, tokens):
@@ -2075,7 +2075,7 @@ def refuse_options(args, names, reason):
     for name in names:
         check(name not in args.given, f"{option_string(name)} {reason}")
 
-def with_given(settings, args):
+def override_settings(settings, args):
     """Return the settings, with the values given on the command line in place of their own."""
     given = {f.name: args.given[f.name] for f in fields(settings) if f.name in args.given}
     return replace(settings, **given)
@@ -2084,7 +2084,7 @@ def corpus_from_args(args):
     for option, kind in (("vocab_size", "story"), ("full_vocab", "gpt2")):
         if args.tokenizer != kind:
             refuse_options(args, [option], f"can only be used with --tokenizer {kind}")
-    context_length = with_given(PRESETS[args.preset][0], args).context_length
+    context_length = override_settings(PRESETS[args.preset][0], args).context_length
     corpus = corpus_from_text(load_text(args.text), args.tokenizer, args.val_fraction,
                               context_length, vocab_size=args.vocab_size,
                               full_vocab=args.full_vocab)
@@ -2096,7 +2096,7 @@ def corpus_from_args(args):
 def new_run_from_args(args):
     """Return (a new run, its corpus). Print a note wherever the run differs from what was
     requested."""
-    config, train_config = [with_given(settings, args) for settings in PRESETS[args.preset]]
+    config, train_config = [override_settings(settings, args) for settings in PRESETS[args.preset]]
     corpus = corpus_from_args(args)
     run = new_run(corpus, config, train_config, args.device)
     if train_config.val_fraction > run.train_config.val_fraction:
@@ -2124,19 +2124,19 @@ def run_to_train(args):
     check(len(files) == 3, "--text, --model and --plot must be three different files")
     if not args.resume:
         return new_run_from_args(args)
-    refuse_options(args, args.given.keys() - set(MAY_CHANGE), "cannot be combined with --resume, "
-                   "because the checkpoint determines it")
+    refuse_options(args, args.given.keys() - set(RESUME_OPTIONS),
+                   "cannot be combined with --resume, because the checkpoint determines it")
     run, corpus = load_run(args)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was trained on a different text: "
           "give that text with --text, or train a new model without --resume")
     run.text_path = args.given.get("text", run.text_path)
     if "epochs" in args.given:
         run.train_config = replace(run.train_config, max_steps=0)
-    run.train_config = with_given(run.train_config, args)
+    run.train_config = override_settings(run.train_config, args)
     run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
     return run, corpus
 
-def saved_or_untrained(args):
+def load_or_create_run(args):
     if args.untrained:
         return new_run_from_args(args)[0]
     return load_checkpoint(args.model, args.device)
@@ -2198,7 +2198,7 @@ def command_model(args):
 
 def command_evaluate(args):
     run, corpus = new_run_from_args(args) if args.untrained else load_run(args)
-    run.train_config = with_given(run.train_config, args)
+    run.train_config = override_settings(run.train_config, args)
     log("an untrained model:" if args.untrained else f"{args.model}, after {run.step} steps:")
     if corpus.fingerprint != run.fingerprint:
         note(f"note: {args.model} was not trained on {args.text}, but on a different text")
@@ -2341,8 +2341,8 @@ def command_attention(args):
     log(f"drew {args.plot}")
 
 def command_next(args):
-    sampling = with_given(Sampling(temperature=1.0), args)
-    run = saved_or_untrained(args)
+    sampling = override_settings(Sampling(temperature=1.0), args)
+    run = load_or_create_run(args)
     window = prompt_ids(args, run)
     with torch.no_grad():
         logits = run.model(window)[0, -1].cpu()
@@ -2356,13 +2356,13 @@ def command_next(args):
         log(row.rstrip())
 
 def command_generate(args):
-    sampling = with_given(Sampling(), args)
+    sampling = override_settings(Sampling(), args)
     if sampling.temperature == 0:
         names = [name for name in names_of(Sampling) if name != "temperature"]
         if args.untrained:
             names.remove("seed")            # it also seeds the weights
         refuse_options(args, names, "is for sampling: give a --temperature above 0 as well")
-    run = saved_or_untrained(args)
+    run = load_or_create_run(args)
     if args.untrained and sampling.temperature == 0:        # step 8
         idx = prompt_ids(args, run)
         longer = generate_text_simple(run.model, idx, args.max_new_tokens,
@@ -2429,7 +2429,7 @@ def names_of(settings):
 FIELDS = {f.name: f for cls in (Sampling, TrainConfig, GPTConfig, Options) for f in fields(cls)}
 TOKENIZER = ("text", "tokenizer", "vocab_size", "full_vocab")
 NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed", *names_of(GPTConfig))
-MAY_CHANGE = ("text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot")
+RESUME_OPTIONS = ("text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot")
 COMMANDS = {    # {name: (function, help, options)}; with --untrained, the NEW_MODEL options too
     "words": (command_words, "steps 2, 3: the text as words and as word ids", ("text", "prompt")),
     "bpe": (command_bpe, "step 4: the text as byte-pair tokens", (*TOKENIZER, "prompt")),
@@ -2490,7 +2490,7 @@ def parse(argv):
     defaults = {name: default_of(command, name) for name in FIELDS}
     handler, _, options = COMMANDS[command]
     args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
-    with_given(Options(), args)         # raises StoryError if an option is invalid
+    override_settings(Options(), args)         # raises StoryError if an option is invalid
     if not args.untrained:
         refuse_options(args, given.keys() - set(options), "requires --untrained, because a saved "
                        "model keeps the value that it was trained with")

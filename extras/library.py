@@ -67,7 +67,7 @@ def tokenize(text, out, kind="gpt2", vocab_size=2048):
     story_llm.check_writable(out, (".bin",))
     check(Path(text).is_file(), f"{text} is not a file: give a text file with --text")
     check(Path(text).resolve() != Path(out).resolve(), f"--text and --out are the same file, {out}")
-    beginning = next(read_blocks(text, story_llm.LEARN_FROM))
+    beginning = next(read_blocks(text, story_llm.MAX_BPE_CHARS))
     check(beginning.strip(), f"{text} is empty: give a text file that contains words")
     tokenizer = story_llm.make_tokenizer(kind, beginning, "", vocab_size, full_vocab=True)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
@@ -146,13 +146,13 @@ def library_corpus(path, val_fraction, context_length):
 DEFAULTS = {"epochs": 1, "prompt_windows": 0.0}
 SETTINGS = [name for cls in (story_llm.GPTConfig, story_llm.TrainConfig)
             for name in story_llm.names_of(cls) if name not in ("vocab_size", *DEFAULTS)]
-MAY_CHANGE = ("data", "model", "resume", "epochs", "max_steps", "eval_every", "device")
+RESUME_OPTIONS = ("data", "model", "resume", "epochs", "max_steps", "eval_every", "device")
 
 def new_run(args):
     """Return (an untrained run, its corpus)."""
     config, train_config = story_llm.PRESETS[args.preset]
-    config = story_llm.with_given(config, args)
-    train_config = story_llm.with_given(replace(train_config, **DEFAULTS), args)
+    config = story_llm.override_settings(config, args)
+    train_config = story_llm.override_settings(replace(train_config, **DEFAULTS), args)
     corpus = library_corpus(args.data, train_config.val_fraction, config.context_length)
     run = story_llm.new_run(corpus, config, train_config, args.device)
     run.prompt = args.given.get("prompt", run.prompt)
@@ -161,7 +161,7 @@ def new_run(args):
 def resume_run(args):
     """Return (the saved run, its corpus). All settings come from the checkpoint, except those that
     decide how long to train."""
-    story_llm.refuse_options(args, args.given.keys() - set(MAY_CHANGE), "cannot be combined with "
+    story_llm.refuse_options(args, args.given.keys() - set(RESUME_OPTIONS), "cannot be combined with "
                              "--resume, because the checkpoint determines it")
     run = story_llm.load_checkpoint(args.model, args.device)
     corpus = library_corpus(args.data, run.train_config.val_fraction, run.config.context_length)
@@ -170,7 +170,7 @@ def resume_run(args):
           "--resume")
     if "epochs" in args.given:
         run.train_config = replace(run.train_config, max_steps=0)
-    run.train_config = story_llm.with_given(run.train_config, args)
+    run.train_config = story_llm.override_settings(run.train_config, args)
     run.total_steps = story_llm.count_steps(run.steps_per_epoch, run.train_config)
     return run, corpus
 

@@ -153,7 +153,7 @@ def test_a_large_vocabulary_takes_four_bytes_for_each_token(folder, monkeypatch)
 
 def test_memory_does_not_grow_with_the_text(folder, monkeypatch):
     monkeypatch.setattr(library, "BLOCK", 10_000)
-    monkeypatch.setattr(story_llm, "LEARN_FROM", 10_000)
+    monkeypatch.setattr(story_llm, "MAX_BPE_CHARS", 10_000)
     peaks = []
     for times in (5, 50):
         (folder / "long.txt").write_text((folder / "big.txt").read_text(encoding="utf-8") * times, encoding="utf-8")
@@ -188,7 +188,7 @@ def test_a_mistake_late_in_the_text_and_a_full_disk_leave_the_old_files(tokenize
     before = {path.name: path.read_bytes() for path in tokenized.iterdir()}
     (tokenized / "late.txt").write_bytes(TEXT.encode() * 100 + b"\xff")
     command = ["tokenize", "--out", "big.bin", "--tokenizer", "story", "--text"]
-    monkeypatch.setattr(story_llm, "LEARN_FROM", 1000)
+    monkeypatch.setattr(story_llm, "MAX_BPE_CHARS", 1000)
     monkeypatch.setattr(library, "BLOCK", 1000)
     assert "UTF-8" in error_of(capsys, *command, "late.txt")
 

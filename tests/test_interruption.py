@@ -322,10 +322,10 @@ def test_resume_without_a_checkpoint_is_one_line(folder, call):
     assert_refused(call("train", "--resume"), "story_llm.pt")
 
 
-MAY_CHANGE = {"text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot"}
+RESUME_OPTIONS = {"text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot"}
 
 
-@pytest.mark.parametrize("name", sorted({*COMMANDS["train"][2]} - MAY_CHANGE))
+@pytest.mark.parametrize("name", sorted({*COMMANDS["train"][2]} - RESUME_OPTIONS))
 def test_resuming_with_any_other_setting_is_refused(folder, trained_here, call, name):
     """Also with the value that the checkpoint has: everything comes from there."""
     before = (folder / "story_llm.pt").read_bytes()

@@ -278,7 +278,7 @@ def test_a_learned_tokenizer_knows_nothing_of_the_validation_text():
 
 
 def test_merges_are_learned_from_the_beginning_of_a_long_text(monkeypatch):
-    monkeypatch.setattr(story_llm, "LEARN_FROM", len(TEXT))
+    monkeypatch.setattr(story_llm, "MAX_BPE_CHARS", len(TEXT))
     tokenizer = make_tokenizer("story", TEXT + "Vikram " * 999, vocab_size=300)
     assert tokenizer.tokens == train_bpe_fast(TEXT, 300)
 
