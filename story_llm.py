@@ -2426,7 +2426,8 @@ class Options(Settings):
 def names_of(settings):
     return tuple(f.name for f in fields(settings))
 
-FIELDS = {f.name: f for cls in (Sampling, TrainConfig, GPTConfig, Options) for f in fields(cls)}
+FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
+                              *fields(Options))}
 TOKENIZER = ("text", "tokenizer", "vocab_size", "full_vocab")
 NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed", *names_of(GPTConfig))
 RESUME_OPTIONS = ("text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot")

@@ -161,8 +161,9 @@ def new_run(args):
 def resume_run(args):
     """Return (the saved run, its corpus). All settings come from the checkpoint, except those that
     decide how long to train."""
-    story_llm.refuse_options(args, args.given.keys() - set(RESUME_OPTIONS), "cannot be combined with "
-                             "--resume, because the checkpoint determines it")
+    others = args.given.keys() - set(RESUME_OPTIONS)
+    story_llm.refuse_options(args, others, "cannot be combined with --resume, because the "
+                             "checkpoint determines it")
     run = story_llm.load_checkpoint(args.model, args.device)
     corpus = library_corpus(args.data, run.train_config.val_fraction, run.config.context_length)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was not trained on {args.data}, "
