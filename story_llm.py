@@ -2116,6 +2116,13 @@ def load_run(args):
     return run, corpus_from_text(load_text(args.text), run.tokenizer,
                                  run.train_config.val_fraction, context_length=0)
 
+def change_length(run, args):
+    """Apply the options that decide how long a resumed training goes on."""
+    if "epochs" in args.given:
+        run.train_config = replace(run.train_config, max_steps=0)
+    run.train_config = override_settings(run.train_config, args)
+    run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
+
 def run_to_train(args):
     """Return (a run, its corpus), after making sure that the results can be written."""
     check_writable(args.model)
@@ -2130,10 +2137,7 @@ def run_to_train(args):
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was trained on a different text: "
           "give that text with --text, or train a new model without --resume")
     run.text_path = args.given.get("text", run.text_path)
-    if "epochs" in args.given:
-        run.train_config = replace(run.train_config, max_steps=0)
-    run.train_config = override_settings(run.train_config, args)
-    run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
+    change_length(run, args)
     return run, corpus
 
 def load_or_create_run(args):

@@ -169,10 +169,7 @@ def resume_run(args):
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was not trained on {args.data}, "
           "but on a different text: give that text with --data, or train a new model without "
           "--resume")
-    if "epochs" in args.given:
-        run.train_config = replace(run.train_config, max_steps=0)
-    run.train_config = story_llm.override_settings(run.train_config, args)
-    run.total_steps = story_llm.count_steps(run.steps_per_epoch, run.train_config)
+    story_llm.change_length(run, args)
     return run, corpus
 
 def command_train(args):
