@@ -26,13 +26,20 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice, pairwise
 from pathlib import Path
 
+if sys.version_info < (3, 11):
+    sys.exit("error: this needs Python 3.11 or later, and is " + sys.version.split()[0])
 if "torch" not in sys.modules:      # too late once torch is loaded; see the end of this file
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-import torch
+try:
+    import torch
+    import regex    # comes with tiktoken; like re, with extra classes such as \p{L} (any letter)
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: the package {error.name} is not installed in this Python: activate the "
+             "environment that has it, or run python -m pip install -r requirements.txt")
 from torch import nn
 from torch.nn import functional as F
-import regex    # comes with tiktoken; like re, with extra classes such as \p{L} (any letter)
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # A language model predicts how a text continues. Given the beginning of a text, it computes for
@@ -62,14 +69,16 @@ import regex    # comes with tiktoken; like re, with extra classes such as \p{L}
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
 # A file is a sequence of bytes, which are numbers from 0 to 255. An encoding says which characters
 # they stand for. The usual one is UTF-8. It stores an English letter in one byte, an é in two, and
-# a Tamil or Chinese character in three. Line endings differ between operating systems, so Python
-# converts all of them to "\n" as it reads.
-def load_text(path):
-    """Return the text of a UTF-8 file. Raises StoryError if the file cannot be read, is not UTF-8,
-    or contains no text."""
-    with explain_text_errors(path):     # workshop: names the problem and the remedy
-        text = Path(path).read_text(encoding="utf-8-sig")     # sig: skip a byte order mark
-    check(text.strip(), f"{path} is empty: give a text of at least five words")
+# a Tamil or Chinese character in three. Line endings differ between operating systems, so all of
+# them are converted to "\n".
+def load_text(paths, encoding=""):
+    """Return the text of a file or of several files. Their encoding is UTF-8, unless they are
+    clearly UTF-16 or UTF-32, or another encoding is named. Raises StoryError if a file cannot be
+    read, is not a text, or if there is no text in them."""
+    # workshop: read_files also reads folders; decode names the problem if there is one
+    texts = [decode(data, path, encoding) for path, data in read_files(paths)]
+    text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
+    check(text.strip(), "the text is empty: give at least five words")
     return text
 
 # The model will be trained on the first nine tenths of the story, the training split. The rest is
@@ -123,8 +132,8 @@ def build_vocabulary(text):
 # "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
 # token in training, because there every word is known. So the token's vector stays random, and all
 # that the model learns about it is that it never comes next. The other special token,
-# `<|endoftext|>`, marks the boundary between two texts when a model is trained on many of them. We
-# have a single story and do not need it.
+# `<|endoftext|>`, follows the last word of the training text. So the model learns where the story
+# ends, and generation stops when it predicts this token.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -142,6 +151,7 @@ class WordTokenizer:
         self.tokens = list(vocabulary)
         self.ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         self.vocab_size = len(self.tokens)
+        self.end_of_text = self.ids[END_OF_TEXT]
 
     def encode(self, text):
         token_ids = []
@@ -155,6 +165,9 @@ class WordTokenizer:
 
     def decode(self, token_ids):
         return "".join(self.tokens[token_id] for token_id in token_ids)
+
+    def decode_bytes(self, token_ids):
+        return self.decode(token_ids).encode(errors="replace")
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
 # Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
@@ -262,11 +275,17 @@ class BPETokenizer:
                                           special_tokens={END_OF_TEXT: self.end_of_text})
 
     def encode(self, text):
-        # "ordinary": if a text contains `<|endoftext|>`, encode it like any other characters
-        return self.encoding.encode_ordinary(text)
+        token_ids = []
+        for part in PART.findall(text):      # workshop: tiktoken fails on a very long word
+            # "ordinary": if a text contains `<|endoftext|>`, encode it like any other characters
+            token_ids += self.encoding.encode_ordinary(part)
+        return token_ids
 
-    def decode(self, token_ids):
-        return self.encoding.decode(token_ids)      # bytes that form no character become a �
+    def decode_bytes(self, token_ids):
+        return self.encoding.decode_bytes(token_ids)
+
+    def decode(self, token_ids):        # bytes that form no character become a �
+        return self.decode_bytes(token_ids).decode(errors="replace")
 
 # Our story needs only a few of GPT-2's tokens. `make_tokenizer` in the workshop keeps those that
 # occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
@@ -793,14 +812,15 @@ def batch_loss(model, inputs, targets):
 # call this verbatim memorization, Carlini et al. 2023.) The test is hard, because nothing before
 # those five words tells the model where in the story it is. The test uses the training split,
 # because no model could guess the sentences of the validation split.
-def recall_tests(text, max_sentences=1000):
+def recall_tests(text):
     """Return [(the first five words, the continuation)] for the sentences of at least eight words.
-    Use at most `max_sentences` of them, evenly spaced.
+    Sentences with the same five words and different continuations are left out, because no model
+    could tell them apart.
 
     >>> recall_tests("They went upriver that same week, nine days by boat.")
     [('They went upriver that same', ' week, nine days by boat.')]
     """
-    tests = []
+    continuations = defaultdict(set)        # {the first five words: what follows them}
     for start, end in pairwise([*sentence_starts(text), len(text)]):        # workshop
         words = find_words(text[start:end])
         if len(words) >= 8:
@@ -808,8 +828,8 @@ def recall_tests(text, max_sentences=1000):
             # The continuation ends with the first word that brings it to 80 characters or more.
             rest = text[fifth_word_end:fifth_word_end + 200]
             ends = [word.end() for word in find_words(rest) if word.end() >= 80]
-            tests.append((text[start:fifth_word_end], rest[:min(ends, default=200)]))
-    return tests[::math.ceil(len(tests) / max_sentences) or 1]
+            continuations[text[start:fifth_word_end]].add(rest[:min(ends, default=200)])
+    return [(prompt, *found) for prompt, found in continuations.items() if len(found) == 1]
 
 # To check a sentence we need not generate token by token. We show the model the prompt together
 # with the right continuation, in one pass, and compare its prediction at each position with the
@@ -831,9 +851,16 @@ def recites(model, tokenizer, prompt, continuation):
     start = len(prompt_ids) - 1             # the first one after the prompt
     return torch.equal(predictions[start:], targets[start:])
 
+def evenly_spaced(items, count):
+    """Return at most `count` of the items."""
+    return items[::math.ceil(len(items) / count) or 1]
+
 def measure_recall(model, tokenizer, text, max_sentences=1000):
-    """Return the recall of a model on a text, from 0 to 1; 0 if the text has no long sentence."""
-    tests = recall_tests(text, max_sentences)
+    """Return the recall of a model on a text, from 0 to 1; 0 if the text has no long sentence. At
+    most `max_sentences` sentences are tried."""
+    return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
+
+def share_recited(model, tokenizer, tests):
     hits = [recites(model, tokenizer, prompt, continuation) for prompt, continuation in tests]
     return sum(hits) / max(len(tests), 1)
 
@@ -845,7 +872,7 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 #       Train loss                 7.775
 #       Val loss                   7.803
 #       ln(2079), uniform guess    7.640
-#     Recall 0.0%: 0 of 173 sentences continued word for word from their first five words
+#     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
@@ -907,6 +934,8 @@ class TrainConfig(Settings):
     prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
     eval_every: int = setting(0, "steps between evaluations (0: 45, or 5 % if that is more)")
+    keep_best: bool = setting(False, "end with the weights of the lowest validation loss, and stop "
+                              "when it no longer falls")
     precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
     seed: int = setting(42, "random seed")
 
@@ -969,10 +998,10 @@ def shuffled(items, seed):
 IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 
 def prompt_window(corpus, start, T):
-    """Return T + 1 token ids of the training text, starting at character `start` and padded where
-    the text ends."""
+    """Return T + 1 token ids of the training text, starting at character `start`. Where the text
+    ends, `<|endoftext|>` follows, and then padding."""
     text = corpus.train_text[start:start + 32 * (T + 1)]        # nearly always enough
-    token_ids = corpus.tokenizer.encode(text)[:T + 1]
+    token_ids = [*corpus.tokenizer.encode(text), corpus.tokenizer.end_of_text][:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
 def training_batches(run, corpus):
@@ -991,7 +1020,9 @@ def training_batches(run, corpus):
     batches = zip(in_batches(starts, config.batch_size - n_prompts, run.step),
                   in_batches(sentences, n_prompts - n_words, run.step),
                   in_batches(words, n_words, run.step))
-    for window_list, *prompt_lists in islice(batches, max(run.total_steps - run.step, 0)):
+    for window_list, *prompt_lists in batches:
+        if run.step >= run.total_steps:
+            return
         inputs, targets = windows[torch.tensor(window_list, dtype=torch.long)]
         prompts = [prompt_window(corpus, start, T) for start in sum(prompt_lists, [])]
         prompts = torch.tensor(prompts, dtype=torch.long).view(-1, T + 1)
@@ -1027,7 +1058,7 @@ def train(run, corpus):
         training_step(run, inputs, targets)
         run.step += 1
         if evaluation_due(run):
-            run.history.append(evaluate(run, corpus))
+            record_evaluation(run, corpus)      # in run.history
         yield run
 
 # Here is the log of training on our story. (Some of its evaluations are left out.) Nine steps make
@@ -1080,6 +1111,7 @@ def save_checkpoint(path, run):
         "train_config": asdict(run.train_config),
         "tokenizer": {"kind": run.tokenizer.kind, "tokens": run.tokenizer.tokens},
         "weights": run.model.state_dict(),                      # {name: tensor}
+        "best_weights": run.best_weights,
         "optimizer": optimizer_state(run),
         "history": [asdict(evaluation) for evaluation in run.history],
         "test_loss": loss_on_test_window(run.model),
@@ -1100,6 +1132,7 @@ def load_checkpoint(path, device="cpu"):
     check_test_loss(path, model, saved["test_loss"])
     return Run(model.to(choose_device(device)), saved["tokenizer"], saved["train_config"],
                saved_optimizer=saved["optimizer"], history=saved["history"],
+               best_weights=saved["best_weights"],
                **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
@@ -1113,11 +1146,10 @@ def plot_losses(history, vocab_size, path=None):
     >>> history = [Evaluation(0, 0.0, 7.8, 7.8, 0.0, "", ""),
     ...            Evaluation(9, 1.0, 6.1, 6.2, 0.0, "", "")]
     >>> [curve.get_label() for curve in plot_losses(history, vocab_size=2079).axes[0].lines]
-    ['training', 'validation', 'uniform guess, ln(2,079)']
+    ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
     """
-    from matplotlib.figure import Figure
     check(history, "there is no history to draw: train first")
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: by matplotlib
     losses, recall = figure.subplots(2, height_ratios=(4, 1), sharex=True)
 
     epochs = [evaluation.epoch for evaluation in history]
@@ -1127,9 +1159,14 @@ def plot_losses(history, vocab_size, path=None):
         values = [getattr(evaluation, name) for evaluation in history]
         if None not in values:          # a short text may have no validation split
             axes.plot(epochs, values, style, label=label)
+    measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
+    if measured:
+        best = min(measured, key=lambda evaluation: evaluation.val_loss)
+        losses.plot(best.epoch, best.val_loss, "*", color="black", markersize=11,
+                    label=f"lowest validation loss, {best.val_loss:.2f}")
     losses.axhline(math.log(vocab_size), color="gray", linestyle=":",
                    label=f"uniform guess, ln({vocab_size:,})")
-    losses.set(ylabel="loss per token", ylim=(0, None))
+    losses.set(title="What the model learned", ylabel="loss per token", ylim=(0, None))
     losses.legend()
     recall.set(xlabel="epochs", ylabel="recall", ylim=(-0.05, 1.05))
     recall.yaxis.set_major_formatter("{x:.0%}")
@@ -1276,8 +1313,10 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
 # and portable, in functions that the lesson calls.
 import argparse
+import codecs
 import contextlib
 import ctypes
+import difflib
 import functools
 import hashlib
 import io
@@ -1285,6 +1324,7 @@ import itertools
 import reprlib
 import shlex
 import signal
+import subprocess
 import threading
 import time
 import zipfile
@@ -1307,57 +1347,84 @@ LIMITS = {      # {setting: (minimum, exclusive maximum)}; many are there only t
     "grad_clip": (1e-9, math.inf), "prompt_windows": (0, 1), "val_fraction": (0, 1),
     "eval_every": (0, 1 << 22), "seed": (0, 1 << 63), "temperature": (0, math.inf),
     "top_k": (0, 1 << 24), "top_p": (1e-9, math.inf),
-    "max_new_tokens": (0, 1 << 24), "stride": (0, 1 << 24)}
+    "max_new_tokens": (0, 1 << 24), "sentences": (0, 1 << 24), "stride": (0, 1 << 24)}
 CHOICES = {
     "gelu": ("exact", "tanh"), "position": ("learned", "sinusoidal", "rotary"),
     "optimizer": ("adamw", "muon"), "precision": ("auto", "bf16", "fp32"),
     "tokenizer": ("auto", "gpt2", "story", "word"), "preset": ("story", "gpt2-small")}
 
-def allowed_values(f):
-    """Describe the values that a field of a settings class may have."""
-    if f.name in CHOICES:
-        return "one of " + ", ".join(CHOICES[f.name])
-    kind = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}[f.type]
-    lowest, bound = LIMITS.get(f.name, (None, math.inf))
-    at_least = "" if lowest is None else f", at least {lowest}"
-    return kind + at_least + ("" if bound == math.inf else f", below {bound}")
-
 def check_settings(settings):
     """Compare every field of a settings class with its type and limits. Raises StoryError."""
     for f in fields(settings):
         value = getattr(settings, f.name)
-        lowest, bound = LIMITS[f.name] if f.type in (int, float) else (None, None)
-        valid = type(value) is f.type or (f.type is float and type(value) is int)
+        valid, allowed = type(value) is f.type, f"of type {f.type.__name__}"
         if f.name in CHOICES:
-            valid = value in CHOICES[f.name]
-        elif valid and f.type in (int, float):
-            valid = lowest <= value < bound
-        check(valid, f"{f.name} must be {allowed_values(f)}, not {reprlib.repr(value)}")
+            valid, allowed = value in CHOICES[f.name], "one of " + ", ".join(CHOICES[f.name])
+        elif f.type in (int, float):
+            lowest, bound = LIMITS[f.name]
+            valid = type(value) in (int, f.type) and lowest <= value < bound
+            kind = "an integer" if f.type is int else "a number"
+            allowed = f"{kind}, at least {lowest}"
+            if bound < math.inf:
+                allowed += f" and below {bound}"
+        check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
 
 # ═══ Workshop: text files, words and sentences ═════════════════════════════════════════════════
-@contextlib.contextmanager
-def explain_text_errors(path):
-    """Turn errors raised while reading a text file into StoryErrors."""
-    try:
-        check(Path(path).is_file() or not Path(path).exists(), f"{path} is not a file: give a text "
-              "file with --text")
-        yield
-    except UnicodeDecodeError as error:
-        byte_order_mark = len(Path(path).read_bytes()) - len(error.object)      # not in `start`
-        position = error.start + byte_order_mark
-        encoding = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+def read_files(paths):
+    """Return [(path, bytes)] of the files. A folder stands for all .txt files in it, and - for
+    standard input. Raises StoryError."""
+    found = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        try:
+            files = sorted(Path(path).glob("*.txt")) if os.path.isdir(path) else [path]
+            check(files, f"the folder {path} contains no .txt file: give a text file with --text")
+            for file in files:
+                data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+                found.append((file, data))
+        except OSError as error:
+            raise StoryError(f"{path} cannot be read ({error.strerror}): give a text file with "
+                             "--text") from None
+    return found
+
+FILE_TYPES = {      # {how such files begin: what they are}
+    b"PK\x03\x04": "a zip file, as documents of Word and other programs are",
+    b"\xd0\xcf\x11\xe0": "a document of an old version of Word", b"{\\rtf": "an RTF document",
+    b"%PDF": "a PDF file", b"\x1f\x8b": "compressed with gzip", b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture"}
+
+def decode(data, path, encoding=""):
+    """Return the text of the bytes of a file. Without an encoding, it is UTF-8, or what makes the
+    most sense of a file that has a byte order mark or contains zeros. With an encoding, wrong bytes
+    become �. Raises StoryError."""
+    for beginning, kind in FILE_TYPES.items():
+        check(not data.startswith(beginning), f"{path} is {kind}, and not plain text: open it with "
+              "its own program and save it as plain text in UTF-8")
+    names = [encoding or "utf-8"]
+    if not encoding and (b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff")):
+        names += ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
+    texts = []
+    for name in names:
+        try:
+            texts.append(data.decode(name, errors="replace" if encoding else "strict"))
+        except UnicodeDecodeError as error:
+            position = error.start      # of the last encoding, which is UTF-8 if it is the only one
+        except (LookupError, UnicodeError):
+            raise StoryError(f"Python knows no encoding {encoding!r}: try utf-8, utf-16 or cp1252"
+                             ) from None
+    if not texts:
         raise StoryError(
-            f"{path} is not UTF-8 text (byte {position} is 0x{error.object[error.start]:02x}). "
-            f"Convert it first, for example: iconv -f {encoding} -t UTF-8 {path} > utf8.txt"
-        ) from None
-    except OSError as error:
-        raise StoryError(f"{path} cannot be read ({error.strerror}): give a text file with "
-                         "--text") from None
+            f"{path} is not in UTF-8 (line {data.count(10, 0, position) + 1} contains the byte "
+            f"0x{data[position]:02x}): name its encoding, such as --encoding cp1252 for Western "
+            "European text from Windows; if only a few bytes are wrong, --encoding utf-8 replaces "
+            "them")
+    # Text in the wrong one of these encodings has no byte order mark, and fewer spaces.
+    best = max(texts, key=lambda text: (text[:1] == "\ufeff", text.count(" ") / (len(text) + 1)))
+    return best.removeprefix("\ufeff")
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
 # vowel. `--` means "except". Some scripts put no spaces between words; in these, each character
-# stands alone. Runs are limited to 100 characters, so that no text makes the merges slow.
+# stands alone. Runs are limited to 20 characters, so that no text makes the merges slow.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"
 WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"
@@ -1365,20 +1432,36 @@ WORD_OR_MARK = regex.compile(rf" ?(?:{WORD}|\S)|\s+", regex.V1)
 SPLIT_PATTERNS = {
     #          's 't 'll ...        a word     a number    other marks          white space
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "story": (rf" ?(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\u200c\u200d]){{1,100}}"
-              rf"| ?{UNSPACED}\p{{M}}{{0,99}}"
-              r"| ?\p{N}{1,100}| ?[^\s\p{L}\p{M}\p{N}]{1,100}|\s{1,100}(?!\S)|\s{1,100}")}
+    "story": (rf" ?(?:(?!{UNSPACED})[\p{{L}}\p{{M}}\u200c\u200d]){{1,20}}"
+              rf"| ?{UNSPACED}\p{{M}}{{0,19}}"
+              r"| ?\p{N}{1,20}| ?[^\s\p{L}\p{M}\p{N}]{1,20}|\s{1,20}(?!\S)|\s{1,20}")}
 STORY_SPLIT = regex.compile(SPLIT_PATTERNS["story"])
-# A sentence begins at the start of the text, after . ! ? and the like, and after an empty line.
-SENTENCE_START = regex.compile(
-    r"""(?:\A|[.!?…।॥؟۔።။។]["'”’)\]]*\s|[。！？]["'”’」』）]*|\n[^\S\n]*\n)\s*""")
+# Parts of a text that can be encoded one by one: each ends before a space that begins a new word.
+PART = regex.compile(r"(?s).{1,200000}(?:(?<=\S)(?= \S)|\Z)|.{1,200000}")
+# A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
+# pattern is always right. This one does not stop after Mr. or an initial (but "I" is a word), nor
+# in "No!" she cried, because a lower-case letter continues a sentence after a quotation. In a text
+# whose sentences begin in upper case, it also does elsewhere, as in "Oh! how" and "5 p.m. in".
+GAP = r"(?=\s) [^\S\n]*+ \n?+ [^\S\n]*+ (?!\n)"        # white space without an empty line
+LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # perhaps behind quotation marks or dashes
+SENTENCE_START = regex.compile(rf"""
+    (?: \A | \n[^\S\n]*\n                   # the start of the text, an empty line
+      | [。！？]["'”’」』）]*                  # an end that needs no space after it
+      | (?: (?<! \b(?: (?i:mr|mrs|ms|dr|st|prof) | (?!I)\p{{Lu}} ) ) \. | [!?…।॥؟۔።။។] )
+        (?: (?: \s?» | ["'”’“‘«)\]_] )++ {GAP} (?! {LOWER} )    # after a closing quotation mark
+          | {GAP} (?!\.) (?P<plain>) )                          # without one
+    ) \s* (?P<lower> (?= {LOWER} ) )?""", regex.VERBOSE)
 LINE_START = regex.compile(r"(?:\A|\n)\s*")
 SPACED_WORD = regex.compile(rf"\p{{P}}*{UNSPACED}\p{{M}}*\p{{P}}*|[\S--{UNSPACED}]+", regex.V1)
 
 def sentence_starts(text):
     """Return the positions at which sentences begin. If the text has hardly any sentences, like
     some poems, return the positions at which lines begin."""
-    starts = [match.end() for match in SENTENCE_START.finditer(text)]
+    matches = list(SENTENCE_START.finditer(text))
+    lower = [match for match in matches if match["lower"] is not None]
+    if len(lower) <= len(matches) / 2:      # Otherwise sentences begin in lower case, as in a chat.
+        matches = [match for match in matches if match["lower"] is None or match["plain"] is None]
+    starts = [match.end() for match in matches]
     lines = [match.end() for match in LINE_START.finditer(text)]
     if len(lines) > 10 * len(starts):
         starts = lines
@@ -1477,9 +1560,10 @@ def load_gpt2_encoding(seconds=10):
 def reason_against_gpt2(text):
     """Why "auto" does not choose GPT-2's merges for a text; "" if it does. They come from English
     text. A Hindi or Chinese word is split into so many tokens that a window holds few words."""
-    encoding, sample = load_gpt2_encoding(), text[:10_000]
+    encoding, middle = load_gpt2_encoding(), max(len(text) // 2 - 5_000, 0)
     if isinstance(encoding, str):
         return f"GPT-2's encoding is not available ({encoding})"
+    sample = text[middle:middle + 10_000]       # an introduction may be in another language
     if 2 * len(encoding.encode_ordinary(sample)) > len(sample):
         return "GPT-2's encoding splits this text into very small tokens"
     return ""
@@ -1624,7 +1708,7 @@ def on_cpu(model):
     return copy
 
 # ═══ Workshop: runs ════════════════════════════════════════════════════════════════════════════
-@dataclass
+@dataclass(repr=False)
 class Corpus:
     """A text, split and encoded. `val_ids` is empty if there is no validation split."""
     tokenizer: WordTokenizer | BPETokenizer
@@ -1633,6 +1717,14 @@ class Corpus:
     val_ids: torch.Tensor       # (M,)
     fingerprint: str            # identifies the text and where it was split
     val_fraction: float
+
+    def __repr__(self):
+        return (f"Corpus of {len(self.train_ids):,} tokens for training and {len(self.val_ids):,} "
+                f"for validation: {self.train_text[:60]!r}")
+
+    @functools.cached_property
+    def recall_tests(self):
+        return recall_tests(self.train_text)
 
 @dataclass
 class Evaluation:
@@ -1645,7 +1737,7 @@ class Evaluation:
     prompt: str
     sample: str                 # how the model continued the prompt
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A model with everything that belongs to its training."""
     model: GPTModel
@@ -1655,16 +1747,59 @@ class Run:
     steps_per_epoch: int
     total_steps: int
     prompt: str                 # the prompt of the samples
-    text_path: str = ""         # path of the text; "" means Short_Story.txt
+    text_paths: list = field(default_factory=list)      # files of the text; []: Short_Story.txt
+    encoding: str = ""          # of these files; "": found out from their contents
+    beginnings: list = field(default_factory=list)      # of the sentences that recall tries
     step: int = 0               # steps done
     history: list = field(default_factory=list)         # of Evaluations
     loss: float | None = None                           # of the last step
     optimizer: torch.optim.Optimizer | None = None
     saved_optimizer: dict | None = None                 # state of a loaded run's optimizer
+    best_weights: dict | None = None                    # see record_evaluation
 
     @property
     def config(self):
         return self.model.config
+
+    def __repr__(self):
+        return (f"Run at step {self.step} of {self.total_steps}: {count_parameters(self.model):,} "
+                f"parameters, {self.tokenizer.kind} tokenizer")
+
+    def window(self, prompt):
+        """Return the token ids (1, T) of a prompt, cut to its last `context_length` tokens."""
+        return torch.tensor([encode_prompt(self.tokenizer, prompt)[-self.config.context_length:]])
+
+    def write(self, prompt, max_new_tokens=100, **sampling):
+        """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
+        return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
+                                              Sampling(**sampling)))
+
+    def attention(self, prompt):
+        """Return a picture of which tokens of a prompt attend to which."""
+        window = self.window(prompt)
+        names = token_names(self.tokenizer, window[0].tolist())
+        return plot_attention(attention_maps(self.model, window), names)
+
+    def next(self, prompt, **sampling):
+        """Return a table of the ten most likely next tokens and of their probabilities, before and
+        after sampling settings such as temperature=0.8 have changed them."""
+        sampling = Sampling(**{"temperature": 1.0, **sampling})
+        with torch.no_grad():
+            logits = self.model(self.window(prompt))[0, -1].float().cpu()
+        softmax = logits.softmax(dim=-1)
+        sampled = next_token_probabilities(logits, sampling)
+        best = logits.topk(min(10, len(logits))).indices
+        lines = [f"{'next token':<16}{'logit':>7}{'softmax':>9}{'sampled':>9}   (temperature "
+                 f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g})"]
+        for name, i in zip(token_names(self.tokenizer, best.tolist()), best):
+            bar = "█" * round(40 * sampled[i].item())
+            row = f"{name:<16}{logits[i]:>7.2f}{softmax[i]:>9.2%}{sampled[i]:>9.2%}   {bar}"
+            lines.append(row.rstrip())
+        return Table("\n".join(lines))
+
+class Table(str):
+    """A text of several lines, which a notebook or an interactive session shows as it is."""
+    __repr__ = str.__str__
 
 def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32, **options):
     """Split and encode a text. `tokenizer` is a tokenizer, or a kind for `make_tokenizer`, which
@@ -1673,15 +1808,15 @@ def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32
 
     >>> corpus = corpus_from_text("They went upriver for nine days.", "word", 0.3, context_length=2)
     >>> corpus.train_text, len(corpus.train_ids), len(corpus.val_ids)
-    ('They went upriver for', 4, 3)
+    ('They went upriver for', 5, 3)
     """
     TrainConfig(val_fraction=val_fraction)      # checks it
     train_text, val_text = split_text(text, val_fraction)
     resolved = tokenizer
     if isinstance(tokenizer, str):
         resolved = make_tokenizer(tokenizer, train_text, val_text, **options)
-    train_ids, val_ids = [torch.tensor(resolved.encode(part), dtype=torch.long)
-                          for part in (train_text, val_text)]
+    train_ids = torch.tensor([*resolved.encode(train_text), resolved.end_of_text])
+    val_ids = torch.tensor(resolved.encode(val_text), dtype=torch.long)
     if val_text and len(val_ids) <= context_length:
         return corpus_from_text(text, tokenizer, 0.0, context_length, **options)
     both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", errors="replace")
@@ -1690,7 +1825,8 @@ def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32
 
 # {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
-EVALUATE_AT = (0.02, 0.05, 0.2, 1)      # fractions of all steps; early ones show it learning
+EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps; early ones show it learning
+RECALL_SAMPLE = 25      # sentences that an evaluation tries
 
 def new_run(corpus, config=GPTConfig(), train_config=TrainConfig(), device="cpu"):
     """Return a run with an untrained model. If the text is too short for the context length, the
@@ -1708,7 +1844,8 @@ def new_run(corpus, config=GPTConfig(), train_config=TrainConfig(), device="cpu"
                tokenizer=corpus.tokenizer, train_config=train_config,
                fingerprint=corpus.fingerprint, steps_per_epoch=steps_per_epoch,
                total_steps=count_steps(steps_per_epoch, train_config),
-               prompt=first_words(beginning))
+               prompt=first_words(beginning),
+               beginnings=[prompt for prompt, _ in corpus.recall_tests])
 
 def count_steps(steps_per_epoch, config):
     """Return the total number of training steps."""
@@ -1751,13 +1888,33 @@ def evaluate(run, corpus):
         train_loss = mean_loss(run.model, corpus.train_ids)
         val_loss = mean_loss(run.model, corpus.val_ids)
     check_finite(run, train_loss)
-    text = corpus.train_text[:100_000]
-    recall = None
-    if recall_tests(text, max_sentences=1):
-        recall = measure_recall(run.model, run.tokenizer, text, max_sentences=25)
+    tests = evenly_spaced(corpus.recall_tests, RECALL_SAMPLE)
+    recall = share_recited(run.model, run.tokenizer, tests) if tests else None
     sample = "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
+
+def describe_loss(loss, token_ids, tokenizer):
+    """A loss per token, its perplexity, and the loss in bits per character of the text."""
+    characters = max(len(tokenizer.decode(token_ids.tolist())), 1)
+    bits = loss / math.log(2) * len(token_ids) / characters
+    return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
+
+def record_evaluation(run, corpus):
+    """Evaluate a run. With keep_best, remember the weights of the lowest validation loss, and
+    return to them at the end, or when no evaluation in the last fifth of all steps was better."""
+    run.history.append(evaluate(run, corpus))
+    if not run.train_config.keep_best:
+        return
+    check(run.history[-1].val_loss is not None, "--keep-best needs a validation split: give a "
+          "longer text or a larger --val-fraction")
+    best = min(run.history, key=lambda evaluation: evaluation.val_loss)
+    if best is run.history[-1]:
+        run.best_weights = {name: weight.detach().cpu().clone()
+                            for name, weight in run.model.state_dict().items()}
+    if run.step >= run.total_steps or run.step - best.step > run.total_steps / 5:
+        run.model.load_state_dict(run.best_weights)
+        run.total_steps = run.step
 
 def mean_loss(model, token_ids, max_windows=32):
     """The mean loss over token ids (N,), or None if N < 2. At most `max_windows` windows are used,
@@ -1780,19 +1937,36 @@ def check_finite(run, number):
           "training stops; the last checkpoint is kept. Try a smaller --learning-rate, or "
           "--precision fp32")
 
-def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None):
-    """Continue a prompt: a generator that yields pieces of text, and never half a character."""
-    token_ids = tokenizer.encode(prompt)
+def encode_prompt(tokenizer, prompt):
+    """Return the token ids of a prompt without the spaces at its end, because in the story a space
+    belongs to the token of the next word."""
+    token_ids = tokenizer.encode(prompt.rstrip(" ") or prompt)
     check(token_ids, f"the prompt {prompt!r} is empty: give the first words of a sentence")
+    return token_ids
+
+def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sentences=0):
+    """Continue a prompt to the end of the text, or of so many sentences if `sentences` is not 0: a
+    generator that yields pieces of text, and never half a character."""
     check(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
-    shown = tokenizer.decode(token_ids)
-    for new_ids in generate(model, torch.tensor([token_ids]), max_new_tokens, sampling):
-        token_ids = [*token_ids, new_ids.item()]
-        text = tokenizer.decode(token_ids)
-        if not text.endswith("\ufffd"):         # otherwise more bytes of a character are to come
-            yield text[len(shown):]
-            token_ids = token_ids[-1:]
-            shown = tokenizer.decode(token_ids)
+    token_ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    superfluous = " " if prompt.endswith(" ") else ""       # it comes with the next word again
+    text, shown = prompt, len(prompt)
+    for new_ids in generate(model, token_ids, max_new_tokens, sampling):
+        if new_ids.item() == tokenizer.end_of_text:
+            break
+        piece = decoder.decode(tokenizer.decode_bytes(new_ids.tolist()))
+        text += piece.removeprefix(superfluous)
+        superfluous = ""
+        end, starts = len(text), []
+        if sentences:       # white space is held back, because it may separate two sentences
+            starts = [start for start in sentence_starts(text) if start > len(prompt)]
+            end = len(text[:[*starts, end][min(len(starts), sentences - 1)]].rstrip())
+        yield text[shown:end]
+        shown = max(shown, end)
+        if sentences and len(starts) >= sentences:
+            return
+    yield text[shown:] + decoder.decode(b"", final=True)
 
 # ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
 # The average gradient of a weight matrix usually has a few large singular values and many small
@@ -1856,11 +2030,15 @@ def newton_schulz(X):
     return X
 
 # ═══ Workshop: checkpoint files ════════════════════════════════════════════════════════════════
-FORMAT = 5      # increase only if old files can no longer be read, not for a new setting
-PLAIN_FIELDS = ("fingerprint", "text_path", "prompt", "step", "total_steps", "steps_per_epoch")
-ENTRIES = {**dict.fromkeys(PLAIN_FIELDS[:3], str), **dict.fromkeys(PLAIN_FIELDS[3:], int),
-           "config": dict, "train_config": dict, "tokenizer": dict, "history": list,
-           "weights": dict, "optimizer": (dict, type(None)), "test_loss": float}
+FORMAT = 6      # increase only if old files can no longer be read, not for a new setting
+PLAIN_FIELDS = ("fingerprint", "encoding", "prompt", "step", "total_steps", "steps_per_epoch",
+                "text_paths", "beginnings")
+ENTRIES = {**dict.fromkeys(PLAIN_FIELDS[:3], str), **dict.fromkeys(PLAIN_FIELDS[3:6], int),
+           "text_paths": list, "beginnings": list, "config": dict, "train_config": dict,
+           "tokenizer": dict,
+           "history": list,
+           "weights": dict, "best_weights": (dict, type(None)), "optimizer": (dict, type(None)),
+           "test_loss": float}
 
 def atomic_save(path, contents):
     """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
@@ -1908,16 +2086,22 @@ def read_checkpoint(path):
         saved["train_config"] = TrainConfig(**saved["train_config"])
         saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
         saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
-        shapes = {name: weight.shape for name, weight in saved["weights"].items()}
+        best_weights = saved["best_weights"] or saved["weights"]
+        shapes, best_shapes = [{name: weight.shape for name, weight in weights.items()}
+                               for weights in (saved["weights"], best_weights)]
         states = saved["optimizer"]["state"].values() if saved["optimizer"] else ()
-        tensors = itertools.chain(saved["weights"].values(), *(state.values() for state in states))
+        tensors = itertools.chain(saved["weights"].values(), best_weights.values(),
+                                  *(state.values() for state in states))
         check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
         check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
+        strings = [*saved["text_paths"], *saved["beginnings"]]
+        check(all(type(string) is str for string in strings), "one of its texts is not a string")
     except (AttributeError, KeyError, TypeError, StoryError) as error:
         raise StoryError(f"{path} is not compatible with this story_llm ({error})") from None
     with torch.device("meta"):      # shapes without memory, because a file may claim any size
         model = GPTModel(saved["config"])
-    check(shapes == {name: weight.shape for name, weight in model.state_dict().items()},
+        model(torch.zeros(1, 1, dtype=torch.long))      # an edited model that fails shows where
+    check(shapes == best_shapes == {name: w.shape for name, w in model.state_dict().items()},
           f"{path} does not match this version's GPTModel (names or shapes of weights differ): "
           "use the version that saved it, or train again")
     check(4 * sum(weight.numel() for weight in model.parameters()) <= size
@@ -1983,6 +2167,18 @@ def temporary_path(path):
 # ═══ Workshop: pictures, and a look inside ═════════════════════════════════════════════════════
 PICTURES = (".png", ".svg", ".pdf")
 
+def new_figure(**options):
+    """Return a matplotlib Figure that every notebook shows."""
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self):
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return NotebookFigure(**options)
+
 def save_figure(figure, path):
     """Save a figure if a path is given, and return the figure."""
     if path is not None:
@@ -2020,17 +2216,18 @@ def attention_maps(model, token_ids):
 
 def plot_attention(maps, names, path=None):
     """Draw attention maps of T tokens with these names; return the figure."""
-    from matplotlib.figure import Figure
     layers, heads = maps.shape[:2]
     side = max(1.6, min(len(names) * 0.16, 60 / max(layers, heads)))        # inches
-    figure = Figure(figsize=(heads * side + 2, layers * side + 2), layout="constrained")
+    figure = new_figure(figsize=(heads * side + 2, layers * side + 2), layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     for layer, head in itertools.product(range(layers), range(heads)):
         axes = grid[layer, head]
-        image = axes.imshow(maps[layer, head].tolist(), vmin=0, vmax=1, cmap="Blues")
+        weights = maps[layer, head].tolist()
+        image = axes.imshow(weights, vmin=0, vmax=maps.max().item(), cmap="Blues")
         axes.set_title(f"block {layer + 1}, head {head + 1}", fontsize=9)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
+    figure.suptitle("Attention weights")
     figure.supylabel("this token ...", fontsize=9)
     figure.supxlabel("... attends to this one", fontsize=9)
     figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight (a row adds up to 1)")
@@ -2067,6 +2264,18 @@ def token_names(tokenizer, token_ids):
         names.append(CONTROL.sub("\ufffd", name))
     return names
 
+@functools.cache        # `tour` runs many commands
+def note_once(message):
+    note(message)
+
+def command_line(*words):
+    """Return a command of this program for the user to copy, quoted for the shell of this
+    system."""
+    own_name = Path(__file__).name
+    program = sys.argv[0] if Path(sys.argv[0]).name == own_name else own_name
+    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"python {quote([program, *words])}"
+
 def option_string(name):
     return "--" + name.replace("_", "-")
 
@@ -2085,12 +2294,12 @@ def corpus_from_args(args):
         if args.tokenizer != kind:
             refuse_options(args, [option], f"can only be used with --tokenizer {kind}")
     context_length = override_settings(PRESETS[args.preset][0], args).context_length
-    corpus = corpus_from_text(load_text(args.text), args.tokenizer, args.val_fraction,
-                              context_length, vocab_size=args.vocab_size,
+    corpus = corpus_from_text(load_text(args.text, args.encoding), args.tokenizer,
+                              args.val_fraction, context_length, vocab_size=args.vocab_size,
                               full_vocab=args.full_vocab)
     if args.tokenizer == "auto" and corpus.tokenizer.kind == "story":
-        note(f"note: {reason_against_gpt2(corpus.train_text)}, so merges are learned from the "
-             "story (use --tokenizer story to silence this note)")
+        note_once(f"note: {reason_against_gpt2(corpus.train_text)}, so merges are learned from "
+                  "the story (use --tokenizer story to silence this note)")
     return corpus
 
 def new_run_from_args(args):
@@ -2105,15 +2314,16 @@ def new_run_from_args(args):
     if config.context_length > run.config.context_length:
         note(f"note: the text has only {len(corpus.train_ids)} tokens, so the context length is "
              f"{run.config.context_length}, not {config.context_length}")
-    run.text_path = args.given.get("text", "")
-    run.prompt = args.given.get("prompt", run.prompt if run.text_path else DEFAULT_PROMPT)
+    run.text_paths, run.encoding = list(args.given.get("text", ())), args.encoding
+    run.prompt = args.given.get("prompt", run.prompt if run.text_paths else DEFAULT_PROMPT)
     return run, corpus
 
 def load_run(args):
     """Return (the saved run, its corpus). The corpus is made from --text if that is given."""
     run = load_checkpoint(args.model, args.device)
-    args.text = args.given.get("text", run.text_path or DEFAULT_TEXT)
-    return run, corpus_from_text(load_text(args.text), run.tokenizer,
+    if "text" not in args.given:
+        args.text, args.encoding = run.text_paths or args.text, args.encoding or run.encoding
+    return run, corpus_from_text(load_text(args.text, args.encoding), run.tokenizer,
                                  run.train_config.val_fraction, context_length=0)
 
 def change_length(run, args):
@@ -2125,10 +2335,12 @@ def change_length(run, args):
 
 def run_to_train(args):
     """Return (a run, its corpus), after making sure that the results can be written."""
+    import matplotlib       # noqa: F401; if it is missing, fail now and not after the training
     check_writable(args.model)
     check_writable(args.plot, PICTURES)
-    files = {os.path.realpath(path) for path in (args.text, args.model, args.plot)}
-    check(len(files) == 3, "--text, --model and --plot must be three different files")
+    paths = [*args.text, args.model, args.plot]
+    check(len(set(map(os.path.realpath, paths))) == len(paths),
+          "--text, --model and --plot must be different files")
     if not args.resume:
         return new_run_from_args(args)
     refuse_options(args, args.given.keys() - set(RESUME_OPTIONS),
@@ -2136,7 +2348,7 @@ def run_to_train(args):
     run, corpus = load_run(args)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was trained on a different text: "
           "give that text with --text, or train a new model without --resume")
-    run.text_path = args.given.get("text", run.text_path)
+    run.text_paths, run.encoding = list(args.given.get("text", run.text_paths)), args.encoding
     change_length(run, args)
     return run, corpus
 
@@ -2145,14 +2357,17 @@ def load_or_create_run(args):
         return new_run_from_args(args)[0]
     return load_checkpoint(args.model, args.device)
 
-def log_recall(run, text):
-    total = len(recall_tests(text))
-    if total == 0:
+def log_recall(run, corpus):
+    tests = evenly_spaced(corpus.recall_tests, 1000)
+    if not tests:
         log("Recall: not measured, because no sentence has at least 8 words")
         return
-    recall = measure_recall(run.model, run.tokenizer, text)
-    log(f"Recall {recall:.1%}: {round(recall * total)} of {total} sentences continued word for "
-        "word from their first five words")
+    recall = share_recited(run.model, run.tokenizer, tests)
+    sample = ""
+    if len(tests) < len(corpus.recall_tests):
+        sample = f" (a sample of {len(corpus.recall_tests):,})"
+    log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} sentences{sample} "
+        "continued word for word from their first five words")
 
 def command_words(args):
     args.tokenizer = "word"
@@ -2205,91 +2420,118 @@ def command_evaluate(args):
     run.train_config = override_settings(run.train_config, args)
     log("an untrained model:" if args.untrained else f"{args.model}, after {run.step} steps:")
     if corpus.fingerprint != run.fingerprint:
-        note(f"note: {args.model} was not trained on {args.text}, but on a different text")
+        note(f"note: {args.model} was not trained on {', '.join(args.text)}, but on a different "
+             "text")
+    log_losses(run, corpus)
     V = run.config.vocab_size
-    with mixed_precision(run):
-        losses = {"Train loss": mean_loss(run.model, corpus.train_ids),
-                  "Val loss": mean_loss(run.model, corpus.val_ids),
-                  f"ln({V}), uniform guess": math.log(V)}
-    for name, loss in losses.items():
+    log(f"  {f'ln({V}), uniform guess':<27}{math.log(V):.3f}")
+    log_recall(run, corpus)
+
+def log_losses(run, corpus):
+    """Print the losses on all windows of both splits."""
+    for name, token_ids in (("Train loss", corpus.train_ids), ("Val loss", corpus.val_ids)):
+        with mixed_precision(run):
+            loss = mean_loss(run.model, token_ids, max_windows=len(token_ids))
         if loss is not None:
-            log(f"  {name:<27}{loss:.3f}")
-    log_recall(run, corpus.train_text)
+            log(f"  {name:<27}{describe_loss(loss, token_ids, run.tokenizer)}")
 
-class Progress:
-    """Prints and saves a run during training, and handles interrupts: the first Ctrl-C (or SIGTERM)
-    ends training after the current step, and a second one ends it immediately."""
-    def __init__(self, path, run, resumed=False):
-        self.path = path
-        self.stop_requested = False
-        self.saved = resumed                # whether the file at `path` is this run's
-        self.shown = len(run.history)       # evaluations that need not be printed
-        self.next_save = 0.0
-        self.step_seconds = []              # of the last steps without an evaluation
+@contextlib.contextmanager
+def collect_signals():
+    """Within this block, Ctrl-C and requests to end the program do not end it, but are appended to
+    the list that this yields. After the first one, the next one ends the program."""
+    received, handlers = [], {}
 
-    def __enter__(self):
-        def request_stop(number, frame):
-            self.stop_requested = True
-            for number in self.handlers:
-                signal.signal(number, signal.default_int_handler)
+    def collect(number, frame):
+        received.append(number)
+        for number in handlers:
+            signal.signal(number, signal.default_int_handler)
+        with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
+            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again stops at "
+                     b"once and loses what was learned since the last save\n")
 
-        main_thread = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        self.handlers = {number: signal.signal(number, request_stop) for number in signals}
-        self.clock = time.perf_counter()
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # SIGHUP: the terminal was closed
+            number = getattr(signal, name, None)            # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                handlers[number] = signal.signal(number, collect)
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def update(self, run):
-        """To be called after every step. Returns whether training should stop."""
+class Progress:
+    """Prints and saves a run during training. Without a path, it only prints."""
+    def __init__(self, run, path=None, resumed=False):
+        self.path = path
+        self.written = file_signature(path) if resumed else None    # the file that is this run's
+        self.shown = len(run.history)       # evaluations that need not be printed
+        self.start = self.first_step = None
+        self.next_save = self.next_line = 0.0
+
+    def update(self, run, is_last):
+        """To be called after every step, with whether it is the last one."""
         now = time.perf_counter()
-        stop = self.stop_requested      # read once, because it may change at any moment
         evaluations = run.history[self.shown:]
         self.shown = len(run.history)
-        if not evaluations:
-            self.step_seconds = [*self.step_seconds[-50:], now - self.clock]
-        is_last = stop or run.step >= run.total_steps
+        speed = ""
+        if self.start is None:      # only now, because the first step takes longer than the others
+            self.start, self.first_step = now, run.step
+        else:
+            seconds = (now - self.start) / (run.step - self.first_step)     # for each step
+            left = round(seconds * (run.total_steps - run.step))
+            tokens = run.train_config.batch_size * run.config.context_length / seconds
+            speed = f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
         if is_last or (evaluations and now > self.next_save):
             self.save(run, is_last)
         try:
             for evaluation in evaluations:
-                log_evaluation(evaluation, self.speed(run))
+                log_evaluation(evaluation, speed)
         except (BrokenPipeError, StoryError):       # nobody is reading any more: `train | head`
             self.save(run, is_last=True)
             raise
-        if sys.stderr.isatty() and not evaluations:     # a line that the next one overwrites
-            line = f"step {run.step} of {run.total_steps}{self.speed(run)}"
-            log(line, sys.stderr, end="\x1b[K\r")
-        self.clock = time.perf_counter()
-        return stop
-
-    def speed(self, run):
-        if not self.step_seconds:
-            return ""
-        seconds = sum(self.step_seconds) / len(self.step_seconds)
-        left = round(seconds * (run.total_steps - run.step))
-        tokens = run.train_config.batch_size * run.config.context_length / seconds
-        return f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
+        if sys.stderr.isatty() and not evaluations and now > self.next_line:
+            self.next_line = now + 0.2
+            line = f"step {run.step} of {run.total_steps}{speed}"
+            log(line.ljust(79), sys.stderr, end="\r")       # the next line overwrites it
 
     def save(self, run, is_last):
         """Save, and set the time of the next save so that saving takes at most 2 % of the time. If
         a save fails during training, it is tried again after the next evaluation."""
+        if self.path is None:
+            return
         start = time.perf_counter()
-        kept = None if self.saved else keep_previous_model(self.path, run)
-        if kept:
-            note(f"note: {self.path} held another model, or one trained further, which is now "
-                 f"{kept.name}")
-        self.saved = True
+        if file_signature(self.path) != self.written:       # another model, or another process
+            kept = keep_previous_model(self.path, run)
+            if kept:
+                note(f"note: {self.path} held another model, or one trained further, which is now "
+                     f"{kept.name}")
         try:
             save_checkpoint(self.path, run)
         except StoryError as error:
             if is_last:
                 raise
             note(f"note: {error}; training continues, and will try again after the next evaluation")
+        self.written = file_signature(self.path)
         self.next_save = time.perf_counter() + 50 * (time.perf_counter() - start)
+
+def file_signature(path):
+    """Return what changes when another file takes the place of this one; None if there is none."""
+    with contextlib.suppress(OSError, TypeError):
+        status = os.stat(path)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return None
+
+def train_with_progress(run, corpus, path=None, resumed=False):
+    """Train a run, print its evaluations, and save it to `path` if one is given. After Ctrl-C,
+    training stops at the end of the step, and calling this again continues it."""
+    progress = Progress(run, path, resumed)
+    with collect_signals() as received:
+        for _ in train(run, corpus):
+            stop = len(received) > 0        # read once, because it may change at any moment
+            progress.update(run, is_last=stop or run.step >= run.total_steps)
+            if stop:
+                break
 
 def log_evaluation(evaluation, speed=""):
     val_loss = "" if evaluation.val_loss is None else f", Val loss {evaluation.val_loss:.3f}"
@@ -2297,67 +2539,78 @@ def log_evaluation(evaluation, speed=""):
     loss = f"Train loss {evaluation.train_loss:.3f}"
     epoch = max(1, math.ceil(evaluation.epoch))
     log(f"Ep {epoch} (Step {evaluation.step:06d}): {loss}{val_loss}{recall}{speed}")
-    log("    " + " ".join(f"{evaluation.prompt} ...{evaluation.sample}".split()))
+    log("    " + f"{evaluation.prompt} ...{evaluation.sample}".replace("\n", "\\n"))
 
 def command_train(args):
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun starts several processes, and each "
+          "of them would train a model of its own: use extras/scale.py train")
     run, corpus = run_to_train(args)
-    n_parameters = count_parameters(run.model)
-    log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; {n_parameters:,} "
-        f"parameters; {run.total_steps} steps; loss of a uniform guess "
-        f"{math.log(run.config.vocab_size):.3f}")
+    log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
+        f"{count_parameters(run.model):,} parameters; {run.total_steps} steps; loss of a uniform "
+        f"guess {math.log(run.config.vocab_size):.3f}")
+    if len(corpus.recall_tests) > RECALL_SAMPLE:
+        log(f"Until the end, recall is that of a sample of at most {RECALL_SAMPLE} sentences.")
     first_step = run.step
     if first_step >= run.total_steps:
         note(f"note: {args.model} has been trained for {run.step} steps already, so nothing is "
              "left to do: give more --epochs or --max-steps")
-    with Progress(args.model, run, args.resume) as progress:
-        for _ in train(run, corpus):
-            if progress.update(run):
-                break
+    train_with_progress(run, corpus, args.model, args.resume)
+    finish_training(args, run, corpus, first_step)
+
+def finish_training(args, run, corpus, first_step):
+    """Print what to do next, after recall and the picture if training has come to its end."""
+    given = [f"{option_string(name)}={args.given[name]}" for name in ("model", "plot", "device")
+             if name in args.given]
     if run.step < run.total_steps:
-        given = [f"{option_string(name)}={args.given[name]}" for name in ("model", "plot", "device")
-                 if name in args.given]
         note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
-             f"continue: python story_llm.py {shlex.join(['train', '--resume', *given])}")
+             f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
-    log_recall(run, corpus.train_text)
+    log_losses(run, corpus)
+    log_recall(run, corpus)
     if run.step > first_step:
         log(f"saved {args.model}")
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
+    model = ["--model", args.model] if "model" in args.given else []
+    prompt = run.prompt.replace("\n", "\\n")
+    log(f"Now let it write: {command_line('generate', *model, '--prompt', prompt)}")
 
 def command_plot(args):
     run = load_checkpoint(args.model)
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
 
-def prompt_ids(args, run):
-    """Return the ids (1, T) of the prompt, cut to its last `context_length` tokens."""
-    token_ids = run.tokenizer.encode(args.given.get("prompt", run.prompt))
-    check(token_ids, "the prompt is empty: give some words")
-    return torch.tensor([token_ids[-run.config.context_length:]])
+def prompt_from_args(args, run):
+    """Return the prompt, after a note if the model cannot see it as it is."""
+    return check_prompt(args.given.get("prompt", run.prompt), run)
+
+def check_prompt(prompt, run):
+    token_ids, T = encode_prompt(run.tokenizer, prompt), run.config.context_length
+    if run.tokenizer.kind == "word":
+        pieces = zip(split_words(prompt), token_ids)
+        unknown = [piece.strip() for piece, i in pieces if run.tokenizer.tokens[i] == UNKNOWN]
+        if unknown:
+            note(f"note: the story does not contain {', '.join(unknown)}: the model sees {UNKNOWN}")
+    if run.beginnings and not any(beginning.startswith(prompt.rstrip()) or
+                                  prompt.startswith(beginning) for beginning in run.beginnings):
+        similar = {beginning[:len(prompt)]: beginning for beginning in run.beginnings}
+        nearest = "".join(f"; the nearest beginning is {similar[close]!r}" for close in
+                          difflib.get_close_matches(prompt, similar, n=1))
+        note(f"note: no sentence that the model was tested on begins with these words{nearest}")
+    if len(token_ids) > T:
+        note(f"note: the prompt has {len(token_ids)} tokens, and the model sees the last {T}")
+    return prompt
 
 def command_attention(args):
     check_writable(args.plot, PICTURES)
     run = load_checkpoint(args.model)
-    token_ids = prompt_ids(args, run)
-    names = token_names(run.tokenizer, token_ids[0].tolist())
-    plot_attention(attention_maps(run.model, token_ids), names, args.plot)
+    save_figure(run.attention(prompt_from_args(args, run)), args.plot)
     log(f"drew {args.plot}")
 
 def command_next(args):
-    sampling = override_settings(Sampling(temperature=1.0), args)
     run = load_or_create_run(args)
-    window = prompt_ids(args, run)
-    with torch.no_grad():
-        logits = run.model(window)[0, -1].cpu()
-    softmax = logits.softmax(dim=-1)
-    sampled = predict_next(run.model, window, sampling, KeyValueCache())[0]
-    best = logits.topk(min(10, len(logits))).indices
-    log(f"  {'next token':<16}{'logit':>7}{'softmax':>9}{'sampled':>9}   ({sampling})")
-    for name, i in zip(token_names(run.tokenizer, best.tolist()), best):
-        bar = "".ljust(round(40 * sampled[i].item()), "█")
-        row = f"  {name:<16}{logits[i]:>7.2f}{softmax[i]:>9.2%}{sampled[i]:>9.2%}   {bar}"
-        log(row.rstrip())
+    sampling = asdict(override_settings(Sampling(temperature=1.0), args))
+    log(run.next(prompt_from_args(args, run), **sampling))
 
 def command_generate(args):
     sampling = override_settings(Sampling(), args)
@@ -2368,25 +2621,37 @@ def command_generate(args):
         refuse_options(args, names, "is for sampling: give a --temperature above 0 as well")
     run = load_or_create_run(args)
     if args.untrained and sampling.temperature == 0:        # step 8
-        idx = prompt_ids(args, run)
+        idx = run.window(prompt_from_args(args, run))
         longer = generate_text_simple(run.model, idx, args.max_new_tokens,
                                       run.config.context_length)
         log(run.prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
         return
-    for prompt in [args.prompt] if "prompt" in args.given else typed_prompts():
-        pieces = generate_text(run.model, run.tokenizer, prompt, args.max_new_tokens, sampling)
+    typed = "prompt" not in args.given and not args.untrained
+    for prompt in typed_prompts() if typed else [args.given.get("prompt", run.prompt)]:
+        check_prompt(prompt, run)
+        pieces = generate_text(run.model, run.tokenizer, prompt, args.max_new_tokens, sampling,
+                               args.sentences)
         first = next(pieces, "")        # before the prompt is printed, because it may be refused
         for piece in itertools.chain([prompt, first], pieces):
             log(piece, end="")
         log()
 
 def typed_prompts():
-    """Yield the lines of stdin that are not empty."""
+    """Yield the lines that are typed, or that come through a pipe, if they are not empty."""
+    lines = sys.stdin
     if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline     # noqa: F401; input() then has a history and the arrow keys
         note("Type the first words of a sentence, then Enter. Ctrl-C ends the program.")
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\r\n")
+        lines = iter(lambda: input("> "), None)
+    with contextlib.suppress(EOFError):
+        for line in lines:
+            if line.strip():
+                yield unescape(line.rstrip("\r\n"))
+
+def unescape(prompt):
+    """Return a prompt with line breaks in place of \\n, because these are hard to type."""
+    return prompt.replace("\\n", "\n")
 
 def command_tour(args):
     folder = Path("story_llm_tour")
@@ -2395,13 +2660,15 @@ def command_tour(args):
     except OSError as error:
         raise StoryError(f"{folder} cannot be created here ({error.strerror})") from None
     log(f"Running all steps in order. Their files are saved in the folder {folder}.")
-    with contextlib.chdir(folder):
-        for command in TOUR:
-            title = COMMANDS[command.split()[0]][1]
-            log(f"\n\n═══ {title}\n\n$ python story_llm.py {command}\n")
-            status = main(shlex.split(command))
-            if status != 0:
-                return status
+    for command in TOUR:
+        words = shlex.split(command)
+        _, meaning, options = COMMANDS[words[0]]
+        if "model" in options and "--untrained" not in words:
+            words += ["--model", str(folder / "story_llm.pt")]
+        log(f"\n\n═══ {meaning}\n\n$ {command_line(*words)}\n")
+        status = main(words)
+        if status != 0:
+            return status
 
 TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --untrained", "train",
         "plot", f'generate --prompt "{DEFAULT_PROMPT}"', "attention", "next --temperature 2")
@@ -2413,7 +2680,9 @@ PRESETS = {"story": (GPTConfig(), TrainConfig()),
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """The options that are not settings of a model, of training or of sampling."""
-    text: str = setting(DEFAULT_TEXT, "the story, a UTF-8 text file")
+    text: tuple = setting((DEFAULT_TEXT,), "the story: text files, folders of .txt files, or - for "
+                          "standard input (default: Short_Story.txt)")
+    encoding: str = setting("", "encoding of the text (default: UTF-8, or as its bytes suggest)")
     tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits the text, else story")
     vocab_size: int = setting(2048, "vocabulary size of --tokenizer story")
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
@@ -2422,33 +2691,45 @@ class Options(Settings):
     untrained: bool = setting(False, "use a new, untrained model, with the model options")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda if there is a GPU")
-    prompt: str = setting("", "the text that the model continues")
-    max_new_tokens: int = setting(100, "tokens to generate")
+    prompt: str = setting("", "the text that the model continues; \\n is a line break")
+    max_new_tokens: int = setting(100, "tokens to generate, at most")
+    sentences: int = setting(0, "stop after so many sentences (0: do not)")
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
-    plot: str = setting("loss.png", "where to save the picture: .png, .svg or .pdf")
+    plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
+                        "attention.png, with the name of another --model in front)")
 
 def names_of(settings):
     return tuple(f.name for f in fields(settings))
 
 FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
                               *fields(Options))}
-TOKENIZER = ("text", "tokenizer", "vocab_size", "full_vocab")
+DEFAULTS = {("next", "temperature"): 1.0}       # where a command's default is a different one
+TOKENIZER = ("text", "encoding", "tokenizer", "vocab_size", "full_vocab")
 NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed", *names_of(GPTConfig))
-RESUME_OPTIONS = ("text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot")
-COMMANDS = {    # {name: (function, help, options)}; with --untrained, the NEW_MODEL options too
-    "words": (command_words, "steps 2, 3: the text as words and as word ids", ("text", "prompt")),
+RESUME_OPTIONS = ("text", "encoding", "model", "resume", "epochs", "max_steps", "eval_every",
+                  "device", "plot")
+
+def further_options(options):
+    """Return the options that a command has with --untrained."""
+    return NEW_MODEL if "untrained" in options else ()
+
+COMMANDS = {    # {name: (function, help, options)}
+    "words": (command_words, "steps 2, 3: the text as words and as word ids",
+              ("text", "encoding", "prompt")),
     "bpe": (command_bpe, "step 4: the text as byte-pair tokens", (*TOKENIZER, "prompt")),
     "windows": (command_windows, "step 5: windows of the text, inputs and targets",
                 (*TOKENIZER, "context_length", "stride", "val_fraction")),
     "model": (command_model, "steps 6, 7: shapes and parameter counts of the model",
               (*NEW_MODEL, "device")),
     "evaluate": (command_evaluate, "step 9: losses and recall of a model",
-                 ("text", "model", "device", "precision", "untrained")),
+                 ("text", "encoding", "model", "device", "precision", "untrained")),
     "train": (command_train, "steps 10, 11: train a model and save it",
-              (*NEW_MODEL, *names_of(TrainConfig), "prompt", "model", "resume", "plot", "device")),
+              ("text", "model", "epochs", "tokenizer", "resume", *NEW_MODEL, *names_of(TrainConfig),
+               "prompt", "plot", "device")),
     "plot": (command_plot, "step 12: draw the loss curves of a saved model", ("model", "plot")),
     "generate": (command_generate, "steps 8, 13: continue a prompt",
-                 ("model", "prompt", "max_new_tokens", *names_of(Sampling), "device", "untrained")),
+                 ("model", "prompt", "max_new_tokens", "sentences", *names_of(Sampling), "device",
+                  "untrained")),
     "attention": (command_attention, "draw which tokens each token attends to",
                   ("model", "prompt", "plot")),
     "next": (command_next, "show the most likely next tokens and how sampling changes them",
@@ -2456,10 +2737,11 @@ COMMANDS = {    # {name: (function, help, options)}; with --untrained, the NEW_M
               "untrained")),
     "tour": (command_tour, "run all steps, one after the other", ())}
 
-OTHER_DEFAULTS = {("attention", "plot"): "attention.png", ("next", "temperature"): 1.0}
-
-def default_of(command, name):
-    return OTHER_DEFAULTS.get((command, name), FIELDS[name].default)
+# Where --help lists a setting; later entries win.
+GROUPS = {}
+for title, names in (("sampling", names_of(Sampling)), ("training", names_of(TrainConfig)),
+                     ("the model", names_of(GPTConfig)), ("options", (*names_of(Options), "seed"))):
+    GROUPS.update(dict.fromkeys(names, title))
 
 def add_option(parser, name, default=None):
     """Add a command-line option for a settings field, with its meaning and default in the help."""
@@ -2469,33 +2751,70 @@ def add_option(parser, name, default=None):
         kind = {"choices": CHOICES[name]}
     elif f.type is bool:
         kind = {"action": "store_true"}
+    elif f.type is tuple:
+        kind = {"nargs": "+", "action": "extend", "metavar": "FILE"}
     text = f.metadata["meaning"]
     default = f.default if default is None else default
-    if default != "" and default is not False:
+    if default != "" and default is not False and "default" not in text:
         text += f" (default: {default})"
     parser.add_argument(option_string(name), default=argparse.SUPPRESS,
                         help=text.replace("%", "%%"), **kind)
 
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line."""
+    def error(self, message):
+        self.exit(2, f"error: {message} (python {self.prog} --help lists what is possible)\n")
+
+def suggestion(word, options):
+    """Return what the user may have meant by an unknown word of the command line."""
+    if word.startswith("-"):
+        possible = map(option_string, (*options, *further_options(options)))
+        close = difflib.get_close_matches(word.split("=")[0], possible, 1)
+    else:
+        names = [name for name in ("text", "prompt", "model") if name in options]
+        close = [f"{option_string(names[0])} {shlex.quote(word)}"] if names else []
+    return f"; did you mean {close[0]}?" if close else ""
+
 def parse(argv):
     """Parse a command line into a namespace. `given` holds only the options that the user typed."""
-    parser = argparse.ArgumentParser(
+    argv = list(argv)
+    for i in range(len(argv) - 1, 0, -1):
+        if argv[i - 1] == "--prompt" and regex.match(r"-(?!-)", argv[i]):
+            argv[i - 1:i + 1] = ["--prompt=" + argv[i]]     # argparse would take it for an option
+    parser = Parser(
         prog="story_llm.py", description="A language model that explains itself: read story_llm.py "
         "from top to bottom. Most of its steps have a command.",
         epilog="`python story_llm.py COMMAND --help` lists the options of a command.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, (_, meaning, options) in COMMANDS.items():
-        command = subparsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
-        further = NEW_MODEL if "untrained" in options else ()
-        for option in dict.fromkeys((*options, *further)):
-            add_option(command, option, default_of(name, option))
-    given = vars(parser.parse_args(argv))
+        command = subparsers.add_parser(name, help=meaning, description=meaning, allow_abbrev=False,
+                                        usage=f"python story_llm.py {name} [options]")
+        groups = {"options": command}
+        for option in dict.fromkeys((*options, *further_options(options))):
+            title = GROUPS[option] if option in options else "only with --untrained"
+            if title not in groups:
+                groups[title] = command.add_argument_group(title)
+            add_option(groups[title], option, DEFAULTS.get((name, option)))
+    parsed, unknown = parser.parse_known_args(argv)
+    given = vars(parsed)
     command = given.pop("command")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
-    defaults = {name: default_of(command, name) for name in FIELDS}
     handler, _, options = COMMANDS[command]
+    if unknown:
+        subparsers.choices[command].error(f"{command} has no argument {unknown[0]}"
+                                          f"{suggestion(unknown[0], options)}")
+    if "text" in given:
+        given["text"] = tuple(given["text"])
+    if "prompt" in given:
+        given["prompt"] = unescape(given["prompt"])
+    defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
     args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
     override_settings(Options(), args)         # raises StoryError if an option is invalid
+    if not args.plot:
+        picture = "attention.png" if command == "attention" else "loss.png"
+        model = Path(args.model)
+        args.plot = str(model.with_name(f"{model.stem}_{picture}")) if "model" in given else picture
     if not args.untrained:
         refuse_options(args, given.keys() - set(options), "requires --untrained, because a saved "
                        "model keeps the value that it was trained with")
@@ -2561,5 +2880,6 @@ def keep_memory():
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"        # a notebook's own one does not exist outside of it
     keep_memory()
     sys.exit(main())

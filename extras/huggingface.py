@@ -351,7 +351,8 @@ def run_from_args(args):
                                  "is for training: give a --text as well")
         return load(args.folder)
     train_config = story_llm.override_settings(FINE_TUNING, args)
-    run, corpus = load_to_train(args.folder, story_llm.load_text(args.text), train_config,
+    text = story_llm.load_text(args.text, args.encoding)
+    run, corpus = load_to_train(args.folder, text, train_config,
                                 args.given.get("context_length"), args.drop_rate)
     if train_config.val_fraction > run.train_config.val_fraction:
         note(f"note: {train_config.val_fraction:.0%} of the text would not fill a window, so there "
@@ -359,7 +360,7 @@ def run_from_args(args):
     if run.config.context_length == len(corpus.train_ids) - 1:
         note(f"note: the text has only {len(corpus.train_ids)} tokens, so the context length is "
              f"{run.config.context_length}")
-    run.text_path = args.text
+    run.text_paths, run.encoding = list(args.text), args.encoding
     run.prompt = args.given.get("prompt", run.prompt)
     return run
 
@@ -372,7 +373,7 @@ def command_load(args):
     story_llm.save_checkpoint(args.model, run)
     log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, vocabulary "
         f"{run.config.vocab_size:,}, context length {run.config.context_length}")
-    if run.text_path:
+    if run.text_paths:
         command = shlex.join(["train", "--resume", "--model", args.model])
         log(f"to train it for {run.total_steps} steps: python story_llm.py {command}")
 
@@ -390,12 +391,11 @@ def parse(argv):
     command.add_argument("folder", help="contains config.json, the weights and the tokenizer")
     command.add_argument("--model", default="gpt2.pt", help="the checkpoint (default: gpt2.pt)")
     training = command.add_argument_group("to train it with `story_llm.py train --resume`")
-    training.add_argument("--text", default=argparse.SUPPRESS, help="the story, a UTF-8 text file")
     training.add_argument("--context-length", type=int, default=argparse.SUPPRESS, metavar="N",
                           help="tokens in a window (default: the positions that GPT-2 has learned)")
     training.add_argument("--learning-rate", type=float, default=argparse.SUPPRESS, metavar="N",
                           help=f"peak learning rate (default: {FINE_TUNING.learning_rate})")
-    for name in ("drop_rate", "prompt", *TRAINING):
+    for name in ("text", "encoding", "drop_rate", "prompt", *TRAINING):
         if name != "learning_rate":
             story_llm.add_option(training, name)
 

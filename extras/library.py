@@ -178,10 +178,7 @@ def command_train(args):
     log(f"{len(corpus.train_ids):,} tokens for training, {len(corpus.val_ids):,} for validation; "
         f"{story_llm.count_parameters(run.model):,} parameters; {run.total_steps} steps of "
         f"{run.train_config.batch_size} windows of {run.config.context_length} tokens")
-    with story_llm.Progress(args.model, run, args.resume) as progress:
-        for _ in story_llm.train(run, corpus):
-            if progress.update(run):
-                break
+    story_llm.train_with_progress(run, corpus, args.model, args.resume)
     log(f"saved {args.model} after step {run.step} of {run.total_steps}")
     if run.step < run.total_steps:
         command = shlex.join(["train", "--resume", "--data", args.data, "--model", args.model])

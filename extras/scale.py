@@ -17,7 +17,6 @@ step in it, and everything else is imported.
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -196,26 +195,8 @@ def train(run, corpus, step):
         step(run, inputs, targets)
         run.step += 1
         if story_llm.evaluation_due(run):
-            run.history.append(story_llm.evaluate(run, corpus))
+            story_llm.record_evaluation(run, corpus)
         yield run
-
-class SharedProgress(story_llm.Progress):
-    """Only the first process prints and saves, and a request to stop that reaches any process stops
-    all of them after the same step. A signal can come at any moment. So what it sets is only a
-    request, and `stop_requested` becomes True when all processes have learned of it."""
-    request = agreed = False
-
-    @property
-    def stop_requested(self):
-        return self.agreed
-
-    @stop_requested.setter
-    def stop_requested(self, value):
-        self.request = value
-
-    def update(self, run):
-        self.agreed = sum_over_processes(self.request, run.model.tok_emb.weight.device) > 0
-        return from_first(lambda: story_llm.Progress.update(self, run))
 
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
 def command_train(args, accumulate, compiled):
@@ -230,21 +211,20 @@ def command_train(args, accumulate, compiled):
     if RANK == 0:
         log(f"{story_llm.count_parameters(run.model):,} parameters; {run.total_steps} steps; "
             f"processes: {PROCESSES}; micro-batches of each per step: {accumulate}")
-    with SharedProgress(args.model, run, args.resume) as progress:
+    first_step, stop = run.step, False
+    progress = story_llm.Progress(run, args.model, args.resume)
+    with story_llm.collect_signals() as received:
         for _ in train(run, corpus, step):
-            if progress.update(run):
+            # A signal that reaches any process stops all of them after the same step.
+            stop = sum_over_processes(len(received), device) > 0
+            is_last = stop or run.step >= run.total_steps
+            from_first(lambda: progress.update(run, is_last))
+            if stop:
                 break
-    if run.step < run.total_steps:
-        if RANK == 0:
-            command = shlex.join(["train", "--resume", "--model", args.model])
-            note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
-                 f"continue: extras/scale.py {command}")
-        raise KeyboardInterrupt
     if RANK == 0:
-        story_llm.log_recall(run, corpus.train_text)
-        log(f"saved {args.model}")
-        story_llm.plot_losses(run.history, run.config.vocab_size, args.plot)
-        log(f"drew {args.plot}")
+        story_llm.finish_training(args, run, corpus, first_step)
+    elif run.step < run.total_steps:
+        raise KeyboardInterrupt
 
 def run_command(argv):
     parser = argparse.ArgumentParser(

@@ -272,6 +272,88 @@ def test_prose_in_short_lines_has_the_sentences_that_it_has_in_long_ones():
     assert len(sentence_starts(short)) == len(sentence_starts(story)) < short.count("\n") / 2
 
 
+# A | stands before each beginning. In these texts, most sentences begin in upper case.
+MARKED = {
+    "titles": "|Mr. Okafor sold the mill to Mrs. Lindqvist. |Dr. Hale of St. Brannock's and Prof. Ito signed for "
+              "him. |Ms. Roy read it aloud.",
+    "initials": "|The deed named J. R. Castellan and Å. Ek, but nobody else. |The clerk sealed it.",
+    "the word I": "|The next in line was I. |Nobody else came.",
+    "a reported question": '|"Is the bridge down?" asked the miller. |"It is!" his wife called. |He sat down.',
+    "speech that goes on": '|"We wait," said he. |"Sit down. |Eat something," she said, "and sleep. |It is late."',
+    "speech that is complete": '|"The tide is out." |Nobody moved. |"Go!" |She shut the book.',
+    "speech in speech": "|\"'Leave it!' was all she wrote. |'Burn it.' |Then her pen failed.\" |He burned it.",
+    "curly quotation marks": "|“Is it far?” asked Odd. |‘Very!’ said the boy. |“Then ride.” |They rode.",
+    "German quotation marks": "|„Ist es weit?“ fragte Odd. |„Sehr.“ |Er ritt. |»Halt!« rief er. |»Nein.« |Er floh.",
+    "French quotation marks": "|« Est-ce loin ? » demanda Odd. |« Très. » |Il partit. |«Non!» cria le garde.",
+    "Spanish dashes": "|—¿Está lejos? —preguntó Odd. |—¡Mucho! —dijo el niño. |Nadie habló. |¿Quién era?",
+    "Russian": "|А. К. Лодкин пришёл. |«Далеко?» спросил он. |Никто не ответил.",
+    "exclamations": "|Oh! how cold the water was. |Alas! no boat came. |What! |Nobody at all?",
+    "the time of day": "|She left at 5 p.m. in the rain. |It was dark.",
+    "three dots": "|He waited... and waited… and slept. |Then... |The gate was open… |He ran.",
+    "three dots with spaces": "|He waited . . . and slept. . . . |The gate was open.",
+    "dashes": '|"Stop!" -- he ran -- "or I fire!" |She hid. |He saw--no! not her--a cat.',
+    "brackets": "|(Nobody had asked.) |It was open. |He left (so late!) and slept. |[A page is lost.] |He woke.",
+    "emphasis": "|_Never again._ |So it was written. |He read _Never!_ and left.",
+    "headings": "|Chapter V.\n\n|THE WEIR\n\n|It rained. |They stayed.",
+    "paragraphs in lower case": '|He stopped.\n\n|"--or so they say," said she. |"Go!"\n\n|and he went. |It rained.',
+    "an empty line after a title": "|They sent for the Dr.\n\n|He came.",
+}
+
+# The same for texts whose sentences begin in lower case, or in a script that knows no upper case.
+MARKED_LOWER = {
+    "a chat": '|hi. |is anyone there? |yes! |wait... |he said "no!" and left. |ask mr. okafor. |I did. |ok, bye.',
+    "a chat in paragraphs": "|hi. |is anyone there?\n\n|me\n\n|good. |come over.",
+    "a story in lower case": '|"is it far?" asked odd. |the boy nodded. |oh! |how dark it was.',
+    "Georgian": "|ქარი ქროდა. |მებადური სახლში იყო. |„სად არის ნავი?“ იკითხა ქალმა. |ღამე გათენდა!",
+}
+
+
+def unmarked(marked):
+    """The text without its marks, and where they stood."""
+    pieces = marked.split("|")[1:]
+    return "".join(pieces), list(itertools.accumulate(map(len, pieces[:-1]), initial=0))
+
+
+@pytest.mark.parametrize("name", MARKED | MARKED_LOWER)
+def test_the_beginnings_marked_by_hand_are_found(name):
+    text, starts = unmarked((MARKED | MARKED_LOWER)[name])
+    found = sentence_starts(text)
+    assert [text[start:] for start in found] == [text[start:] for start in starts]
+
+
+@pytest.mark.parametrize("name", MARKED | MARKED_LOWER)
+def test_it_makes_no_difference_where_the_lines_of_a_paragraph_end(name):
+    text, starts = unmarked((MARKED | MARKED_LOWER)[name])
+    for space in range(3):
+        spaces = [match.start() for match in re.finditer(" ", text)][space::3]
+        broken = "".join("\n" if i in spaces else character for i, character in enumerate(text))
+        assert sentence_starts(broken) == starts
+
+
+def test_one_after_another_the_texts_in_which_most_sentences_begin_in_upper_case_keep_their_beginnings():
+    text, starts = unmarked("\n\n".join(MARKED.values()))
+    assert sentence_starts(text) == starts
+
+
+def test_a_chat_in_lower_case_loses_no_sentence_to_the_letters_that_follow():
+    text = " ".join(unmarked(MARKED_LOWER["a chat"])[0] for _ in range(50))
+    assert len(sentence_starts(text)) == 50 * MARKED_LOWER["a chat"].count("|")
+
+
+def test_a_title_in_every_line_does_not_hide_that_a_poem_has_no_sentences():
+    lines = [f"the river took old Mr. {name} away and never gave him back" for name in
+             "Oar Lamp Post Road Salt Rain King Door Hand Bank Reed Hull".split()]
+    assert sentence_starts("\n".join(lines)) == starts_of(lines, "\n")
+
+
+@pytest.mark.parametrize("piece", ['"', "Mr. ", "\n", " ", "A. ", ".", "...", ". »", '."', "—", "\n "], ids=repr)
+def test_a_megabyte_of_the_same_characters_takes_a_moment(piece):
+    """To try again from each of its characters would take hours."""
+    with at_most(seconds=60):
+        for text in (piece * (1_000_000 // len(piece)), "The end." + piece * (1_000_000 // len(piece)) + "x"):
+            assert sentence_starts(text)
+
+
 @given(some_text)
 def test_sentences_start_in_order_never_at_white_space_and_the_first_one_where_the_text_begins(text):
     starts = sentence_starts(text)
