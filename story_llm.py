@@ -1832,7 +1832,7 @@ def new_run(corpus, config=GPTConfig(), train_config=TrainConfig(), device="cpu"
     """Return a run with an untrained model. If the text is too short for the context length, the
     context length is reduced. Raises StoryError if the text has fewer than two tokens."""
     n_tokens = len(corpus.train_ids)
-    check(n_tokens >= 2, f"a text of {n_tokens} tokens is too short: give at least five words")
+    check(n_tokens >= 3, "a text of a single token is too short: give at least five words")
     T = min(config.context_length, n_tokens - 1)
     config = replace(config, context_length=T, vocab_size=corpus.tokenizer.vocab_size)
     train_config = replace(train_config, val_fraction=corpus.val_fraction)
@@ -1896,8 +1896,8 @@ def evaluate(run, corpus):
 
 def describe_loss(loss, token_ids, tokenizer):
     """A loss per token, its perplexity, and the loss in bits per character of the text."""
-    characters = max(len(tokenizer.decode(token_ids.tolist())), 1)
-    bits = loss / math.log(2) * len(token_ids) / characters
+    text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
+    bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
     return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
