@@ -781,8 +781,9 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
 # mean over all its examples. (e raised to the power of the loss is called perplexity: the number of
 # equally likely tokens among which the model would be just as uncertain. Both are computed per
-# token. Models with different tokenizers have different tokens, so their losses cannot be
-# compared.)
+# token, and different tokenizers have different tokens, so neither can be compared between them.
+# The loss per character can: add up the losses of all tokens, and divide by the number of
+# characters. `evaluate` prints it in bits, that is, divided by ln(2) as well.)
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
@@ -1280,9 +1281,10 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # autoregressive and generates with a key-value cache. You can now read nanoGPT's model, or how the
 # GPT-2 paper describes its own, and find hardly anything new.
 #
-# To get new text in the manner of a story, rather than the story itself, give the model far more
-# text than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
-# validation loss, and sample instead of decoding greedily.
+# To get new text in the manner of a story, rather than the story itself, give the model more text
+# than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
+# validation loss, and sample instead of decoding greedily. `--preset writer` does the first part of
+# this, and `--temperature 0.8` the last.
 #
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
@@ -1417,9 +1419,13 @@ def decode(data, path, encoding=""):
             f"0x{data[position]:02x}): name its encoding, such as --encoding cp1252 for Western "
             "European text from Windows; if only a few bytes are wrong, --encoding utf-8 replaces "
             "them")
-    # Text in the wrong one of these encodings has no byte order mark, and fewer spaces.
-    best = max(texts, key=lambda text: (text[:1] == "\ufeff", text.count(" ") / (len(text) + 1)))
+    best = min(texts, key=lambda text: (text[:1] != "\ufeff", count_oddities(text)))
     return best.removeprefix("\ufeff")
+
+def count_oddities(text):
+    """A wrong encoding yields control characters, and characters from all over Unicode. Count the
+    former, and the blocks of 256 characters that occur."""
+    return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in text})
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
