@@ -1353,7 +1353,8 @@ LIMITS = {      # {setting: (minimum, exclusive maximum)}; many are there only t
 CHOICES = {
     "gelu": ("exact", "tanh"), "position": ("learned", "sinusoidal", "rotary"),
     "optimizer": ("adamw", "muon"), "precision": ("auto", "bf16", "fp32"),
-    "tokenizer": ("auto", "gpt2", "story", "word"), "preset": ("story", "gpt2-small")}
+    "tokenizer": ("auto", "gpt2", "story", "word"),
+    "preset": ("auto", "story", "writer", "gpt2-small")}
 
 def check_settings(settings):
     """Compare every field of a settings class with its type and limits. Raises StoryError."""
@@ -1370,6 +1371,14 @@ def check_settings(settings):
             if bound < math.inf:
                 allowed += f" and below {bound}"
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
+
+def override_settings(settings, values):
+    """Return settings, with those of the values {name: value} that they have in place of theirs."""
+    names = names_of(settings)
+    return replace(settings, **{name: values[name] for name in values if name in names})
+
+def names_of(settings):
+    return tuple(f.name for f in fields(settings))
 
 # ═══ Workshop: text files, words and sentences ═════════════════════════════════════════════════
 def read_files(paths):
@@ -1490,15 +1499,17 @@ def first_words(text, count=5):
 MAX_BPE_CHARS = 1_000_000      # learn merges from this many characters; more would hardly matter
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
 
-def make_tokenizer(kind, train_text, val_text="", vocab_size=2048, full_vocab=False):
+def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=False):
     """Make a tokenizer for a text. "auto" means "gpt2" if GPT-2's encoding loads within 10 seconds
-    and suits the text, and "story" otherwise. "word" and "story" learn from the training text.
-    "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set. Raises
-    StoryError if "gpt2" is not available."""
+    and suits the text, and "story" otherwise, and for a long text. "word" and "story" learn from
+    the training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is
+    set. Raises StoryError if "gpt2" is not available."""
     check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
           f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
+    by_size = settings_for_size(count_bytes(train_text + val_text))
+    vocab_size = vocab_size or by_size.get("vocab_size", 2048)
     if kind == "auto":
-        kind = "story" if reason_against_gpt2(train_text) else "gpt2"
+        kind = by_size.get("tokenizer") or ("story" if reason_against_gpt2(train_text) else "gpt2")
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
     if kind == "story":
@@ -1723,6 +1734,7 @@ class Corpus:
     val_ids: torch.Tensor       # (M,)
     fingerprint: str            # identifies the text and where it was split
     val_fraction: float
+    n_bytes: int = 0            # of the text in UTF-8; 0 if that is not known
 
     def __repr__(self):
         return (f"Corpus of {len(self.train_ids):,} tokens for training and {len(self.val_ids):,} "
@@ -1827,16 +1839,36 @@ def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32
         return corpus_from_text(text, tokenizer, 0.0, context_length, **options)
     both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", errors="replace")
     fingerprint = hashlib.sha256(both).hexdigest()
-    return Corpus(resolved, train_text, train_ids, val_ids, fingerprint, val_fraction)
+    return Corpus(resolved, train_text, train_ids, val_ids, fingerprint, val_fraction,
+                  count_bytes(text))
+
+def count_bytes(text):
+    return len(text.encode("utf-8", errors="replace"))
+
+def settings_for_size(n_bytes):
+    """Return the settings, {name: value}, with which a text of this size is memorized in little
+    time, as far as they differ from the defaults. They are fitted to measurements (see "By the size
+    of the text" in benchmarks/README.md): a longer text needs a wider model and more tokens."""
+    if n_bytes < 60_000:
+        return {}
+    growth = n_bytes / 100_000
+    n_heads = min(max(round(4 * growth ** 0.3), 4), 12)
+    return {"tokenizer": "story", "vocab_size": 1024 * round(3 * growth ** 0.3),
+            "optimizer": "muon", "batch_size": 64, "n_heads": n_heads, "emb_dim": 64 * n_heads,
+            "learning_rate": round(0.012 / n_heads, 5)}
 
 # {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
 EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps; early ones show it learning
 RECALL_SAMPLE = 25      # sentences that an evaluation tries
 
-def new_run(corpus, config=GPTConfig(), train_config=TrainConfig(), device="cpu"):
-    """Return a run with an untrained model. If the text is too short for the context length, the
-    context length is reduced. Raises StoryError if the text has fewer than two tokens."""
+def new_run(corpus, config=None, train_config=None, device="cpu"):
+    """Return a run with an untrained model. By default, its settings suit the size of the text. If
+    the text is too short for the context length, the context length is reduced. Raises StoryError
+    if the text has fewer than two tokens."""
+    by_size = settings_for_size(corpus.n_bytes)
+    config = config or override_settings(GPTConfig(), by_size)
+    train_config = train_config or override_settings(TrainConfig(), by_size)
     n_tokens = len(corpus.train_ids)
     check(n_tokens >= 3, "a text of a single token is too short: give at least five words")
     T = min(config.context_length, n_tokens - 1)
@@ -2290,29 +2322,36 @@ def refuse_options(args, names, reason):
     for name in names:
         check(name not in args.given, f"{option_string(name)} {reason}")
 
-def override_settings(settings, args):
-    """Return the settings, with the values given on the command line in place of their own."""
-    given = {f.name: args.given[f.name] for f in fields(settings) if f.name in args.given}
-    return replace(settings, **given)
-
 def corpus_from_args(args):
-    for option, kind in (("vocab_size", "story"), ("full_vocab", "gpt2")):
-        if args.tokenizer != kind:
-            refuse_options(args, [option], f"can only be used with --tokenizer {kind}")
-    context_length = override_settings(PRESETS[args.preset][0], args).context_length
-    corpus = corpus_from_text(load_text(args.text, args.encoding), args.tokenizer,
-                              args.val_fraction, context_length, vocab_size=args.vocab_size,
-                              full_vocab=args.full_vocab)
-    if args.tokenizer == "auto" and corpus.tokenizer.kind == "story":
+    """Return (the corpus, the settings that the preset and the user have chosen)."""
+    text = load_text(args.text, args.encoding)
+    preset = PRESETS[args.preset]
+    if args.preset == "auto":
+        preset = settings_for_size(count_bytes(text))
+    settings = {**preset, **args.given}
+    kind = settings.get("tokenizer", "auto")
+    for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
+        if kind != required:
+            refuse_options(args, [option], f"can only be used with --tokenizer {required}")
+    corpus = corpus_from_text(text, kind, args.val_fraction,
+                              override_settings(GPTConfig(), settings).context_length,
+                              vocab_size=settings.get("vocab_size"), full_vocab=args.full_vocab)
+    if kind == "auto" and corpus.tokenizer.kind == "story":
         note_once(f"note: {reason_against_gpt2(corpus.train_text)}, so merges are learned from "
                   "the story (use --tokenizer story to silence this note)")
-    return corpus
+    chosen = [f"{option_string(name)} {value}" for name, value in preset.items()
+              if name not in args.given]
+    if args.preset == "auto" and chosen:
+        note_once(f"note: for a text of {corpus.n_bytes // 1000:,} KB, the defaults are "
+                  f"{' '.join(chosen)}")
+    return corpus, settings
 
 def new_run_from_args(args):
     """Return (a new run, its corpus). Print a note wherever the run differs from what was
     requested."""
-    config, train_config = [override_settings(settings, args) for settings in PRESETS[args.preset]]
-    corpus = corpus_from_args(args)
+    corpus, settings = corpus_from_args(args)
+    config = override_settings(GPTConfig(), settings)
+    train_config = override_settings(TrainConfig(), settings)
     run = new_run(corpus, config, train_config, args.device)
     if train_config.val_fraction > run.train_config.val_fraction:
         note(f"note: {train_config.val_fraction:.0%} of the text would not fill a window of "
@@ -2336,7 +2375,7 @@ def change_length(run, args):
     """Apply the options that decide how long a resumed training goes on."""
     if "epochs" in args.given:
         run.train_config = replace(run.train_config, max_steps=0)
-    run.train_config = override_settings(run.train_config, args)
+    run.train_config = override_settings(run.train_config, args.given)
     run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
 
 def run_to_train(args):
@@ -2367,20 +2406,21 @@ def log_recall(run, corpus):
     tests = evenly_spaced(corpus.recall_tests, 1000)
     if not tests:
         log("Recall: not measured, because no sentence has at least 8 words")
-        return
+        return None
     recall = share_recited(run.model, run.tokenizer, tests)
     sample = ""
     if len(tests) < len(corpus.recall_tests):
         sample = f" (a sample of {len(corpus.recall_tests):,})"
     log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} sentences{sample} "
         "continued word for word from their first five words")
+    return recall
 
 def command_words(args):
     args.tokenizer = "word"
     command_bpe(args)
 
 def command_bpe(args):
-    corpus = corpus_from_args(args)
+    corpus, _ = corpus_from_args(args)
     tokenizer, text = corpus.tokenizer, corpus.train_text
     start = min(256, max(0, tokenizer.vocab_size - 14))     # after the bytes
     sample = token_names(tokenizer, range(start, min(start + 14, tokenizer.vocab_size)))
@@ -2398,7 +2438,7 @@ def command_bpe(args):
 
 def command_windows(args):
     T = args.context_length
-    corpus = corpus_from_args(args)
+    corpus, _ = corpus_from_args(args)
     windows = SlidingWindowDataset(corpus.train_ids, T, args.stride or T)
     log(f"{len(corpus.train_ids):,} tokens give {len(windows):,} windows of {T} tokens")
     for index in range(min(3, len(windows))):
@@ -2423,7 +2463,7 @@ def command_model(args):
 
 def command_evaluate(args):
     run, corpus = new_run_from_args(args) if args.untrained else load_run(args)
-    run.train_config = override_settings(run.train_config, args)
+    run.train_config = override_settings(run.train_config, args.given)
     log("an untrained model:" if args.untrained else f"{args.model}, after {run.step} steps:")
     if corpus.fingerprint != run.fingerprint:
         note(f"note: {args.model} was not trained on {', '.join(args.text)}, but on a different "
@@ -2572,7 +2612,9 @@ def finish_training(args, run, corpus, first_step):
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
     log_losses(run, corpus)
-    log_recall(run, corpus)
+    recall = log_recall(run, corpus)
+    if recall is not None and recall < 0.95 and not run.train_config.keep_best:
+        log("To make it recite more, train longer (--epochs), or a larger model (--emb-dim)")
     if run.step > first_step:
         log(f"saved {args.model}")
     plot_losses(run.history, run.config.vocab_size, args.plot)
@@ -2615,11 +2657,11 @@ def command_attention(args):
 
 def command_next(args):
     run = load_or_create_run(args)
-    sampling = asdict(override_settings(Sampling(temperature=1.0), args))
+    sampling = asdict(override_settings(Sampling(temperature=1.0), args.given))
     log(run.next(prompt_from_args(args, run), **sampling))
 
 def command_generate(args):
-    sampling = override_settings(Sampling(), args)
+    sampling = override_settings(Sampling(), args.given)
     if sampling.temperature == 0:
         names = [name for name in names_of(Sampling) if name != "temperature"]
         if args.untrained:
@@ -2678,10 +2720,13 @@ def command_tour(args):
 
 TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --untrained", "train",
         "plot", f'generate --prompt "{DEFAULT_PROMPT}"', "attention", "next --temperature 2")
-PRESETS = {"story": (GPTConfig(), TrainConfig()),
-           "gpt2-small": (GPTConfig(context_length=256, emb_dim=768, n_heads=12, n_layers=12,
-                                    qkv_bias=True, tie_weights=True, gelu="tanh"),
-                          TrainConfig(learning_rate=6e-4))}
+PRESETS = {     # {name: the settings that differ from the defaults}; "auto": settings_for_size
+    "auto": {}, "story": {},
+    "writer": {"tokenizer": "story", "context_length": 64, "emb_dim": 256, "n_layers": 4,
+               "drop_rate": 0.1, "optimizer": "muon", "weight_decay": 0.1, "prompt_windows": 0.0,
+               "epochs": 6, "keep_best": True},
+    "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
+                   "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "learning_rate": 6e-4}}
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
@@ -2689,10 +2734,13 @@ class Options(Settings):
     text: tuple = setting((DEFAULT_TEXT,), "the story: text files, folders of .txt files, or - for "
                           "standard input (default: Short_Story.txt)")
     encoding: str = setting("", "encoding of the text (default: UTF-8, or as its bytes suggest)")
-    tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits the text, else story")
-    vocab_size: int = setting(2048, "vocabulary size of --tokenizer story")
+    tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits a short text, else "
+                             "story")
+    vocab_size: int = setting(2048, "vocabulary size of --tokenizer story (default: 2048, or more "
+                              "for a long text)")
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
-    preset: str = setting("story", "which set of defaults to start from")
+    preset: str = setting("auto", "which defaults to start from: auto memorizes a text of any "
+                          "size, writer learns its manner, story and gpt2-small have fixed sizes")
     model: str = setting("story_llm.pt", "the checkpoint file")
     untrained: bool = setting(False, "use a new, untrained model, with the model options")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
@@ -2703,9 +2751,6 @@ class Options(Settings):
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
                         "attention.png, with the name of another --model in front)")
-
-def names_of(settings):
-    return tuple(f.name for f in fields(settings))
 
 FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
                               *fields(Options))}
@@ -2816,7 +2861,7 @@ def parse(argv):
         given["prompt"] = unescape(given["prompt"])
     defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
     args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
-    override_settings(Options(), args)         # raises StoryError if an option is invalid
+    override_settings(Options(), given)         # raises StoryError if an option is invalid
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
         model = Path(args.model)

@@ -350,7 +350,7 @@ def run_from_args(args):
         story_llm.refuse_options(args, (*TRAINING, "context_length", "drop_rate", "prompt"),
                                  "is for training: give a --text as well")
         return load(args.folder)
-    train_config = story_llm.override_settings(FINE_TUNING, args)
+    train_config = story_llm.override_settings(FINE_TUNING, args.given)
     text = story_llm.load_text(args.text, args.encoding)
     run, corpus = load_to_train(args.folder, text, train_config,
                                 args.given.get("context_length"), args.drop_rate)

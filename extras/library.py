@@ -18,7 +18,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -150,9 +149,9 @@ RESUME_OPTIONS = ("data", "model", "resume", "epochs", "max_steps", "eval_every"
 
 def new_run(args):
     """Return (an untrained run, its corpus)."""
-    config, train_config = story_llm.PRESETS[args.preset]
-    config = story_llm.override_settings(config, args)
-    train_config = story_llm.override_settings(replace(train_config, **DEFAULTS), args)
+    settings = {**story_llm.PRESETS[args.preset], **DEFAULTS, **args.given}
+    config = story_llm.override_settings(story_llm.GPTConfig(), settings)
+    train_config = story_llm.override_settings(story_llm.TrainConfig(), settings)
     corpus = library_corpus(args.data, train_config.val_fraction, config.context_length)
     run = story_llm.new_run(corpus, config, train_config, args.device)
     run.prompt = args.given.get("prompt", run.prompt)
