@@ -464,7 +464,7 @@ class GPTConfig(Settings):
 # by sqrt(D) brings their standard deviation back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to
 # every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
 # This division matters. Trained without it, our model recites a third of the story's sentences, not
-# all.
+# all. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. From queries (..., T, D) and keys (..., S, D)
     it computes weights (..., T, S), in which each row adds up to 1. They are 0 where `mask` (T, S)
@@ -493,6 +493,7 @@ def attention_weights(queries, keys, mask):
 # loss (step 9) is 0.33 after 60 of the 180 steps. With the mask it is 2.00. The low figure looks
 # splendid, but the model is useless, because during generation there is no next token to copy. It
 # continues "Once Aadhan renounced his kingdom" with "say say Aadhan say say say say say say say".
+# (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -511,9 +512,10 @@ def causal_mask(T, S, device=None):
 
 # The weights of a row add up to 1, so more weight for one token means less for the others. But
 # "his" needs to know who he is and also what he did. So attention is computed several times in
-# parallel, by heads, each with its own weights. In our trained model, "his" gives a weight of 0.91
-# to "Aad", the first token of "Aadhan", in one head of the second block, and a weight of 0.37 to
-# "ounced", the end of "renounced", in another. (GPT-2's tokens split both words.)
+# parallel, by heads, each with its own weights. In our trained model, "his" gives a weight of 0.46
+# to "Aad", the first token of "Aadhan", in one head of the second block, and a weight of 0.46 to
+# "ounced", the end of "renounced", in a head of the first. (GPT-2's tokens split both words. A
+# short story can be memorized with a single head, too: python extras/experiments.py one-head)
 #
 # With H heads, the query, key and value layers still map C numbers to C. Their outputs are cut into
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
@@ -598,7 +600,7 @@ class FeedForward(nn.Module):
 # left after 24 layers, less than a ten-millionth. For vectors the factors are matrices, which
 # shrink some directions more than others, and after many of them most directions are gone. The
 # derivative of x + f(x) is 1 + f'(x), and the 1 (for vectors, the identity matrix) passes the
-# gradient on undiminished.
+# gradient on undiminished. (Try it: python extras/experiments.py no-residual)
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
@@ -606,7 +608,7 @@ class FeedForward(nn.Module):
 # that it learns. The original transformer used norm(x + f(x)). There the gradient has to pass
 # through every norm on its way back, which makes deep models hard to train. In x + f(norm(x)),
 # called pre-norm, there is a path through all the `x +` that bypasses every norm (Xiong et al.
-# 2020).
+# 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers to
 # 0 and enlarges the others to make up for it, so that the network does not come to rely on any one
@@ -668,11 +670,11 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 #
 # Memorizing one short story takes little of all this. The causal mask alone gives later blocks a
 # hint about positions, because the first token sees one token and the tenth sees ten, and without
-# positional embeddings our model still recites 99 % of the sentences. Even with plain averages in
-# place of attention it recites them all, though its loss falls more slowly. That does not
-# contradict the saturated softmax above, which led to a third. An average passes on something from
-# every token, while a saturated softmax passes on hardly more than one, and can hardly learn to
-# choose another.
+# positional embeddings our model still recites 99 % of the sentences (python extras/experiments.py
+# no-positions). Even with plain averages in place of attention it recites them all, though its loss
+# falls more slowly. That does not contradict the saturated softmax above, which led to a third. An
+# average passes on something from every token, while a saturated softmax passes on hardly more than
+# one, and can hardly learn to choose another.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
@@ -870,8 +872,8 @@ def share_recited(model, tokenizer, tests):
 #
 #     $ python story_llm.py evaluate --untrained
 #     an untrained model:
-#       Train loss                 7.775
-#       Val loss                   7.803
+#       Train loss                 7.781 (perplexity 2,395.67; 2.750 bits per character)
+#       Val loss                   7.803 (perplexity 2,448.14; 2.787 bits per character)
 #       ln(2079), uniform guess    7.640
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 
@@ -887,7 +889,8 @@ def share_recited(model, tokenizer, tests):
 # the second. So gradients of 3, 1, 2 and of 0.03, 0.01, 0.02 have the same effect, and a gradient
 # that keeps flipping between 3 and -3 has hardly any. Adam repairs the size of a gradient, so a
 # small one is no problem. But it cannot bring back the directions that a gradient has lost on its
-# way through many layers, so the residual connections of step 6 are still needed.
+# way through many layers, so the residual connections of step 6 are still needed. (Try it: python
+# extras/experiments.py gradient-descent)
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
 # step, separately from these averages. Like dropout, it is a form of regularization, which limits a
@@ -906,7 +909,7 @@ def make_optimizer(model, config):
 # The learning rate changes during training. In the first steps, Adam's averages rest on a few
 # batches and are not reliable, so the learning rate rises from near 0. This is called warm-up.
 # Towards the end, large steps would overshoot the minimum again and again, so the learning rate
-# falls linearly to 0.
+# falls linearly to 0. (Try it: python extras/experiments.py no-warm-up, or high-learning-rate)
 def learning_rate(step, total_steps, config):
     """The learning rate of a step, counted from 0.
 
@@ -987,7 +990,7 @@ def window_starts(n_starts, T, seed):
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
 # where a prompt would, and are tokenized like one. Most start at the beginning of a sentence, which
 # is exactly what recall tests, and one in five starts at a random word. Without prompt windows,
-# recall is 94 % after the same number of steps.
+# recall is 95 % after the same number of steps (python extras/experiments.py no-prompt-windows).
 def shuffled(items, seed):
     """Yield all items in random order, over and over, each time in a new order. (Sampling with
     replacement would miss about a third of them in every pass.)"""
@@ -1062,20 +1065,20 @@ def train(run, corpus):
             record_evaluation(run, corpus)      # in run.history
         yield run
 
-# Here is the log of training on our story. (Some of its evaluations are left out.) Nine steps make
-# an epoch, in which the sliding windows cover the text once and the prompt windows show about as
-# many tokens again. The second line of each evaluation is the sample: the prompt, three dots, and
-# what the model writes.
+# Here is the log of training on our story. (Some of its evaluations and the ends of its lines are
+# left out.) Nine steps make an epoch, in which the sliding windows cover the text once and the
+# prompt windows show about as many tokens again. The second line of each evaluation is the sample:
+# the prompt, three dots, and what the model writes, with \n for a line break.
 #
 #     $ python story_llm.py train
 #     ...
-#     Ep 1 (Step 000009): Train loss 6.157, Val loss 6.240, recall 0%, 47,664 tokens/s, 0:04 left
-#         Once Aadhan renounced his kingdom ....
-#     Ep 4 (Step 000036): Train loss 3.396, Val loss 5.098, recall 0%, 48,849 tokens/s, 0:03 left
-#         Once Aadhan renounced his kingdom ..., and he had been in the wall, and he had been in the
-#     Ep 10 (Step 000090): Train loss 0.826, Val loss 5.713, recall 48%, 48,977 tokens/s, 0:02 left
-#         Once Aadhan renounced his kingdom ... for the love of Thamarai, and bring no weapon, and
-#     Ep 20 (Step 000180): Train loss 0.215, Val loss 6.196, recall 100%, 48,509 tokens/s, 0:00 left
+#     Ep 1 (Step 000009): Train loss 6.172, Val loss 6.260, recall 0%, 39,664 tokens/s, 0:04 left
+#         Once Aadhan renounced his kingdom ....\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n
+#     Ep 5 (Step 000045): Train loss 2.857, Val loss 5.058, recall 0%, 40,849 tokens/s, 0:03 left
+#         Once Aadhan renounced his kingdom ..., and he had been in his in the wall, and he had been
+#     Ep 10 (Step 000090): Train loss 0.857, Val loss 5.715, recall 56%, 40,977 tokens/s, 0:02 left
+#         Once Aadhan renounced his kingdom ... for the love of Thamarai, and then, the story had to
+#     Ep 20 (Step 000180): Train loss 0.222, Val loss 6.266, recall 100%, 40,509 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # The training loss and recall say that the model has learned the story. The validation loss tells
@@ -1084,8 +1087,8 @@ def train(run, corpus):
 # learns from here on is true of the training split alone. It memorizes. In the training split, for
 # example, "A ferry goes back and forth" is followed by "and", while the validation split has "going
 # back and forth with the rope". After 45 steps the model gives this "with" a probability of about
-# 1/35. In the end it is certain of "and", and "with" gets less than 1/20,000. The loss of this
-# token has risen from 3.5 to 10. Being certain and wrong costs far more than being uncertain.
+# 1/36. In the end it is certain of "and", and "with" gets about 1/10,000. The loss of this token
+# has risen from 3.6 to 9.3. Being certain and wrong costs far more than being uncertain.
 #
 # With a single short story, a model can do little but memorize, and that is what we wanted. To
 # generalize, a model needs far more text. The validation loss tells us how well our model does on
@@ -1848,14 +1851,13 @@ def count_bytes(text):
 def settings_for_size(n_bytes):
     """Return the settings, {name: value}, with which a text of this size is memorized in little
     time, as far as they differ from the defaults. They are fitted to measurements (see "By the size
-    of the text" in benchmarks/README.md): a longer text needs a wider model and more tokens."""
+    of the text" in benchmarks/README.md): a longer text needs a wider model."""
     if n_bytes < 60_000:
         return {}
     growth = n_bytes / 100_000
     n_heads = min(max(round(4 * growth ** 0.3), 4), 12)
-    return {"tokenizer": "story", "vocab_size": 1024 * round(3 * growth ** 0.3),
-            "optimizer": "muon", "batch_size": 64, "n_heads": n_heads, "emb_dim": 64 * n_heads,
-            "learning_rate": round(0.012 / n_heads, 5)}
+    return {"tokenizer": "story", "vocab_size": 4096, "n_heads": n_heads, "emb_dim": 64 * n_heads,
+            "optimizer": "muon", "batch_size": 64, "learning_rate": round(0.012 / n_heads, 5)}
 
 # {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
@@ -2180,10 +2182,14 @@ def keep_previous_model(path, run):
                 == (run.fingerprint, run.config, run.tokenizer.tokens))
         if same and previous.train_config == run.train_config and previous.step <= run.step:
             return None
+    return path.replace(unused_path(path))
+
+def unused_path(path):
+    """Return the first of NAME.old.pt, NAME.old2.pt, ... that does not exist."""
     for number in itertools.chain([""], itertools.count(2)):
-        kept = path.with_name(f"{path.stem}.old{number}{path.suffix}")
-        if not kept.exists():
-            return path.replace(kept)
+        unused = Path(path).with_name(f"{Path(path).stem}.old{number}{Path(path).suffix}")
+        if not unused.exists():
+            return unused
 
 def check_writable(path, endings=()):
     """Fail early if a file cannot be written. Raises StoryError."""
@@ -2547,7 +2553,13 @@ class Progress:
         if self.path is None:
             return
         start = time.perf_counter()
-        if file_signature(self.path) != self.written:       # another model, or another process
+        signature = file_signature(self.path)
+        if None not in (signature, self.written) and signature != self.written:
+            other = unused_path(self.path)
+            save_checkpoint(other, run)
+            raise StoryError(f"another program saves {self.path} too, so this training ends here, "
+                             f"saved as {other}: give each training a --model of its own")
+        if self.written is None:
             kept = keep_previous_model(self.path, run)
             if kept:
                 note(f"note: {self.path} held another model, or one trained further, which is now "
