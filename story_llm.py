@@ -130,10 +130,9 @@ def build_vocabulary(text):
 #
 # What happens to a word that is not in the vocabulary? It becomes the special token `<|unk|>`, for
 # "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
-# token in training, because there every word is known. So the token's vector stays random, and all
-# that the model learns about it is that it never comes next. The other special token,
-# `<|endoftext|>`, follows the last word of the training text. So the model learns where the story
-# ends, and generation stops when it predicts this token.
+# token in training, because there every word is known. So the model never learns what the token
+# stands for. The other special token, `<|endoftext|>`, follows the last word of the training text.
+# So the model learns where the story ends, and generation stops when it predicts this token.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -289,9 +288,8 @@ class BPETokenizer:
 
 # Our story needs only a few of GPT-2's tokens. `make_tokenizer` in the workshop keeps those that
 # occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
-# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. A token that was left out is never made on
-# the way from the bytes of the story to its tokens, so both splits are tokenized exactly as GPT-2
-# would do it. (In another text, words may be split into smaller tokens than GPT-2's.) We leave
+# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. So our tokenizer splits the story exactly
+# as GPT-2 does. (A word that the story does not contain may be split into smaller tokens.) We leave
 # tokens out because every one of them makes the model larger and slower (step 6).
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
@@ -458,13 +456,13 @@ class GPTConfig(Settings):
 #
 # This would fail if the scores were large. A dot product of two vectors of dimension D is a sum of
 # D products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
-# standard deviation of sqrt(D), which is 7 for our D of 48. But softmax([7, 0]) is [0.999, 0.001],
-# and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is saturated. Its output hardly
-# reacts to the scores, so hardly any gradient reaches the query and key layers. Dividing all scores
-# by sqrt(D) brings their standard deviation back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to
-# every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
-# This division matters. Trained without it, our model recites a third of the story's sentences, not
-# all. (Try it: python extras/experiments.py no-scaling)
+# standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). But softmax([7,
+# 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
+# saturated. Its output hardly reacts to the scores, so hardly any gradient reaches the query and
+# key layers. Dividing all scores by sqrt(D) brings their standard deviation back to 1, and
+# softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled dot-product attention
+# (Vaswani et al. 2017, section 3.2.1). This division matters. Trained without it, our model recites
+# only a third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. From queries (..., T, D) and keys (..., S, D)
     it computes weights (..., T, S), in which each row adds up to 1. They are 0 where `mask` (T, S)
@@ -490,9 +488,9 @@ def attention_weights(queries, keys, mask):
 # In training, the model reads a whole window at once and predicts the next token at every position.
 # But for every position except the last, the next token already stands in the window. If the model
 # could attend to it, it would just copy it. We tried this. Without the mask introduced below, the
-# loss (step 9) is 0.33 after 60 of the 180 steps. With the mask it is 2.00. The low figure looks
+# loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low figure looks
 # splendid, but the model is useless, because during generation there is no next token to copy. It
-# continues "Once Aadhan renounced his kingdom" with "say say Aadhan say say say say say say say".
+# continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad Aad".
 # (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
@@ -521,7 +519,8 @@ def causal_mask(T, S, device=None):
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
 # So the number of parameters does not depend on H. Each of the three layers has C^2 of them, and so
 # does out_proj, a linear layer that mixes what the heads have found. (`make_linear` and dropout are
-# explained below, and so is rotary; the cache follows in step 13.)
+# explained below. You can skip rotary, an option that the workshop explains, and the cache until
+# step 13.)
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with H heads, (B, T, C) -> (B, T, C).
 
@@ -592,23 +591,21 @@ class FeedForward(nn.Module):
 # Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Why?
 #
 # The `x +` is the residual connection (He et al. 2016). Without it, a token would lose everything
-# in its vector that f does not pass on. Attention passes on averages, and averages over much the
-# same tokens are alike. We tried this. The vectors of different positions became almost the same,
-# the loss was still 4.5 after 180 steps, where it should be 0.2, and the model could not recite a
-# single sentence. In deep models there is a second reason. By the chain rule, the gradient is
-# multiplied by one factor f' per layer on its way back. With factors of 0.5, only 0.5^24 of it is
-# left after 24 layers, less than a ten-millionth. For vectors the factors are matrices, which
-# shrink some directions more than others, and after many of them most directions are gone. The
-# derivative of x + f(x) is 1 + f'(x), and the 1 (for vectors, the identity matrix) passes the
-# gradient on undiminished. (Try it: python extras/experiments.py no-residual)
+# in its vector that f does not pass on. Attention would leave only an average over the tokens so
+# far, which is almost the same for a token and its neighbour. We tried this. The loss was still 4.6
+# after 180 steps, where it should be 0.2, and the model could not recite a single sentence. In deep
+# models there is a second reason. By the chain rule, the gradient is multiplied by one factor f'
+# per layer on its way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less
+# than a ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient
+# on undiminished. (Try it: python extras/experiments.py no-residual)
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
 # subtracts their mean, divides them by their standard deviation, and applies a scale and a shift
-# that it learns. The original transformer used norm(x + f(x)). There the gradient has to pass
-# through every norm on its way back, which makes deep models hard to train. In x + f(norm(x)),
-# called pre-norm, there is a path through all the `x +` that bypasses every norm (Xiong et al.
-# 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
+# that it learns. The original transformer used norm(x + f(x)) instead. That puts a norm into the
+# way of the 1 that we have just praised, and makes deep models hard to train. x + f(norm(x)) is
+# called pre-norm, and leaves that way free (Xiong et al. 2020). (Try it: python
+# extras/experiments.py no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers to
 # 0 and enlarges the others to make up for it, so that the network does not come to rely on any one
@@ -639,15 +636,14 @@ class TransformerBlock(nn.Module):
 # Training changes the parameters, but where do they start? If all were equal, all heads would
 # compute the same result and receive the same gradient, and they would stay equal forever.
 # Therefore the initialization is random. The initial weights are also small, to keep the first
-# logits close to 0, where no token is preferred. GPT-2 draws most of its weights from a normal
-# distribution with a standard deviation of 0.02, whatever the embedding dimension. Our vectors are
-# shorter than those of the smallest GPT-2 (192 numbers instead of 768), so dot products have fewer
-# terms, and we use larger weights to make up for it. The embeddings get the same standard
-# deviation, for simplicity.
+# logits close to 0, where no token is preferred. GPT-2 draws them from a normal distribution with a
+# standard deviation of 0.02. Our vectors are shorter (192 numbers instead of 768), so dot products
+# have fewer terms, and we use larger weights to make up for it.
 #
 # As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
-# such layers, so there are n = 2 n_layers of them. A sum of n independent numbers grows with
-# sqrt(n), so the initial weights of these layers get a standard deviation smaller by that factor.
+# such layers, so x becomes a sum of n = 2 n_layers outputs. The standard deviation of a sum of n
+# independent numbers is sqrt(n) times that of each, so these layers get weights that are smaller by
+# this factor.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -668,13 +664,9 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # positional embedding, and the input of the first block is the sum of the token embedding and the
 # positional embedding. The workshop has two other kinds of position encoding.
 #
-# Memorizing one short story takes little of all this. The causal mask alone gives later blocks a
-# hint about positions, because the first token sees one token and the tenth sees ten, and without
-# positional embeddings our model still recites 99 % of the sentences (python extras/experiments.py
-# no-positions). Even with plain averages in place of attention it recites them all, though its loss
-# falls more slowly. That does not contradict the saturated softmax above, which led to a third. An
-# average passes on something from every token, while a saturated softmax passes on hardly more than
-# one, and can hardly learn to choose another.
+# (Our short story can be memorized without them. The causal mask gives later blocks a hint about
+# positions, because the first token sees one token and the tenth sees ten, and the model still
+# recites 99 % of the sentences. Try it: python extras/experiments.py no-positions)
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
@@ -887,10 +879,8 @@ def share_recited(model, tokenizer, tests):
 # parameter it keeps two moving averages, one of its gradients, in which noise cancels, and one of
 # their squares. It moves the parameter by -lr times the first average divided by the square root of
 # the second. So gradients of 3, 1, 2 and of 0.03, 0.01, 0.02 have the same effect, and a gradient
-# that keeps flipping between 3 and -3 has hardly any. Adam repairs the size of a gradient, so a
-# small one is no problem. But it cannot bring back the directions that a gradient has lost on its
-# way through many layers, so the residual connections of step 6 are still needed. (Try it: python
-# extras/experiments.py gradient-descent)
+# that keeps flipping between 3 and -3 has hardly any. (Try it: python extras/experiments.py
+# gradient-descent)
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
 # step, separately from these averages. Like dropout, it is a form of regularization, which limits a
@@ -990,7 +980,7 @@ def window_starts(n_starts, T, seed):
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
 # where a prompt would, and are tokenized like one. Most start at the beginning of a sentence, which
 # is exactly what recall tests, and one in five starts at a random word. Without prompt windows,
-# recall is 95 % after the same number of steps (python extras/experiments.py no-prompt-windows).
+# recall is 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
 def shuffled(items, seed):
     """Yield all items in random order, over and over, each time in a new order. (Sampling with
     replacement would miss about a third of them in every pass.)"""
@@ -1004,7 +994,7 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    text = corpus.train_text[start:start + 32 * (T + 1)]        # nearly always enough
+    text = corpus.train_text[start:start + 32 * (T + 1)]        # T + 1 tokens are shorter than this
     token_ids = [*corpus.tokenizer.encode(text), corpus.tokenizer.end_of_text][:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
@@ -1286,8 +1276,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 # To get new text in the manner of a story, rather than the story itself, give the model more text
 # than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
-# validation loss, and sample instead of decoding greedily. `--preset writer` does the first part of
-# this, and `--temperature 0.8` the last.
+# validation loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train
+# --preset writer` does all of this but the last, and `generate --temperature 0.8` does that.
 #
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
