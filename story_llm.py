@@ -11,8 +11,9 @@
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
 in an evening. Most steps have a command that runs them, and examples to try in an interactive
-session: type what follows `>>>`, and Python prints the lines below it. After the lesson, the
-workshop makes the same code robust and fast, and the command line comes last.
+session: start `python`, enter `from story_llm import *`, and type what follows `>>>`. Python prints
+the lines below it. After the lesson, the workshop makes the same code robust and fast, and the
+command line comes last.
 
 Every figure in the lesson was measured. Yours will differ a little, because processors round
 differently. Without a network connection, the program builds a different vocabulary (step 4), and
@@ -27,7 +28,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 if sys.version_info < (3, 11):
-    sys.exit("error: this needs Python 3.11 or later, and is " + sys.version.split()[0])
+    sys.exit("error: story_llm needs Python 3.11 or later, but this is " + sys.version.split()[0])
 if "torch" not in sys.modules:      # too late once torch is loaded; see the end of this file
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 try:
@@ -43,8 +44,8 @@ from torch.nn import functional as F
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # A language model predicts how a text continues. Given the beginning of a text, it computes for
-# every token it knows the probability that this token comes next. (A token is a word or a piece of
-# a word.) To write, the program appends the most likely token, or one drawn at random according to
+# each possible token the probability that this token comes next. (A token is a word or a piece of a
+# word.) To write, the program appends the most likely token, or one drawn at random according to
 # the probabilities, and repeats. Models that predict each token from the ones before it are called
 # autoregressive. ChatGPT is built around such a model. Ours is far smaller, and all it will ever
 # have read is one story.
@@ -53,9 +54,9 @@ from torch.nn import functional as F
 # random at first, so its predictions are noise. Then it is trained. It reads passages of the story,
 # predicts every next token, and compares its predictions with what really came next. All parameters
 # are then moved a little in the direction that makes the right tokens more probable. That is one
-# training step. After 180 of them, some ten seconds on a laptop, the model can continue every
-# sentence of eight words or more that it was trained on, word for word for at least 80 characters,
-# from its first five words.
+# training step. After 180 of them, some ten seconds on a laptop, the model has memorized the text.
+# Give it the first five words of any sentence of eight words or more that it was trained on, and it
+# continues word for word for at least 80 characters.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -72,10 +73,10 @@ from torch.nn import functional as F
 # a Tamil or Chinese character in three. Line endings differ between operating systems, so all of
 # them are converted to "\n".
 def load_text(paths, encoding=""):
-    """Return the text of a file or of several files. Their encoding is UTF-8, unless they are
-    clearly UTF-16 or UTF-32, or another encoding is named. Raises StoryError if a file cannot be
-    read, is not a text, or if there is no text in them."""
-    # workshop: read_files also reads folders; decode names the problem if there is one
+    """Return the text of a file or of several files. They are read as UTF-8, unless they are
+    clearly UTF-16 or UTF-32, or `encoding` names another encoding. Raises StoryError if a file
+    cannot be read or is not plain text, or if the files contain no text."""
+    # workshop: read_files also accepts folders; decode raises StoryError if a file is not text
     texts = [decode(data, path, encoding) for path, data in read_files(paths)]
     text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
     check(text.strip(), "the text is empty: give at least five words")
@@ -155,8 +156,8 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            # The first word of a text has no space before it, but the vocabulary may contain it
-            # only with one. (decode will then return that space as well.)
+            # The first word of a text has no space before it. If the vocabulary contains this word
+            # only with a space, use that token. (decode will then return the space as well.)
             if piece not in self.ids:
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
@@ -264,7 +265,7 @@ class BPETokenizer:
     '漢字 <|endoftext|>'
     """
     def __init__(self, tokens, kind):
-        import tiktoken     # here, because the word tokenizer does not need it
+        import tiktoken     # imported here, because the word tokenizer does not need it
         self.tokens = list(tokens)
         self.kind = kind
         self.end_of_text = len(self.tokens)         # the id of `<|endoftext|>`
@@ -275,8 +276,8 @@ class BPETokenizer:
 
     def encode(self, text):
         token_ids = []
-        for part in PART.findall(text):      # workshop: tiktoken fails on a very long word
-            # "ordinary": if a text contains `<|endoftext|>`, encode it like any other characters
+        for part in PART.findall(text):     # in parts (workshop): tiktoken fails on very long words
+            # encode_ordinary treats `<|endoftext|>` in a text like any other characters
             token_ids += self.encoding.encode_ordinary(part)
         return token_ids
 
@@ -312,9 +313,9 @@ def pytorch_in_one_page():
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
 
-    Every layer is an nn.Module. So is a whole model, which is a module made of modules. A module
-    registers every module that is assigned to one of its attributes, so its `parameters()` includes
-    theirs. Calling a module like a function runs its `forward`.
+    Every layer is an nn.Module. So is a whole model, a module made of modules. When a layer is
+    assigned to an attribute of a module, the module registers it, so `parameters()` of a model
+    returns the parameters of all its layers. Calling a module like a function runs its `forward`.
 
     The second new thing is the gradient. torch records every operation on a parameter and on
     whatever is computed from it. After that, `backward` goes through the record once, from the
@@ -372,15 +373,15 @@ class SlidingWindowDataset:
         return window[..., :-1], window[..., 1:]        # all but the last token, all but the first
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
-# A token id is only a name: 7 is not more than 6. So each token of the vocabulary gets a vector of
-# C numbers, its embedding, which is a row of an nn.Embedding. These vectors are parameters. They
-# are random at first, and training turns them into whatever helps the model to predict.
+# A token id is only a name, and its size means nothing. So each token of the vocabulary gets a
+# vector of C numbers, its embedding, which is a row of an nn.Embedding. These vectors are
+# parameters, random at first, and training turns them into whatever helps the model to predict.
 #
 # Now we build the model. It is a decoder-only transformer. The original transformer (Vaswani et al.
 # 2017) has two halves, an encoder and a decoder. GPT-2 (Radford et al. 2019) and nearly every large
 # language model since consist of a decoder alone. It reads token ids, and for every position it
-# returns one number per token of the vocabulary, the logit. The more likely the model considers
-# that token to come next, the higher the logit. A batch consists of B windows of T tokens, and the
+# returns one number per token of the vocabulary, the logit. A higher logit means that the model
+# considers the token more likely to come next. A batch consists of B windows of T tokens, and the
 # values on the right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
@@ -407,7 +408,7 @@ class Settings:
 class GPTConfig(Settings):
     """The shape of the model. The defaults give a small one, which learns a story in seconds."""
     vocab_size: int = setting(50257, "vocabulary size; the tokenizer determines it")
-    context_length: int = setting(32, "context length: the most tokens the model sees at once")
+    context_length: int = setting(32, "context length: maximum number of tokens the model sees")
     emb_dim: int = setting(192, "embedding dimension: how many numbers represent a token")
     n_heads: int = setting(4, "attention heads in each block")
     n_layers: int = setting(2, "transformer blocks")
@@ -454,8 +455,8 @@ class GPTConfig(Settings):
 # The sum of the values, each multiplied by its weight, is the context vector of "his". Here it
 # consists mostly of what "Aadhan" passes on.
 #
-# This would fail if the scores were large. A dot product of two vectors of dimension D is a sum of
-# D products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
+# Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
+# products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
 # standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). But softmax([7,
 # 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
 # saturated. Its output hardly reacts to the scores, so hardly any gradient reaches the query and
@@ -464,9 +465,9 @@ class GPTConfig(Settings):
 # (Vaswani et al. 2017, section 3.2.1). This division matters. Trained without it, our model recites
 # only a third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
-    """Return how much each query attends to each key. From queries (..., T, D) and keys (..., S, D)
-    it computes weights (..., T, S), in which each row adds up to 1. They are 0 where `mask` (T, S)
-    is True, for a reason explained below. (For now, S is T. In step 13 there are more keys.)
+    """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
+    weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
+    reason explained below. (For now, S is T. In step 13 there are more keys than queries.)
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -486,12 +487,12 @@ def attention_weights(queries, keys, mask):
     return scores.softmax(dim=-1)
 
 # In training, the model reads a whole window at once and predicts the next token at every position.
-# But for every position except the last, the next token already stands in the window. If the model
+# But for every position except the last, the next token is already in the window. If the model
 # could attend to it, it would just copy it. We tried this. Without the mask introduced below, the
 # loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low figure looks
-# splendid, but the model is useless, because during generation there is no next token to copy. It
-# continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad Aad".
-# (Try it: python extras/experiments.py no-mask)
+# splendid, but the model is useless, because during generation there is no next token to copy. This
+# model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad
+# Aad". (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -510,14 +511,14 @@ def causal_mask(T, S, device=None):
 
 # The weights of a row add up to 1, so more weight for one token means less for the others. But
 # "his" needs to know who he is and also what he did. So attention is computed several times in
-# parallel, by heads, each with its own weights. In our trained model, "his" gives a weight of 0.46
-# to "Aad", the first token of "Aadhan", in one head of the second block, and a weight of 0.46 to
+# parallel, by heads, each with its own attention weights. In our trained model, "his" gives a
+# weight of 0.46 to "Aad", the first token of "Aadhan", in one head of the second block, and 0.46 to
 # "ounced", the end of "renounced", in a head of the first. (GPT-2's tokens split both words. A
 # short story can be memorized with a single head, too: python extras/experiments.py one-head)
 #
 # With H heads, the query, key and value layers still map C numbers to C. Their outputs are cut into
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
-# So the number of parameters does not depend on H. Each of the three layers has C^2 of them, and so
+# So the number of parameters does not depend on H. Each of the three layers has C^2 weights, and so
 # does out_proj, a linear layer that mixes what the heads have found. (`make_linear` and dropout are
 # explained below. You can skip rotary, an option that the workshop explains, and the cache until
 # step 13.)
@@ -607,17 +608,17 @@ class FeedForward(nn.Module):
 # called pre-norm, and leaves that way free (Xiong et al. 2020). (Try it: python
 # extras/experiments.py no-norm, or post-norm)
 #
-# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers to
-# 0 and enlarges the others to make up for it, so that the network does not come to rely on any one
-# of them. This helps a model that is meant to do well on unseen text. Ours is meant to memorize one
-# text, so its dropout probability is 0 by default.
+# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
+# its input to 0 and enlarges the others to make up for it, so that the network does not come to
+# rely on any one of them. This helps a model that is meant to do well on unseen text. Ours is meant
+# to memorize one text, so its dropout probability is 0 by default.
 def make_norm(config):
     return nn.LayerNorm(config.emb_dim)
 
 class TransformerBlock(nn.Module):
     """Attention, then the feed-forward network, (B, T, C) -> (B, T, C).
 
-    >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()     # detach: without its gradient
+    >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()   # detach: drop the gradient record
     tensor([-1.2247,  0.0000,  1.2247])
     """
     def __init__(self, config):
@@ -665,7 +666,7 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # positional embedding. The workshop has two other kinds of position encoding.
 #
 # (Our short story can be memorized without them. The causal mask gives later blocks a hint about
-# positions, because the first token sees one token and the tenth sees ten, and the model still
+# positions, because the first token sees one token and the tenth sees ten. So the model still
 # recites 99 % of the sentences. Try it: python extras/experiments.py no-positions)
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
@@ -775,15 +776,16 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
 # mean over all its examples. (e raised to the power of the loss is called perplexity: the number of
 # equally likely tokens among which the model would be just as uncertain. Both are computed per
-# token, and different tokenizers have different tokens, so neither can be compared between them.
-# The loss per character can: add up the losses of all tokens, and divide by the number of
-# characters. `evaluate` prints it in bits, that is, divided by ln(2) as well.)
+# token, so they cannot be used to compare models whose tokenizers differ. The loss per character
+# can be used for that: add up the losses of all tokens, and divide by the number of characters.
+# `evaluate` prints it in bits, that is, divided by ln(2) as well.)
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
 # little higher, because the logits are not exactly 0, and unequal predictions cost more on average.
-# With two tokens, 0.5 for each costs 0.69; 0.6 and 0.4 cost 0.51 or 0.92, which is 0.71 on average.
-# A loss much above ln(V) before training indicates a bug.
+# Suppose that two tokens are equally frequent. A model that gives each a probability of 0.5 has a
+# loss of 0.69. With 0.6 and 0.4, its loss is 0.51 or 0.92, which is 0.71 on average. A loss much
+# above ln(V) before training indicates a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -791,7 +793,7 @@ def batch_loss(model, inputs, targets):
     ...     return torch.tensor([0.0, 2.0, 0.0]).expand(*inputs.shape, 3)
     >>> batch_loss(model, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     tensor(1.2395)
-    >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                     # of token 1, which is 0.79
+    >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                     # probability of token 1: 0.79
     >>> round((-math.log(p) - math.log((1 - p) / 2)) / 2, 4)        # the mean of a hit and a miss
     1.2395
     """
@@ -808,9 +810,10 @@ def batch_loss(model, inputs, targets):
 # those five words tells the model where in the story it is. The test uses the training split,
 # because no model could guess the sentences of the validation split.
 def recall_tests(text):
-    """Return [(the first five words, the continuation)] for the sentences of at least eight words.
-    Sentences with the same five words and different continuations are left out, because no model
-    could tell them apart.
+    """Return [(prompt, continuation)] for every sentence of at least eight words. The prompt is its
+    first five words. The continuation is what follows in the text, at least 80 characters (fewer at
+    the end of the text). Sentences with the same five words and different continuations are left
+    out, because no model could tell them apart.
 
     >>> recall_tests("They went upriver that same week, nine days by boat.")
     [('They went upriver that same', ' week, nine days by boat.')]
@@ -832,18 +835,18 @@ def recall_tests(text):
 # tokens. (This relies on the causal mask. A model without it sees the answers, and the test is
 # worthless.)
 def recites(model, tokenizer, prompt, continuation):
-    """Whether greedy decoding would continue the prompt with exactly these tokens."""
+    """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
     token_ids = torch.tensor(prompt_ids + tokenizer.encode(continuation))
     T = min(model.config.context_length, len(token_ids) - 1)
-    # Usually one window holds everything. Otherwise, each further row is the window moved on by one
-    # token, and only its last prediction is new.
+    # Usually one window holds everything. Otherwise there are several, which start one token apart,
+    # and in all but the first, only the last prediction is new.
     windows = token_ids[:-1].unfold(0, T, 1)
     with torch.no_grad():
         predictions = model(windows).argmax(dim=-1).cpu()
     predictions = torch.cat([predictions[0], predictions[1:, -1]])
     targets = token_ids[1:]                 # predictions[i] is the prediction of targets[i]
-    start = len(prompt_ids) - 1             # the first one after the prompt
+    start = len(prompt_ids) - 1             # predicts the first token after the prompt
     return torch.equal(predictions[start:], targets[start:])
 
 def evenly_spaced(items, count):
@@ -851,8 +854,8 @@ def evenly_spaced(items, count):
     return items[::math.ceil(len(items) / count) or 1]
 
 def measure_recall(model, tokenizer, text, max_sentences=1000):
-    """Return the recall of a model on a text, from 0 to 1; 0 if the text has no long sentence. At
-    most `max_sentences` sentences are tried."""
+    """Return the recall of a model on a text, from 0 to 1, measured on at most `max_sentences`
+    sentences. It is 0 if no sentence has at least eight words."""
     return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
 
 def share_recited(model, tokenizer, tests):
@@ -927,9 +930,9 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "clip the gradient norm to this")
     prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
-    eval_every: int = setting(0, "steps between evaluations (0: 45, or 5 % if that is more)")
-    keep_best: bool = setting(False, "end with the weights of the lowest validation loss, and stop "
-                              "when it no longer falls")
+    eval_every: int = setting(0, "steps between evaluations (0: 5 % of all steps, at least 45)")
+    keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
+                              "falls, and keep the best weights")
     precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
     seed: int = setting(42, "random seed")
 
@@ -946,8 +949,9 @@ def training_step(run, inputs, targets):
         loss = batch_loss(run.model, inputs, targets)
     loss.backward()
     # A single unusual batch can have a gradient many times longer than the others and spoil
-    # Adam's averages for many steps. Seen as one long vector, the gradient has a norm, its length.
-    # Gradient clipping scales a gradient that is too long down to a norm of grad_clip.
+    # Adam's averages for many steps. The gradient of all parameters is one long vector, and the
+    # length of this vector is its norm. Gradient clipping scales a gradient that is too long down
+    # to a norm of grad_clip.
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     run.loss = loss.item()              # a Python number
     check_finite(run, run.loss + norm.item())       # workshop: stops if one is NaN or infinite
@@ -962,9 +966,9 @@ def training_step(run, inputs, targets):
 # over the text, the text is cut into windows from a different random offset.
 def window_starts(n_starts, T, seed):
     """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
-    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4
-    these are three windows, in random order, at first with an offset of 2, then with an offset of
-    3. (A start beyond the last wraps around to the beginning.)
+    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4,
+    an epoch has three windows, in random order. In the example, the offset is 2 in the first epoch
+    and 3 in the second. (A start beyond the last wraps around to the beginning.)
 
     >>> list(islice(window_starts(n_starts=12, T=4, seed=3), 6))
     [10, 2, 6, 7, 3, 11]
@@ -975,12 +979,12 @@ def window_starts(n_starts, T, seed):
         pieces = torch.randperm(math.ceil(n_starts / T), generator=generator)      # shuffled
         yield from ((pieces * T + offset) % n_starts).tolist()
 
-# The second kind is prompt windows. During generation, a prompt starts at position 0, and its first
-# word has no space before it, so its tokens differ from those it has in the middle of the text.
+# The second kind is prompt windows. During generation, a prompt starts at position 0. Its first
+# word has no space before it, so it is split into other tokens than in the middle of the text.
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
-# where a prompt would, and are tokenized like one. Most start at the beginning of a sentence, which
-# is exactly what recall tests, and one in five starts at a random word. Without prompt windows,
-# recall is 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
+# where a prompt would, and are tokenized like a prompt. Most start at the beginning of a sentence,
+# as in the recall test, and one in five starts at a random word. Without prompt windows, recall is
+# 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
 def shuffled(items, seed):
     """Yield all items in random order, over and over, each time in a new order. (Sampling with
     replacement would miss about a third of them in every pass.)"""
@@ -1131,8 +1135,8 @@ def load_checkpoint(path, device="cpu"):
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture shows what the log has told us. While both losses fall, the model learns patterns that
-# carry over to unseen text. When the validation loss rises again, it is overfitting. If both stay
-# near ln(V), it learns nothing, perhaps because the learning rate is much too low or too high.
+# carry over to unseen text. When the validation loss rises again, the model is overfitting. If both
+# stay near ln(V), nothing is learned, perhaps because the learning rate is much too low or high.
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
     .svg or .pdf). Return the figure.
@@ -1143,7 +1147,7 @@ def plot_losses(history, vocab_size, path=None):
     ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
     """
     check(history, "there is no history to draw: train first")
-    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: by matplotlib
+    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: a matplotlib Figure
     losses, recall = figure.subplots(2, height_ratios=(4, 1), sharex=True)
 
     epochs = [evaluation.epoch for evaluation in history]
@@ -1173,9 +1177,9 @@ def plot_losses(history, vocab_size, path=None):
 # have to be computed, and all that this requires from the earlier tokens is their keys and values.
 # The key-value cache keeps them.
 #
-# This works until the window is full. After that, each new token pushes out the first one. The
-# others had attended to it, and they move to another position, so their vectors change. Everything
-# has to be computed again. The cache is emptied, and from there on it saves nothing.
+# This works until the window is full. After that, each new token pushes the first token out of the
+# window. The other tokens had attended to it, and they move to other positions, so their vectors
+# change and must be computed again. The cache is emptied, and from then on it saves nothing.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1250,8 +1254,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     decides between two tokens), but computed faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
-    window = token_ids[:, -context_length:].cpu()       # sample on the CPU: same text on any device
-    generator = torch.Generator().manual_seed(sampling.seed)
+    window = token_ids[:, -context_length:].cpu()
+    generator = torch.Generator().manual_seed(sampling.seed)     # CPU: same numbers on any device
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
         probabilities = predict_next(model, window, sampling, cache)
@@ -1277,7 +1281,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # To get new text in the manner of a story, rather than the story itself, give the model more text
 # than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
 # validation loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train
-# --preset writer` does all of this but the last, and `generate --temperature 0.8` does that.
+# --preset writer` turns on dropout and weight decay and keeps the best weights, and `generate
+# --temperature 0.8` samples.
 #
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
