@@ -1330,9 +1330,9 @@ import time
 import zipfile
 
 class StoryError(ValueError):
-    """A user's mistake. The message names the wrong value and the remedy, and the command line
-    prints it on one line. Other exceptions are bugs and keep their traceback, except a lack of
-    memory and a missing package."""
+    """An error that the user can fix. The message names what is wrong and the remedy, and the
+    command line prints it on one line. Other exceptions are bugs and show a traceback, unless
+    memory has run out or a package is missing."""
 
 def check(condition, message):
     """Raise StoryError(message) unless the condition holds."""
@@ -1371,7 +1371,7 @@ def check_settings(settings):
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
 
 def override_settings(settings, values):
-    """Return settings, with those of the values {name: value} that they have in place of theirs."""
+    """Return a copy of `settings` with these `values`, {name: value}; unknown names are ignored."""
     names = names_of(settings)
     return replace(settings, **{name: values[name] for name in values if name in names})
 
@@ -1380,8 +1380,8 @@ def names_of(settings):
 
 # ═══ Workshop: text files, words and sentences ═════════════════════════════════════════════════
 def read_files(paths):
-    """Return [(path, bytes)] of the files. A folder stands for all .txt files in it, and - for
-    standard input. Raises StoryError."""
+    """Return [(path, bytes)]. A folder means all .txt files directly in it, and "-" means standard
+    input. Raises StoryError if a file cannot be read or a folder has no .txt file."""
     found = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         try:
@@ -1395,19 +1395,20 @@ def read_files(paths):
                              "--text") from None
     return found
 
-FILE_TYPES = {      # {how such files begin: what they are}
-    b"PK\x03\x04": "a zip file, as documents of Word and other programs are",
-    b"\xd0\xcf\x11\xe0": "a document of an old version of Word", b"{\\rtf": "an RTF document",
+FILE_TYPES = {      # {the first bytes of a file: the kind of file}
+    b"PK\x03\x04": "a zip file (Word documents are zip files)",
+    b"\xd0\xcf\x11\xe0": "an old Office document, such as .doc", b"{\\rtf": "an RTF document",
     b"%PDF": "a PDF file", b"\x1f\x8b": "compressed with gzip", b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture"}
 
 def decode(data, path, encoding=""):
-    """Return the text of the bytes of a file. Without an encoding, it is UTF-8, or what makes the
-    most sense of a file that has a byte order mark or contains zeros. With an encoding, wrong bytes
-    become �. Raises StoryError."""
+    """Decode the bytes of a file. With an encoding, invalid bytes become �. Without one, they are
+    UTF-8, but if they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and UTF-32
+    are tried as well, and the most plausible text is returned. Raises StoryError if the file is not
+    plain text, if the encoding is unknown, or if no encoding fits."""
     for beginning, kind in FILE_TYPES.items():
-        check(not data.startswith(beginning), f"{path} is {kind}, and not plain text: open it with "
-              "its own program and save it as plain text in UTF-8")
+        check(not data.startswith(beginning), f"{path} is {kind}, not plain text: convert it to "
+              "plain text in UTF-8 first")
     names = [encoding or "utf-8"]
     if not encoding and (b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff")):
         names += ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
@@ -1416,9 +1417,10 @@ def decode(data, path, encoding=""):
         try:
             texts.append(data.decode(name, errors="replace" if encoding else "strict"))
         except UnicodeDecodeError as error:
-            position = error.start      # of the last encoding, which is UTF-8 if it is the only one
+            if name == names[0]:        # UTF-8, the encoding that the message names
+                position = error.start
         except (LookupError, UnicodeError):
-            raise StoryError(f"Python knows no encoding {encoding!r}: try utf-8, utf-16 or cp1252"
+            raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
                              ) from None
     if not texts:
         raise StoryError(
@@ -1430,14 +1432,15 @@ def decode(data, path, encoding=""):
     return best.removeprefix("\ufeff")
 
 def count_oddities(text):
-    """A wrong encoding yields control characters, and characters from all over Unicode. Count the
-    former, and the blocks of 256 characters that occur."""
+    """Return the number of control characters in a text, plus the number of blocks of 256 code
+    points that its characters come from. Both are large if the encoding is wrong."""
     return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in text})
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
-# vowel. `--` means "except". Some scripts put no spaces between words; in these, each character
-# stands alone. Runs are limited to 20 characters, so that no text makes the merges slow.
+# vowel. `--` means "except". Some scripts put no spaces between words, so each of their characters
+# is a piece of its own. "story" cuts runs of letters, digits, marks or white space after 20
+# characters, because learning merges from very long pieces would be slow.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"
 WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"
@@ -1449,14 +1452,16 @@ SPLIT_PATTERNS = {
               rf"| ?{UNSPACED}\p{{M}}{{0,19}}"
               r"| ?\p{N}{1,20}| ?[^\s\p{L}\p{M}\p{N}]{1,20}|\s{1,20}(?!\S)|\s{1,20}")}
 STORY_SPLIT = regex.compile(SPLIT_PATTERNS["story"])
-# Parts of a text that can be encoded one by one: each ends before a space that begins a new word.
+# Parts of at most 200,000 characters, which are encoded one by one. Each ends before a space that
+# begins a new word, if there is such a space.
 PART = regex.compile(r"(?s).{1,200000}(?:(?<=\S)(?= \S)|\Z)|.{1,200000}")
 # A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
-# pattern is always right. This one does not stop after Mr. or an initial (but "I" is a word), nor
-# in "No!" she cried, because a lower-case letter continues a sentence after a quotation. In a text
-# whose sentences begin in upper case, it also does elsewhere, as in "Oh! how" and "5 p.m. in".
+# pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
+# a word). After a quotation, a lower-case letter continues the sentence, as in "No!" she cried. In
+# a text whose sentences begin in upper case, a lower-case letter continues the sentence everywhere,
+# as in "Oh! how" and "5 p.m. in".
 GAP = r"(?=\s) [^\S\n]*+ \n?+ [^\S\n]*+ (?!\n)"        # white space without an empty line
-LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # perhaps behind quotation marks or dashes
+LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # lower case, perhaps after quotes or dashes
 SENTENCE_START = regex.compile(rf"""
     (?: \A | \n[^\S\n]*\n                   # the start of the text, an empty line
       | [。！？]["'”’」』）]*                  # an end that needs no space after it
@@ -1472,7 +1477,7 @@ def sentence_starts(text):
     some poems, return the positions at which lines begin."""
     matches = list(SENTENCE_START.finditer(text))
     lower = [match for match in matches if match["lower"] is not None]
-    if len(lower) <= len(matches) / 2:      # Otherwise sentences begin in lower case, as in a chat.
+    if len(lower) <= len(matches) / 2:      # if most begin in lower case, as in a chat, keep all
         matches = [match for match in matches if match["lower"] is None or match["plain"] is None]
     starts = [match.end() for match in matches]
     lines = [match.end() for match in LINE_START.finditer(text)]
@@ -1498,10 +1503,10 @@ MAX_BPE_CHARS = 1_000_000      # learn merges from this many characters; more wo
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=False):
-    """Make a tokenizer for a text. "auto" means "gpt2" if GPT-2's encoding loads within 10 seconds
-    and suits the text, and "story" otherwise, and for a long text. "word" and "story" learn from
-    the training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is
-    set. Raises StoryError if "gpt2" is not available."""
+    """Make a tokenizer for a text. "auto" means "gpt2" if the text is short and GPT-2's encoding
+    suits it and loads within 10 seconds, otherwise "story". "word" and "story" learn from the
+    training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set.
+    Raises StoryError if "gpt2" is not available."""
     check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
           f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
     by_size = settings_for_size(count_bytes(train_text + val_text))
@@ -1511,13 +1516,13 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
     if kind == "story":
-        check(vocab_size >= 257, f"vocab_size must be at least 257, for the 256 bytes and "
-              f"{END_OF_TEXT}, not {vocab_size}")
+        check(vocab_size >= 257, f"vocab_size must be at least 257 (the 256 bytes and "
+              f"{END_OF_TEXT}), not {vocab_size}")
         return BPETokenizer(train_bpe_fast(train_text[:MAX_BPE_CHARS], vocab_size), kind)
     return BPETokenizer(gpt2_tokens([] if full_vocab else [train_text, val_text]), kind)
 
 def restore_tokenizer(kind, tokens):
-    """The tokenizer of a checkpoint. Raises StoryError if it cannot be one of ours."""
+    """Return a checkpoint's tokenizer. Raises StoryError if its kind or its tokens are invalid."""
     required = {END_OF_TEXT, UNKNOWN} if kind == "word" else ALL_BYTES
     known = set(tokens)
     check(kind in ("word", *SPLIT_PATTERNS) and required <= known and len(known) == len(tokens)
@@ -1525,8 +1530,8 @@ def restore_tokenizer(kind, tokens):
     return WordTokenizer(tokens) if kind == "word" else BPETokenizer(tokens, kind)
 
 def train_bpe_fast(text, vocab_size):
-    """`train_bpe` with pair counts that are kept up to date: a merge changes the counts of only
-    those words that contain the pair."""
+    """Return the same tokens as `train_bpe`, but faster: after a merge, pairs are counted again
+    only in the words that contain the merged pair."""
     counts = Counter(STORY_SPLIT.findall(text))
     words = [split_bytes(word) for word in counts]
     word_counts = list(counts.values())
@@ -1573,8 +1578,9 @@ def load_gpt2_encoding(seconds=10):
     return answer[0] if answer else f"no answer within {seconds} seconds"
 
 def reason_against_gpt2(text):
-    """Why "auto" does not choose GPT-2's merges for a text; "" if it does. They come from English
-    text. A Hindi or Chinese word is split into so many tokens that a window holds few words."""
+    """Return why "auto" does not choose GPT-2's encoding for a text, or "" if it does. GPT-2's
+    merges come from English text and split a Hindi or Chinese word into so many tokens that a
+    window holds few words."""
     encoding, middle = load_gpt2_encoding(), max(len(text) // 2 - 5_000, 0)
     if isinstance(encoding, str):
         return f"GPT-2's encoding is not available ({encoding})"
@@ -1586,8 +1592,7 @@ def reason_against_gpt2(text):
 def gpt2_tokens(texts=()):
     """GPT-2's tokens in GPT-2's order: all of them, or those needed to split the given texts
     exactly as GPT-2 does. These are the tokens that occur, the intermediate tokens that lead to
-    them, and all bytes, so every merge that happens in these texts can still happen, and no
-    other."""
+    them, and all bytes. With them, these texts are merged exactly as with all tokens."""
     encoding = load_gpt2_encoding()
     check(not isinstance(encoding, str), f"GPT-2's encoding could not be loaded ({encoding}): "
           "connect to the internet once, or use --tokenizer story; the README explains how to copy "
@@ -1638,7 +1643,8 @@ def rotate(queries, keys):
     return rotate_by(queries, angles[-queries.shape[2]:]), rotate_by(keys, angles)
 
 def fused_is_faster(queries):
-    """On a GPU, torch's fused attention saves time and memory. On a CPU in bf16 it is slower."""
+    """Return whether to use torch's fused attention. On a GPU it saves time and memory. On a CPU it
+    is not used, because it is slower in bf16."""
     return queries.is_cuda
 
 def fused_attention(queries, keys, values, dropout):
@@ -1650,9 +1656,9 @@ def fused_attention(queries, keys, values, dropout):
 
 @functools.cache
 def fused_mask(T, S, device):
-    """The mask and the flag `is_causal` for torch's call, derived once from `causal_mask` itself,
-    so that a change there takes effect here too. (A change of `attention_weights` does not; then
-    `fused_is_faster` must return False.) torch's masks are True where attending is allowed."""
+    """Return torch's mask and its flag `is_causal`, derived from `causal_mask`, so that a change
+    there takes effect here too. (A change to `attention_weights` does not. If you make one, let
+    `fused_is_faster` return False.) In torch's masks, True means that attending is allowed."""
     mask = causal_mask(T, S, device)
     if not mask.any():
         return None, False
@@ -1764,8 +1770,8 @@ class Run:
     total_steps: int
     prompt: str                 # the prompt of the samples
     text_paths: list = field(default_factory=list)      # files of the text; []: Short_Story.txt
-    encoding: str = ""          # of these files; "": found out from their contents
-    beginnings: list = field(default_factory=list)      # of the sentences that recall tries
+    encoding: str = ""          # of these files; "": detected from their contents
+    beginnings: list = field(default_factory=list)      # the prompts of all recall tests
     step: int = 0               # steps done
     history: list = field(default_factory=list)         # of Evaluations
     loss: float | None = None                           # of the last step
@@ -1791,14 +1797,14 @@ class Run:
                                               Sampling(**sampling)))
 
     def attention(self, prompt):
-        """Return a picture of which tokens of a prompt attend to which."""
+        """Return a figure of the attention weights between the tokens of a prompt."""
         window = self.window(prompt)
         names = token_names(self.tokenizer, window[0].tolist())
         return plot_attention(attention_maps(self.model, window), names)
 
     def next(self, prompt, **sampling):
-        """Return a table of the ten most likely next tokens and of their probabilities, before and
-        after sampling settings such as temperature=0.8 have changed them."""
+        """Return a table of the ten most likely next tokens, with their probabilities before and
+        after settings such as temperature=0.8 change them."""
         sampling = Sampling(**{"temperature": 1.0, **sampling})
         with torch.no_grad():
             logits = self.model(self.window(prompt))[0, -1].float().cpu()
@@ -1818,15 +1824,15 @@ class Table(str):
     __repr__ = str.__str__
 
 def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32, **options):
-    """Split and encode a text. `tokenizer` is a tokenizer, or a kind for `make_tokenizer`, which
-    gets the options. If the validation split would not fill a window, the whole text is used for
+    """Split and encode a text. `tokenizer` is a tokenizer, or the kind that `make_tokenizer` makes
+    with these options. If the validation split would not fill a window, the whole text is used for
     training.
 
     >>> corpus = corpus_from_text("They went upriver for nine days.", "word", 0.3, context_length=2)
     >>> corpus.train_text, len(corpus.train_ids), len(corpus.val_ids)
     ('They went upriver for', 5, 3)
     """
-    TrainConfig(val_fraction=val_fraction)      # checks it
+    TrainConfig(val_fraction=val_fraction)      # raises StoryError if it is out of range
     train_text, val_text = split_text(text, val_fraction)
     resolved = tokenizer
     if isinstance(tokenizer, str):
@@ -1844,9 +1850,9 @@ def count_bytes(text):
     return len(text.encode("utf-8", errors="replace"))
 
 def settings_for_size(n_bytes):
-    """Return the settings, {name: value}, with which a text of this size is memorized in little
-    time, as far as they differ from the defaults. They are fitted to measurements (see "By the size
-    of the text" in benchmarks/README.md): a longer text needs a wider model."""
+    """Return the settings, {name: value}, whose defaults do not suit a text of this size. With
+    these values, the model memorizes it in little time. They are fitted to measurements (see "By
+    the size of the text" in benchmarks/README.md): a longer text needs a wider model."""
     if n_bytes < 60_000:
         return {}
     growth = n_bytes / 100_000
@@ -1854,9 +1860,9 @@ def settings_for_size(n_bytes):
     return {"tokenizer": "story", "vocab_size": 4096, "n_heads": n_heads, "emb_dim": 64 * n_heads,
             "optimizer": "muon", "batch_size": 64, "learning_rate": round(0.012 / n_heads, 5)}
 
-# {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
+# How long to train, so that a story is memorized: {optimizer: (epochs, minimum number of steps)}
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
-EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps; early ones show it learning
+EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps, two of them early in training
 RECALL_SAMPLE = 25      # sentences that an evaluation tries
 
 def new_run(corpus, config=None, train_config=None, device="cpu"):
@@ -1887,7 +1893,8 @@ def count_steps(steps_per_epoch, config):
     epochs, min_steps = TRAINING_LENGTH[config.optimizer]
     enough = max(epochs * steps_per_epoch, min_steps)
     steps = config.max_steps or config.epochs * steps_per_epoch or enough
-    check(steps < 1 << 22, f"{steps:,} steps are too many: give fewer --epochs or --max-steps")
+    check(steps < 1 << 22, f"{steps:,} training steps are too many: use a smaller --epochs or "
+          "--max-steps")
     return steps
 
 def in_batches(stream, size, skip):
@@ -1930,14 +1937,15 @@ def evaluate(run, corpus):
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
 def describe_loss(loss, token_ids, tokenizer):
-    """A loss per token, its perplexity, and the loss in bits per character of the text."""
+    """Format a loss per token, with its perplexity and the loss in bits per character."""
     text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
     return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
-    """Evaluate a run. With keep_best, remember the weights of the lowest validation loss, and
-    return to them at the end, or when no evaluation in the last fifth of all steps was better."""
+    """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
+    the lowest validation loss, and return to them at the end. Training ends early if this loss has
+    not fallen for a fifth of all steps."""
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
@@ -1980,12 +1988,12 @@ def encode_prompt(tokenizer, prompt):
     return token_ids
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sentences=0):
-    """Continue a prompt to the end of the text, or of so many sentences if `sentences` is not 0: a
-    generator that yields pieces of text, and never half a character."""
+    """Yield the continuation of a prompt piece by piece, but never half a character. End after
+    `max_new_tokens` tokens, at `<|endoftext|>`, or after `sentences` sentences (0: no limit)."""
     check(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
     token_ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    superfluous = " " if prompt.endswith(" ") else ""       # it comes with the next word again
+    superfluous = " " if prompt.endswith(" ") else ""       # the next word brings this space again
     text, shown = prompt, len(prompt)
     for new_ids in generate(model, token_ids, max_new_tokens, sampling):
         if new_ids.item() == tokenizer.end_of_text:
@@ -2009,7 +2017,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
 # same pace in every direction. Our story then needs half as many steps, but each takes about 50 %
 # longer.
 class Muon(torch.optim.AdamW):
-    """AdamW, but the weight matrices of the blocks, its first group, take Muon's step instead."""
+    """AdamW, except that Muon updates the weight matrices of the blocks, the first group."""
     def __init__(self, model, config):
         matrices = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}]
@@ -2108,10 +2116,12 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise StoryError(f"there is no model at {path}: train one or give another path") from None
     except OSError as error:
-        raise StoryError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:      # only torch and zipfile ran; a hostile file can break both
+        raise StoryError(f"{path} cannot be read ({error.strerror or error}): give another path"
+                         ) from None
+    except Exception as error:      # a damaged or hostile file can make torch raise anything
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
-        raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason})") from None
+        raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason}): train "
+                         "again, or give another path") from None
     check(saved["format"] == FORMAT, f"{path} was saved by another version of story_llm (format "
           f"{reprlib.repr(saved['format'])}, here {FORMAT}): use that version, or train again")
     try:
@@ -2132,16 +2142,18 @@ def read_checkpoint(path):
         strings = [*saved["text_paths"], *saved["beginnings"]]
         check(all(type(string) is str for string in strings), "one of its texts is not a string")
     except (AttributeError, KeyError, TypeError, StoryError) as error:
-        raise StoryError(f"{path} is not compatible with this story_llm ({error})") from None
+        raise StoryError(f"{path} is not compatible with this version of story_llm ({error}): use "
+                         "the version that saved it, or train again") from None
     with torch.device("meta"):      # shapes without memory, because a file may claim any size
         model = GPTModel(saved["config"])
-        model(torch.zeros(1, 1, dtype=torch.long))      # an edited model that fails shows where
+        model(torch.zeros(1, 1, dtype=torch.long))      # a bug in an edited model shows up here
     check(shapes == best_shapes == {name: w.shape for name, w in model.state_dict().items()},
           f"{path} does not match this version's GPTModel (names or shapes of weights differ): "
           "use the version that saved it, or train again")
     check(4 * sum(weight.numel() for weight in model.parameters()) <= size
           and saved["tokenizer"].vocab_size == saved["config"].vocab_size,
-          f"{path} is damaged: it is too small, or its tokenizer has the wrong vocabulary size")
+          f"{path} is damaged (it is too small, or its tokenizer has the wrong vocabulary size): "
+          "train again")
     return saved
 
 def is_plain(tensor):
@@ -2157,17 +2169,18 @@ def check_test_loss(path, model, expected):
           f"{found:.4f} now. Use the version that saved it, or train again")
 
 def loss_on_test_window(model):
-    """The loss on a window of fixed token ids, on the CPU in fp32. Raises StoryError if it is NaN
-    or infinite, so that no such model is saved."""
+    """Return the loss on a window of fixed token ids, on the CPU in fp32. Raises StoryError if it
+    is NaN or infinite, so that such a model is neither saved nor loaded."""
     T = min(model.config.context_length, 256)
     window = torch.arange(1 + T) % model.config.vocab_size
     loss = mean_loss(on_cpu(model), window)
-    check(math.isfinite(loss), "the model computes NaN or infinite numbers, so it is not saved")
+    check(math.isfinite(loss), "the model computes NaN or infinite numbers: train again with a "
+          "smaller --learning-rate")
     return loss
 
 def keep_previous_model(path, run):
-    """If `path` holds a model that is not an earlier state of this run, rename it to NAME.old.pt,
-    .old2.pt, ... and return the new path. Otherwise return None."""
+    """If there is a file at `path` that is not an earlier state of this run, rename it to
+    NAME.old.pt, .old2.pt, ... and return the new path. Otherwise return None."""
     path = Path(os.path.realpath(path))
     if not path.exists():
         return None
@@ -2227,7 +2240,8 @@ def save_figure(figure, path):
         try:
             Path(path).write_bytes(picture.getvalue())
         except OSError as error:
-            raise StoryError(f"{path} could not be written ({error.strerror})") from None
+            raise StoryError(f"{path} could not be written ({error.strerror}): give another path"
+                             ) from None
     return figure
 
 def module_outputs(model, modules, token_ids):
@@ -2273,8 +2287,8 @@ def plot_attention(maps, names, path=None):
     return save_figure(figure, path)
 
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════
-# One function per command. It calls the functions of its step and prints what they return: results
-# on stdout, notes on stderr. A table at the end lists which command has which options.
+# Each command has one function, which calls the functions of its step and prints what they return:
+# results on stdout, notes on stderr. A table at the end lists which command has which options.
 DEFAULT_TEXT = str(Path(__file__).with_name("Short_Story.txt"))
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
 CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters except \t, \n
@@ -2293,7 +2307,8 @@ def note(message):
     log(message, file=sys.stderr)
 
 def token_names(tokenizer, token_ids):
-    """The text of each token on one line; a part of a character is shown as its bytes."""
+    """Return the text of each token for display on one line. White space becomes visible, and a
+    part of a character is shown as its bytes."""
     names = []
     for token_id in token_ids:
         name = tokenizer.decode([token_id])
@@ -2303,7 +2318,7 @@ def token_names(tokenizer, token_ids):
         names.append(CONTROL.sub("\ufffd", name))
     return names
 
-@functools.cache        # `tour` runs many commands
+@functools.cache        # print each note only once, because `tour` runs many commands
 def note_once(message):
     note(message)
 
@@ -2365,7 +2380,8 @@ def new_run_from_args(args):
     return run, corpus
 
 def load_run(args):
-    """Return (the saved run, its corpus). The corpus is made from --text if that is given."""
+    """Return (the saved run, its corpus). The corpus is made from --text or, if that is not given,
+    from the files that the run was trained on."""
     run = load_checkpoint(args.model, args.device)
     if "text" not in args.given:
         args.text, args.encoding = run.text_paths or args.text, args.encoding or run.encoding
@@ -2411,7 +2427,7 @@ def log_recall(run, corpus):
     recall = share_recited(run.model, run.tokenizer, tests)
     sample = ""
     if len(tests) < len(corpus.recall_tests):
-        sample = f" (a sample of {len(corpus.recall_tests):,})"
+        sample = f" (sampled from {len(corpus.recall_tests):,})"
     log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} sentences{sample} "
         "continued word for word from their first five words")
     return recall
@@ -2429,7 +2445,7 @@ def command_bpe(args):
     log(f"training split: {len(text):,} characters, {len(corpus.train_ids):,} tokens of the "
         f"{tokenizer.kind} tokenizer\n"
         f"vocabulary: {tokenizer.vocab_size:,} entries, for example {' '.join(sample)}\n"
-        f"encoding and decoding gives back the same text: {lossless}")
+        f"decoding the token ids gives back the same text: {lossless}")
     prompt = args.given.get("prompt", first_words(text) if "text" in args.given else DEFAULT_PROMPT)
     for sentence in (prompt, "Thamarai bought a laptop <|endoftext|>"):
         token_ids = tokenizer.encode(sentence)
@@ -2484,8 +2500,8 @@ def log_losses(run, corpus):
 
 @contextlib.contextmanager
 def collect_signals():
-    """Within this block, Ctrl-C and requests to end the program do not end it, but are appended to
-    the list that this yields. After the first one, the next one ends the program."""
+    """Yield a list of signals. The first SIGINT (Ctrl-C), SIGTERM or SIGHUP in the block is only
+    appended to it, so that the caller can stop safely. A second raises KeyboardInterrupt."""
     received, handlers = [], {}
 
     def collect(number, frame):
@@ -2493,8 +2509,8 @@ def collect_signals():
         for number in handlers:
             signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again stops at "
-                     b"once and loses what was learned since the last save\n")
+            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; press Ctrl-C again to "
+                     b"stop at once and lose what was learned since the last save\n")
 
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # SIGHUP: the terminal was closed
@@ -2508,21 +2524,21 @@ def collect_signals():
             signal.signal(number, handler)
 
 class Progress:
-    """Prints and saves a run during training. Without a path, it only prints."""
+    """Prints the progress of a run during training, and saves the run if a path is given."""
     def __init__(self, run, path=None, resumed=False):
         self.path = path
-        self.written = file_signature(path) if resumed else None    # the file that is this run's
-        self.shown = len(run.history)       # evaluations that need not be printed
+        self.written = file_signature(path) if resumed else None    # signature of this run's file
+        self.shown = len(run.history)       # evaluations that have been printed before
         self.start = self.first_step = None
         self.next_save = self.next_line = 0.0
 
     def update(self, run, is_last):
-        """To be called after every step, with whether it is the last one."""
+        """Print and save what is due after a step; `is_last` says whether it was the last step."""
         now = time.perf_counter()
         evaluations = run.history[self.shown:]
         self.shown = len(run.history)
         speed = ""
-        if self.start is None:      # only now, because the first step takes longer than the others
+        if self.start is None:      # start the clock only now, because the first step is slower
             self.start, self.first_step = now, run.step
         else:
             seconds = (now - self.start) / (run.step - self.first_step)     # for each step
@@ -2552,24 +2568,26 @@ class Progress:
         if None not in (signature, self.written) and signature != self.written:
             other = unused_path(self.path)
             save_checkpoint(other, run)
-            raise StoryError(f"another program saves {self.path} too, so this training ends here, "
-                             f"saved as {other}: give each training a --model of its own")
+            raise StoryError(f"another program has written to {self.path}, so this training stops, "
+                             f"and its model is saved as {other}: give each training its own "
+                             "--model")
         if self.written is None:
             kept = keep_previous_model(self.path, run)
             if kept:
-                note(f"note: {self.path} held another model, or one trained further, which is now "
-                     f"{kept.name}")
+                note(f"note: the file at {self.path} was not an earlier state of this training, so "
+                     f"it is kept as {kept.name}")
         try:
             save_checkpoint(self.path, run)
         except StoryError as error:
             if is_last:
                 raise
-            note(f"note: {error}; training continues, and will try again after the next evaluation")
+            note(f"note: {error}; training continues, and saving is tried again after the next "
+                 "evaluation")
         self.written = file_signature(self.path)
         self.next_save = time.perf_counter() + 50 * (time.perf_counter() - start)
 
 def file_signature(path):
-    """Return what changes when another file takes the place of this one; None if there is none."""
+    """Return values that change when another file replaces this one, or None if it is missing."""
     with contextlib.suppress(OSError, TypeError):
         status = os.stat(path)
         return status.st_ino, status.st_size, status.st_mtime_ns
@@ -2602,16 +2620,17 @@ def command_train(args):
         f"{count_parameters(run.model):,} parameters; {run.total_steps} steps; loss of a uniform "
         f"guess {math.log(run.config.vocab_size):.3f}")
     if len(corpus.recall_tests) > RECALL_SAMPLE:
-        log(f"Until the end, recall is that of a sample of at most {RECALL_SAMPLE} sentences.")
+        log(f"During training, recall is measured on at most {RECALL_SAMPLE} sentences.")
     first_step = run.step
     if first_step >= run.total_steps:
-        note(f"note: {args.model} has been trained for {run.step} steps already, so nothing is "
-             "left to do: give more --epochs or --max-steps")
+        note(f"note: {args.model} has already been trained for {run.step} steps, so nothing is "
+             "left to do: set a larger --epochs or --max-steps")
     train_with_progress(run, corpus, args.model, args.resume)
     finish_training(args, run, corpus, first_step)
 
 def finish_training(args, run, corpus, first_step):
-    """Print what to do next, after recall and the picture if training has come to its end."""
+    """If training is complete, print the losses and recall, draw the loss curves, and suggest the
+    next command. Otherwise print how to continue, and raise KeyboardInterrupt."""
     given = [f"{option_string(name)}={args.given[name]}" for name in ("model", "plot", "device")
              if name in args.given]
     if run.step < run.total_steps:
@@ -2621,14 +2640,14 @@ def finish_training(args, run, corpus, first_step):
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
-        log("To make it recite more, train longer (--epochs), or a larger model (--emb-dim)")
+        log("To raise recall, train longer (--epochs) or use a larger model (--emb-dim)")
     if run.step > first_step:
         log(f"saved {args.model}")
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
     model = ["--model", args.model] if "model" in args.given else []
     prompt = run.prompt.replace("\n", "\\n")
-    log(f"Now let it write: {command_line('generate', *model, '--prompt', prompt)}")
+    log(f"Now let the model write: {command_line('generate', *model, '--prompt', prompt)}")
 
 def command_plot(args):
     run = load_checkpoint(args.model)
@@ -2636,7 +2655,7 @@ def command_plot(args):
     log(f"drew {args.plot}")
 
 def prompt_from_args(args, run):
-    """Return the prompt, after a note if the model cannot see it as it is."""
+    """Return the user's prompt or the run's. Print a note if the model may not continue it."""
     return check_prompt(args.given.get("prompt", run.prompt), run)
 
 def check_prompt(prompt, run):
@@ -2645,15 +2664,17 @@ def check_prompt(prompt, run):
         pieces = zip(split_words(prompt), token_ids)
         unknown = [piece.strip() for piece, i in pieces if run.tokenizer.tokens[i] == UNKNOWN]
         if unknown:
-            note(f"note: the story does not contain {', '.join(unknown)}: the model sees {UNKNOWN}")
+            note(f"note: not in the vocabulary: {', '.join(unknown)}; the model sees {UNKNOWN} "
+                 "instead")
     if run.beginnings and not any(beginning.startswith(prompt.rstrip()) or
                                   prompt.startswith(beginning) for beginning in run.beginnings):
         similar = {beginning[:len(prompt)]: beginning for beginning in run.beginnings}
-        nearest = "".join(f"; the nearest beginning is {similar[close]!r}" for close in
+        nearest = "".join(f" (the most similar one begins with {similar[close]!r})" for close in
                           difflib.get_close_matches(prompt, similar, n=1))
-        note(f"note: no sentence that the model was tested on begins with these words{nearest}")
+        note(f"note: no sentence of the recall test begins like this prompt{nearest}, so the "
+             "continuation may not be in the story")
     if len(token_ids) > T:
-        note(f"note: the prompt has {len(token_ids)} tokens, and the model sees the last {T}")
+        note(f"note: the prompt has {len(token_ids)} tokens, but the model sees only the last {T}")
     return prompt
 
 def command_attention(args):
@@ -2705,7 +2726,7 @@ def typed_prompts():
                 yield unescape(line.rstrip("\r\n"))
 
 def unescape(prompt):
-    """Return a prompt with line breaks in place of \\n, because these are hard to type."""
+    """Turn each \\n in a prompt into a line break, because line breaks are hard to type."""
     return prompt.replace("\\n", "\n")
 
 def command_tour(args):
@@ -2713,7 +2734,8 @@ def command_tour(args):
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise StoryError(f"{folder} cannot be created here ({error.strerror})") from None
+        raise StoryError(f"the folder {folder} cannot be created here ({error.strerror}): run the "
+                         "tour in another folder") from None
     log(f"Running all steps in order. Their files are saved in the folder {folder}.")
     for command in TOUR:
         words = shlex.split(command)
@@ -2740,24 +2762,25 @@ class Options(Settings):
     """The options that are not settings of a model, of training or of sampling."""
     text: tuple = setting((DEFAULT_TEXT,), "the story: text files, folders of .txt files, or - for "
                           "standard input (default: Short_Story.txt)")
-    encoding: str = setting("", "encoding of the text (default: UTF-8, or as its bytes suggest)")
-    tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits a short text, else "
-                             "story")
+    encoding: str = setting("", "encoding of the text (default: detect UTF-8, UTF-16 or UTF-32)")
+    tokenizer: str = setting("auto", "auto: gpt2 for a short text, if it is available and "
+                             "suits the text, else story")
     vocab_size: int = setting(2048, "vocabulary size of --tokenizer story (default: 2048, or more "
                               "for a long text)")
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
-    preset: str = setting("auto", "which defaults to start from: auto memorizes a text of any "
-                          "size, writer learns its manner, story and gpt2-small have fixed sizes")
+    preset: str = setting("auto", "settings to start from: auto to memorize a text of any size, "
+                          "story to memorize a short text, writer to write new text in the same "
+                          "style, gpt2-small for the smallest GPT-2")
     model: str = setting("story_llm.pt", "the checkpoint file")
-    untrained: bool = setting(False, "use a new, untrained model, with the model options")
+    untrained: bool = setting(False, "use a new, untrained model, built with the options below")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda if there is a GPU")
     prompt: str = setting("", "the text that the model continues; \\n is a line break")
-    max_new_tokens: int = setting(100, "tokens to generate, at most")
-    sentences: int = setting(0, "stop after so many sentences (0: do not)")
+    max_new_tokens: int = setting(100, "maximum number of tokens to generate")
+    sentences: int = setting(0, "stop after this many sentences (0: no limit)")
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
-                        "attention.png, with the name of another --model in front)")
+                        "attention.png, after the name of --model if that is given)")
 
 FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
                               *fields(Options))}
@@ -2889,8 +2912,8 @@ def run_command(argv):
     return args.handler(args)
 
 def exit_status(work, *arguments):
-    """Call work(*arguments) and return an exit status: the value that `work` returns, or 0; 1 after
-    a StoryError, which is printed on one line; 2 after a usage error; 130 after Ctrl-C."""
+    """Call work(*arguments) and return an exit status: what `work` returns, or 0; 1 after an error
+    printed on one line, or if nobody reads the output; 2 after a usage error; 130 after Ctrl-C."""
     prepare_streams()
     try:
         return work(*arguments) or 0
@@ -2904,7 +2927,7 @@ def exit_status(work, *arguments):
     except ModuleNotFoundError as error:
         if error.name not in ("tiktoken", "matplotlib"):
             raise
-        mistake = f"{error.name} is not installed: python -m pip install {error.name}"
+        mistake = f"{error.name} is not installed: run python -m pip install {error.name}"
     except (MemoryError, RuntimeError) as error:
         # torch reports a lack of memory as a RuntimeError.
         signs = ("out of memory", "not enough memory", "can't allocate memory")
@@ -2930,14 +2953,14 @@ def prepare_streams():
 # of this file, makes them sleep after 2,000 spins.
 
 def keep_memory():
-    """Let glibc keep freed memory for the next step. Allocating it again takes a third of the
-    training time."""
+    """Let glibc keep freed memory for the next step. Otherwise, allocating it again would take a
+    third of the training time."""
     with contextlib.suppress(OSError, AttributeError):      # not Linux, or another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"        # a notebook's own one does not exist outside of it
+    os.environ["MPLBACKEND"] = "agg"        # a notebook's backend works only in the notebook
     keep_memory()
     sys.exit(main())
