@@ -11,8 +11,9 @@
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
 in an evening. Most steps have a command that runs them, and examples to try in an interactive
-session: type what follows `>>>`, and Python prints the lines below it. After the lesson, the
-workshop makes the same code robust and fast, and the command line comes last.
+session: start `python`, enter `from story_llm import *`, and type what follows `>>>`. Python prints
+the lines below it. After the lesson, the workshop makes the same code robust and fast, and the
+command line comes last.
 
 Every figure in the lesson was measured. Yours will differ a little, because processors round
 differently. Without a network connection, the program builds a different vocabulary (step 4), and
@@ -27,7 +28,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 if sys.version_info < (3, 11):
-    sys.exit("error: this needs Python 3.11 or later, and is " + sys.version.split()[0])
+    sys.exit("error: story_llm needs Python 3.11 or later, but this is " + sys.version.split()[0])
 if "torch" not in sys.modules:      # too late once torch is loaded; see the end of this file
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 try:
@@ -43,8 +44,8 @@ from torch.nn import functional as F
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # A language model predicts how a text continues. Given the beginning of a text, it computes for
-# every token it knows the probability that this token comes next. (A token is a word or a piece of
-# a word.) To write, the program appends the most likely token, or one drawn at random according to
+# each possible token the probability that this token comes next. (A token is a word or a piece of a
+# word.) To write, the program appends the most likely token, or one drawn at random according to
 # the probabilities, and repeats. Models that predict each token from the ones before it are called
 # autoregressive. ChatGPT is built around such a model. Ours is far smaller, and all it will ever
 # have read is one story.
@@ -53,9 +54,9 @@ from torch.nn import functional as F
 # random at first, so its predictions are noise. Then it is trained. It reads passages of the story,
 # predicts every next token, and compares its predictions with what really came next. All parameters
 # are then moved a little in the direction that makes the right tokens more probable. That is one
-# training step. After 180 of them, some ten seconds on a laptop, the model can continue every
-# sentence of eight words or more that it was trained on, word for word for at least 80 characters,
-# from its first five words.
+# training step. After 180 of them, some ten seconds on a laptop, the model has memorized the text.
+# Give it the first five words of any sentence of eight words or more that it was trained on, and it
+# continues word for word for at least 80 characters.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -72,10 +73,10 @@ from torch.nn import functional as F
 # a Tamil or Chinese character in three. Line endings differ between operating systems, so all of
 # them are converted to "\n".
 def load_text(paths, encoding=""):
-    """Return the text of a file or of several files. Their encoding is UTF-8, unless they are
-    clearly UTF-16 or UTF-32, or another encoding is named. Raises StoryError if a file cannot be
-    read, is not a text, or if there is no text in them."""
-    # workshop: read_files also reads folders; decode names the problem if there is one
+    """Return the text of a file or of several files. They are read as UTF-8, unless they are
+    clearly UTF-16 or UTF-32, or `encoding` names another encoding. Raises StoryError if a file
+    cannot be read or is not plain text, or if the files contain no text."""
+    # workshop: read_files also accepts folders; decode raises StoryError if a file is not text
     texts = [decode(data, path, encoding) for path, data in read_files(paths)]
     text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
     check(text.strip(), "the text is empty: give at least five words")
@@ -155,8 +156,8 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            # The first word of a text has no space before it, but the vocabulary may contain it
-            # only with one. (decode will then return that space as well.)
+            # The first word of a text has no space before it. If the vocabulary contains this word
+            # only with a space, use that token. (decode will then return the space as well.)
             if piece not in self.ids:
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
@@ -264,7 +265,7 @@ class BPETokenizer:
     '漢字 <|endoftext|>'
     """
     def __init__(self, tokens, kind):
-        import tiktoken     # here, because the word tokenizer does not need it
+        import tiktoken     # imported here, because the word tokenizer does not need it
         self.tokens = list(tokens)
         self.kind = kind
         self.end_of_text = len(self.tokens)         # the id of `<|endoftext|>`
@@ -275,8 +276,8 @@ class BPETokenizer:
 
     def encode(self, text):
         token_ids = []
-        for part in PART.findall(text):      # workshop: tiktoken fails on a very long word
-            # "ordinary": if a text contains `<|endoftext|>`, encode it like any other characters
+        for part in PART.findall(text):     # in parts (workshop): tiktoken fails on very long words
+            # encode_ordinary treats `<|endoftext|>` in a text like any other characters
             token_ids += self.encoding.encode_ordinary(part)
         return token_ids
 
@@ -312,9 +313,9 @@ def pytorch_in_one_page():
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
 
-    Every layer is an nn.Module. So is a whole model, which is a module made of modules. A module
-    registers every module that is assigned to one of its attributes, so its `parameters()` includes
-    theirs. Calling a module like a function runs its `forward`.
+    Every layer is an nn.Module. So is a whole model, a module made of modules. When a layer is
+    assigned to an attribute of a module, the module registers it, so `parameters()` of a model
+    returns the parameters of all its layers. Calling a module like a function runs its `forward`.
 
     The second new thing is the gradient. torch records every operation on a parameter and on
     whatever is computed from it. After that, `backward` goes through the record once, from the
@@ -372,15 +373,15 @@ class SlidingWindowDataset:
         return window[..., :-1], window[..., 1:]        # all but the last token, all but the first
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
-# A token id is only a name: 7 is not more than 6. So each token of the vocabulary gets a vector of
-# C numbers, its embedding, which is a row of an nn.Embedding. These vectors are parameters. They
-# are random at first, and training turns them into whatever helps the model to predict.
+# A token id is only a name, and its size means nothing. So each token of the vocabulary gets a
+# vector of C numbers, its embedding, which is a row of an nn.Embedding. These vectors are
+# parameters, random at first, and training turns them into whatever helps the model to predict.
 #
 # Now we build the model. It is a decoder-only transformer. The original transformer (Vaswani et al.
 # 2017) has two halves, an encoder and a decoder. GPT-2 (Radford et al. 2019) and nearly every large
 # language model since consist of a decoder alone. It reads token ids, and for every position it
-# returns one number per token of the vocabulary, the logit. The more likely the model considers
-# that token to come next, the higher the logit. A batch consists of B windows of T tokens, and the
+# returns one number per token of the vocabulary, the logit. A higher logit means that the model
+# considers the token more likely to come next. A batch consists of B windows of T tokens, and the
 # values on the right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
@@ -407,7 +408,7 @@ class Settings:
 class GPTConfig(Settings):
     """The shape of the model. The defaults give a small one, which learns a story in seconds."""
     vocab_size: int = setting(50257, "vocabulary size; the tokenizer determines it")
-    context_length: int = setting(32, "context length: the most tokens the model sees at once")
+    context_length: int = setting(32, "context length: maximum number of tokens the model sees")
     emb_dim: int = setting(192, "embedding dimension: how many numbers represent a token")
     n_heads: int = setting(4, "attention heads in each block")
     n_layers: int = setting(2, "transformer blocks")
@@ -454,8 +455,8 @@ class GPTConfig(Settings):
 # The sum of the values, each multiplied by its weight, is the context vector of "his". Here it
 # consists mostly of what "Aadhan" passes on.
 #
-# This would fail if the scores were large. A dot product of two vectors of dimension D is a sum of
-# D products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
+# Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
+# products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
 # standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). But softmax([7,
 # 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
 # saturated. Its output hardly reacts to the scores, so hardly any gradient reaches the query and
@@ -464,9 +465,9 @@ class GPTConfig(Settings):
 # (Vaswani et al. 2017, section 3.2.1). This division matters. Trained without it, our model recites
 # only a third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
-    """Return how much each query attends to each key. From queries (..., T, D) and keys (..., S, D)
-    it computes weights (..., T, S), in which each row adds up to 1. They are 0 where `mask` (T, S)
-    is True, for a reason explained below. (For now, S is T. In step 13 there are more keys.)
+    """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
+    weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
+    reason explained below. (For now, S is T. In step 13 there are more keys than queries.)
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -486,12 +487,12 @@ def attention_weights(queries, keys, mask):
     return scores.softmax(dim=-1)
 
 # In training, the model reads a whole window at once and predicts the next token at every position.
-# But for every position except the last, the next token already stands in the window. If the model
+# But for every position except the last, the next token is already in the window. If the model
 # could attend to it, it would just copy it. We tried this. Without the mask introduced below, the
 # loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low figure looks
-# splendid, but the model is useless, because during generation there is no next token to copy. It
-# continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad Aad".
-# (Try it: python extras/experiments.py no-mask)
+# splendid, but the model is useless, because during generation there is no next token to copy. This
+# model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad
+# Aad". (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -510,14 +511,14 @@ def causal_mask(T, S, device=None):
 
 # The weights of a row add up to 1, so more weight for one token means less for the others. But
 # "his" needs to know who he is and also what he did. So attention is computed several times in
-# parallel, by heads, each with its own weights. In our trained model, "his" gives a weight of 0.46
-# to "Aad", the first token of "Aadhan", in one head of the second block, and a weight of 0.46 to
+# parallel, by heads, each with its own attention weights. In our trained model, "his" gives a
+# weight of 0.46 to "Aad", the first token of "Aadhan", in one head of the second block, and 0.46 to
 # "ounced", the end of "renounced", in a head of the first. (GPT-2's tokens split both words. A
 # short story can be memorized with a single head, too: python extras/experiments.py one-head)
 #
 # With H heads, the query, key and value layers still map C numbers to C. Their outputs are cut into
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
-# So the number of parameters does not depend on H. Each of the three layers has C^2 of them, and so
+# So the number of parameters does not depend on H. Each of the three layers has C^2 weights, and so
 # does out_proj, a linear layer that mixes what the heads have found. (`make_linear` and dropout are
 # explained below. You can skip rotary, an option that the workshop explains, and the cache until
 # step 13.)
@@ -607,17 +608,17 @@ class FeedForward(nn.Module):
 # called pre-norm, and leaves that way free (Xiong et al. 2020). (Try it: python
 # extras/experiments.py no-norm, or post-norm)
 #
-# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers to
-# 0 and enlarges the others to make up for it, so that the network does not come to rely on any one
-# of them. This helps a model that is meant to do well on unseen text. Ours is meant to memorize one
-# text, so its dropout probability is 0 by default.
+# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
+# its input to 0 and enlarges the others to make up for it, so that the network does not come to
+# rely on any one of them. This helps a model that is meant to do well on unseen text. Ours is meant
+# to memorize one text, so its dropout probability is 0 by default.
 def make_norm(config):
     return nn.LayerNorm(config.emb_dim)
 
 class TransformerBlock(nn.Module):
     """Attention, then the feed-forward network, (B, T, C) -> (B, T, C).
 
-    >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()     # detach: without its gradient
+    >>> nn.LayerNorm(3)(torch.tensor([2.0, 4.0, 6.0])).detach()   # detach: drop the gradient record
     tensor([-1.2247,  0.0000,  1.2247])
     """
     def __init__(self, config):
@@ -665,7 +666,7 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # positional embedding. The workshop has two other kinds of position encoding.
 #
 # (Our short story can be memorized without them. The causal mask gives later blocks a hint about
-# positions, because the first token sees one token and the tenth sees ten, and the model still
+# positions, because the first token sees one token and the tenth sees ten. So the model still
 # recites 99 % of the sentences. Try it: python extras/experiments.py no-positions)
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
@@ -775,15 +776,16 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
 # mean over all its examples. (e raised to the power of the loss is called perplexity: the number of
 # equally likely tokens among which the model would be just as uncertain. Both are computed per
-# token, and different tokenizers have different tokens, so neither can be compared between them.
-# The loss per character can: add up the losses of all tokens, and divide by the number of
-# characters. `evaluate` prints it in bits, that is, divided by ln(2) as well.)
+# token, so they cannot be used to compare models whose tokenizers differ. The loss per character
+# can be used for that: add up the losses of all tokens, and divide by the number of characters.
+# `evaluate` prints it in bits, that is, divided by ln(2) as well.)
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
 # little higher, because the logits are not exactly 0, and unequal predictions cost more on average.
-# With two tokens, 0.5 for each costs 0.69; 0.6 and 0.4 cost 0.51 or 0.92, which is 0.71 on average.
-# A loss much above ln(V) before training indicates a bug.
+# Suppose that two tokens are equally frequent. A model that gives each a probability of 0.5 has a
+# loss of 0.69. With 0.6 and 0.4, its loss is 0.51 or 0.92, which is 0.71 on average. A loss much
+# above ln(V) before training indicates a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -791,7 +793,7 @@ def batch_loss(model, inputs, targets):
     ...     return torch.tensor([0.0, 2.0, 0.0]).expand(*inputs.shape, 3)
     >>> batch_loss(model, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     tensor(1.2395)
-    >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                     # of token 1, which is 0.79
+    >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                     # probability of token 1: 0.79
     >>> round((-math.log(p) - math.log((1 - p) / 2)) / 2, 4)        # the mean of a hit and a miss
     1.2395
     """
@@ -808,9 +810,10 @@ def batch_loss(model, inputs, targets):
 # those five words tells the model where in the story it is. The test uses the training split,
 # because no model could guess the sentences of the validation split.
 def recall_tests(text):
-    """Return [(the first five words, the continuation)] for the sentences of at least eight words.
-    Sentences with the same five words and different continuations are left out, because no model
-    could tell them apart.
+    """Return [(prompt, continuation)] for every sentence of at least eight words. The prompt is its
+    first five words. The continuation is what follows in the text, at least 80 characters (fewer at
+    the end of the text). Sentences with the same five words and different continuations are left
+    out, because no model could tell them apart.
 
     >>> recall_tests("They went upriver that same week, nine days by boat.")
     [('They went upriver that same', ' week, nine days by boat.')]
@@ -832,18 +835,18 @@ def recall_tests(text):
 # tokens. (This relies on the causal mask. A model without it sees the answers, and the test is
 # worthless.)
 def recites(model, tokenizer, prompt, continuation):
-    """Whether greedy decoding would continue the prompt with exactly these tokens."""
+    """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
     token_ids = torch.tensor(prompt_ids + tokenizer.encode(continuation))
     T = min(model.config.context_length, len(token_ids) - 1)
-    # Usually one window holds everything. Otherwise, each further row is the window moved on by one
-    # token, and only its last prediction is new.
+    # Usually one window holds everything. Otherwise there are several, which start one token apart,
+    # and in all but the first, only the last prediction is new.
     windows = token_ids[:-1].unfold(0, T, 1)
     with torch.no_grad():
         predictions = model(windows).argmax(dim=-1).cpu()
     predictions = torch.cat([predictions[0], predictions[1:, -1]])
     targets = token_ids[1:]                 # predictions[i] is the prediction of targets[i]
-    start = len(prompt_ids) - 1             # the first one after the prompt
+    start = len(prompt_ids) - 1             # predicts the first token after the prompt
     return torch.equal(predictions[start:], targets[start:])
 
 def evenly_spaced(items, count):
@@ -851,8 +854,8 @@ def evenly_spaced(items, count):
     return items[::math.ceil(len(items) / count) or 1]
 
 def measure_recall(model, tokenizer, text, max_sentences=1000):
-    """Return the recall of a model on a text, from 0 to 1; 0 if the text has no long sentence. At
-    most `max_sentences` sentences are tried."""
+    """Return the recall of a model on a text, from 0 to 1, measured on at most `max_sentences`
+    sentences. It is 0 if no sentence has at least eight words."""
     return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
 
 def share_recited(model, tokenizer, tests):
@@ -927,9 +930,9 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "clip the gradient norm to this")
     prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
-    eval_every: int = setting(0, "steps between evaluations (0: 45, or 5 % if that is more)")
-    keep_best: bool = setting(False, "end with the weights of the lowest validation loss, and stop "
-                              "when it no longer falls")
+    eval_every: int = setting(0, "steps between evaluations (0: 5 % of all steps, at least 45)")
+    keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
+                              "falls, and keep the best weights")
     precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
     seed: int = setting(42, "random seed")
 
@@ -946,8 +949,9 @@ def training_step(run, inputs, targets):
         loss = batch_loss(run.model, inputs, targets)
     loss.backward()
     # A single unusual batch can have a gradient many times longer than the others and spoil
-    # Adam's averages for many steps. Seen as one long vector, the gradient has a norm, its length.
-    # Gradient clipping scales a gradient that is too long down to a norm of grad_clip.
+    # Adam's averages for many steps. The gradient of all parameters is one long vector, and the
+    # length of this vector is its norm. Gradient clipping scales a gradient that is too long down
+    # to a norm of grad_clip.
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     run.loss = loss.item()              # a Python number
     check_finite(run, run.loss + norm.item())       # workshop: stops if one is NaN or infinite
@@ -962,9 +966,9 @@ def training_step(run, inputs, targets):
 # over the text, the text is cut into windows from a different random offset.
 def window_starts(n_starts, T, seed):
     """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
-    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4
-    these are three windows, in random order, at first with an offset of 2, then with an offset of
-    3. (A start beyond the last wraps around to the beginning.)
+    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4,
+    an epoch has three windows, in random order. In the example, the offset is 2 in the first epoch
+    and 3 in the second. (A start beyond the last wraps around to the beginning.)
 
     >>> list(islice(window_starts(n_starts=12, T=4, seed=3), 6))
     [10, 2, 6, 7, 3, 11]
@@ -975,12 +979,12 @@ def window_starts(n_starts, T, seed):
         pieces = torch.randperm(math.ceil(n_starts / T), generator=generator)      # shuffled
         yield from ((pieces * T + offset) % n_starts).tolist()
 
-# The second kind is prompt windows. During generation, a prompt starts at position 0, and its first
-# word has no space before it, so its tokens differ from those it has in the middle of the text.
+# The second kind is prompt windows. During generation, a prompt starts at position 0. Its first
+# word has no space before it, so it is split into other tokens than in the middle of the text.
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
-# where a prompt would, and are tokenized like one. Most start at the beginning of a sentence, which
-# is exactly what recall tests, and one in five starts at a random word. Without prompt windows,
-# recall is 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
+# where a prompt would, and are tokenized like a prompt. Most start at the beginning of a sentence,
+# as in the recall test, and one in five starts at a random word. Without prompt windows, recall is
+# 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
 def shuffled(items, seed):
     """Yield all items in random order, over and over, each time in a new order. (Sampling with
     replacement would miss about a third of them in every pass.)"""
@@ -1131,8 +1135,8 @@ def load_checkpoint(path, device="cpu"):
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture shows what the log has told us. While both losses fall, the model learns patterns that
-# carry over to unseen text. When the validation loss rises again, it is overfitting. If both stay
-# near ln(V), it learns nothing, perhaps because the learning rate is much too low or too high.
+# carry over to unseen text. When the validation loss rises again, the model is overfitting. If both
+# stay near ln(V), nothing is learned, perhaps because the learning rate is much too low or high.
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
     .svg or .pdf). Return the figure.
@@ -1143,7 +1147,7 @@ def plot_losses(history, vocab_size, path=None):
     ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
     """
     check(history, "there is no history to draw: train first")
-    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: by matplotlib
+    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: a matplotlib Figure
     losses, recall = figure.subplots(2, height_ratios=(4, 1), sharex=True)
 
     epochs = [evaluation.epoch for evaluation in history]
@@ -1173,9 +1177,9 @@ def plot_losses(history, vocab_size, path=None):
 # have to be computed, and all that this requires from the earlier tokens is their keys and values.
 # The key-value cache keeps them.
 #
-# This works until the window is full. After that, each new token pushes out the first one. The
-# others had attended to it, and they move to another position, so their vectors change. Everything
-# has to be computed again. The cache is emptied, and from there on it saves nothing.
+# This works until the window is full. After that, each new token pushes the first token out of the
+# window. The other tokens had attended to it, and they move to other positions, so their vectors
+# change and must be computed again. The cache is emptied, and from then on it saves nothing.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1250,8 +1254,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     decides between two tokens), but computed faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
-    window = token_ids[:, -context_length:].cpu()       # sample on the CPU: same text on any device
-    generator = torch.Generator().manual_seed(sampling.seed)
+    window = token_ids[:, -context_length:].cpu()
+    generator = torch.Generator().manual_seed(sampling.seed)     # CPU: same numbers on any device
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
         probabilities = predict_next(model, window, sampling, cache)
@@ -1277,7 +1281,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # To get new text in the manner of a story, rather than the story itself, give the model more text
 # than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
 # validation loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train
-# --preset writer` does all of this but the last, and `generate --temperature 0.8` does that.
+# --preset writer` turns on dropout and weight decay and keeps the best weights, and `generate
+# --temperature 0.8` samples.
 #
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
@@ -1325,9 +1330,9 @@ import time
 import zipfile
 
 class StoryError(ValueError):
-    """A user's mistake. The message names the wrong value and the remedy, and the command line
-    prints it on one line. Other exceptions are bugs and keep their traceback, except a lack of
-    memory and a missing package."""
+    """An error that the user can fix. The message names what is wrong and the remedy, and the
+    command line prints it on one line. Other exceptions are bugs and show a traceback, unless
+    memory has run out or a package is missing."""
 
 def check(condition, message):
     """Raise StoryError(message) unless the condition holds."""
@@ -1366,7 +1371,7 @@ def check_settings(settings):
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
 
 def override_settings(settings, values):
-    """Return settings, with those of the values {name: value} that they have in place of theirs."""
+    """Return a copy of `settings` with these `values`, {name: value}; unknown names are ignored."""
     names = names_of(settings)
     return replace(settings, **{name: values[name] for name in values if name in names})
 
@@ -1375,8 +1380,8 @@ def names_of(settings):
 
 # ═══ Workshop: text files, words and sentences ═════════════════════════════════════════════════
 def read_files(paths):
-    """Return [(path, bytes)] of the files. A folder stands for all .txt files in it, and - for
-    standard input. Raises StoryError."""
+    """Return [(path, bytes)]. A folder means all .txt files directly in it, and "-" means standard
+    input. Raises StoryError if a file cannot be read or a folder has no .txt file."""
     found = []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
         try:
@@ -1390,19 +1395,20 @@ def read_files(paths):
                              "--text") from None
     return found
 
-FILE_TYPES = {      # {how such files begin: what they are}
-    b"PK\x03\x04": "a zip file, as documents of Word and other programs are",
-    b"\xd0\xcf\x11\xe0": "a document of an old version of Word", b"{\\rtf": "an RTF document",
+FILE_TYPES = {      # {the first bytes of a file: the kind of file}
+    b"PK\x03\x04": "a zip file (Word documents are zip files)",
+    b"\xd0\xcf\x11\xe0": "an old Office document, such as .doc", b"{\\rtf": "an RTF document",
     b"%PDF": "a PDF file", b"\x1f\x8b": "compressed with gzip", b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture"}
 
 def decode(data, path, encoding=""):
-    """Return the text of the bytes of a file. Without an encoding, it is UTF-8, or what makes the
-    most sense of a file that has a byte order mark or contains zeros. With an encoding, wrong bytes
-    become �. Raises StoryError."""
+    """Decode the bytes of a file. With an encoding, invalid bytes become �. Without one, they are
+    UTF-8, but if they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and UTF-32
+    are tried as well, and the most plausible text is returned. Raises StoryError if the file is not
+    plain text, if the encoding is unknown, or if no encoding fits."""
     for beginning, kind in FILE_TYPES.items():
-        check(not data.startswith(beginning), f"{path} is {kind}, and not plain text: open it with "
-              "its own program and save it as plain text in UTF-8")
+        check(not data.startswith(beginning), f"{path} is {kind}, not plain text: convert it to "
+              "plain text in UTF-8 first")
     names = [encoding or "utf-8"]
     if not encoding and (b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff")):
         names += ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
@@ -1411,9 +1417,10 @@ def decode(data, path, encoding=""):
         try:
             texts.append(data.decode(name, errors="replace" if encoding else "strict"))
         except UnicodeDecodeError as error:
-            position = error.start      # of the last encoding, which is UTF-8 if it is the only one
+            if name == names[0]:        # UTF-8, the encoding that the message names
+                position = error.start
         except (LookupError, UnicodeError):
-            raise StoryError(f"Python knows no encoding {encoding!r}: try utf-8, utf-16 or cp1252"
+            raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
                              ) from None
     if not texts:
         raise StoryError(
@@ -1425,14 +1432,15 @@ def decode(data, path, encoding=""):
     return best.removeprefix("\ufeff")
 
 def count_oddities(text):
-    """A wrong encoding yields control characters, and characters from all over Unicode. Count the
-    former, and the blocks of 256 characters that occur."""
+    """Return the number of control characters in a text, plus the number of blocks of 256 code
+    points that its characters come from. Both are large if the encoding is wrong."""
     return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in text})
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
-# vowel. `--` means "except". Some scripts put no spaces between words; in these, each character
-# stands alone. Runs are limited to 20 characters, so that no text makes the merges slow.
+# vowel. `--` means "except". Some scripts put no spaces between words, so each of their characters
+# is a piece of its own. "story" cuts runs of letters, digits, marks or white space after 20
+# characters, because learning merges from very long pieces would be slow.
 UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--{UNSPACED}]"
 WORD = rf"{UNSPACED}\p{{M}}*|{LETTER}+(?:['’]{LETTER}+)*"
@@ -1444,14 +1452,16 @@ SPLIT_PATTERNS = {
               rf"| ?{UNSPACED}\p{{M}}{{0,19}}"
               r"| ?\p{N}{1,20}| ?[^\s\p{L}\p{M}\p{N}]{1,20}|\s{1,20}(?!\S)|\s{1,20}")}
 STORY_SPLIT = regex.compile(SPLIT_PATTERNS["story"])
-# Parts of a text that can be encoded one by one: each ends before a space that begins a new word.
+# Parts of at most 200,000 characters, which are encoded one by one. Each ends before a space that
+# begins a new word, if there is such a space.
 PART = regex.compile(r"(?s).{1,200000}(?:(?<=\S)(?= \S)|\Z)|.{1,200000}")
 # A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
-# pattern is always right. This one does not stop after Mr. or an initial (but "I" is a word), nor
-# in "No!" she cried, because a lower-case letter continues a sentence after a quotation. In a text
-# whose sentences begin in upper case, it also does elsewhere, as in "Oh! how" and "5 p.m. in".
+# pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
+# a word). After a quotation, a lower-case letter continues the sentence, as in "No!" she cried. In
+# a text whose sentences begin in upper case, a lower-case letter continues the sentence everywhere,
+# as in "Oh! how" and "5 p.m. in".
 GAP = r"(?=\s) [^\S\n]*+ \n?+ [^\S\n]*+ (?!\n)"        # white space without an empty line
-LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # perhaps behind quotation marks or dashes
+LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # lower case, perhaps after quotes or dashes
 SENTENCE_START = regex.compile(rf"""
     (?: \A | \n[^\S\n]*\n                   # the start of the text, an empty line
       | [。！？]["'”’」』）]*                  # an end that needs no space after it
@@ -1467,7 +1477,7 @@ def sentence_starts(text):
     some poems, return the positions at which lines begin."""
     matches = list(SENTENCE_START.finditer(text))
     lower = [match for match in matches if match["lower"] is not None]
-    if len(lower) <= len(matches) / 2:      # Otherwise sentences begin in lower case, as in a chat.
+    if len(lower) <= len(matches) / 2:      # if most begin in lower case, as in a chat, keep all
         matches = [match for match in matches if match["lower"] is None or match["plain"] is None]
     starts = [match.end() for match in matches]
     lines = [match.end() for match in LINE_START.finditer(text)]
@@ -1493,10 +1503,10 @@ MAX_BPE_CHARS = 1_000_000      # learn merges from this many characters; more wo
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
 
 def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=False):
-    """Make a tokenizer for a text. "auto" means "gpt2" if GPT-2's encoding loads within 10 seconds
-    and suits the text, and "story" otherwise, and for a long text. "word" and "story" learn from
-    the training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is
-    set. Raises StoryError if "gpt2" is not available."""
+    """Make a tokenizer for a text. "auto" means "gpt2" if the text is short and GPT-2's encoding
+    suits it and loads within 10 seconds, otherwise "story". "word" and "story" learn from the
+    training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set.
+    Raises StoryError if "gpt2" is not available."""
     check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
           f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
     by_size = settings_for_size(count_bytes(train_text + val_text))
@@ -1506,13 +1516,13 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
     if kind == "story":
-        check(vocab_size >= 257, f"vocab_size must be at least 257, for the 256 bytes and "
-              f"{END_OF_TEXT}, not {vocab_size}")
+        check(vocab_size >= 257, f"vocab_size must be at least 257 (the 256 bytes and "
+              f"{END_OF_TEXT}), not {vocab_size}")
         return BPETokenizer(train_bpe_fast(train_text[:MAX_BPE_CHARS], vocab_size), kind)
     return BPETokenizer(gpt2_tokens([] if full_vocab else [train_text, val_text]), kind)
 
 def restore_tokenizer(kind, tokens):
-    """The tokenizer of a checkpoint. Raises StoryError if it cannot be one of ours."""
+    """Return a checkpoint's tokenizer. Raises StoryError if its kind or its tokens are invalid."""
     required = {END_OF_TEXT, UNKNOWN} if kind == "word" else ALL_BYTES
     known = set(tokens)
     check(kind in ("word", *SPLIT_PATTERNS) and required <= known and len(known) == len(tokens)
@@ -1520,8 +1530,8 @@ def restore_tokenizer(kind, tokens):
     return WordTokenizer(tokens) if kind == "word" else BPETokenizer(tokens, kind)
 
 def train_bpe_fast(text, vocab_size):
-    """`train_bpe` with pair counts that are kept up to date: a merge changes the counts of only
-    those words that contain the pair."""
+    """Return the same tokens as `train_bpe`, but faster: after a merge, pairs are counted again
+    only in the words that contain the merged pair."""
     counts = Counter(STORY_SPLIT.findall(text))
     words = [split_bytes(word) for word in counts]
     word_counts = list(counts.values())
@@ -1568,8 +1578,9 @@ def load_gpt2_encoding(seconds=10):
     return answer[0] if answer else f"no answer within {seconds} seconds"
 
 def reason_against_gpt2(text):
-    """Why "auto" does not choose GPT-2's merges for a text; "" if it does. They come from English
-    text. A Hindi or Chinese word is split into so many tokens that a window holds few words."""
+    """Return why "auto" does not choose GPT-2's encoding for a text, or "" if it does. GPT-2's
+    merges come from English text and split a Hindi or Chinese word into so many tokens that a
+    window holds few words."""
     encoding, middle = load_gpt2_encoding(), max(len(text) // 2 - 5_000, 0)
     if isinstance(encoding, str):
         return f"GPT-2's encoding is not available ({encoding})"
@@ -1581,8 +1592,7 @@ def reason_against_gpt2(text):
 def gpt2_tokens(texts=()):
     """GPT-2's tokens in GPT-2's order: all of them, or those needed to split the given texts
     exactly as GPT-2 does. These are the tokens that occur, the intermediate tokens that lead to
-    them, and all bytes, so every merge that happens in these texts can still happen, and no
-    other."""
+    them, and all bytes. With them, these texts are merged exactly as with all tokens."""
     encoding = load_gpt2_encoding()
     check(not isinstance(encoding, str), f"GPT-2's encoding could not be loaded ({encoding}): "
           "connect to the internet once, or use --tokenizer story; the README explains how to copy "
@@ -1633,7 +1643,8 @@ def rotate(queries, keys):
     return rotate_by(queries, angles[-queries.shape[2]:]), rotate_by(keys, angles)
 
 def fused_is_faster(queries):
-    """On a GPU, torch's fused attention saves time and memory. On a CPU in bf16 it is slower."""
+    """Return whether to use torch's fused attention. On a GPU it saves time and memory. On a CPU it
+    is not used, because it is slower in bf16."""
     return queries.is_cuda
 
 def fused_attention(queries, keys, values, dropout):
@@ -1645,9 +1656,9 @@ def fused_attention(queries, keys, values, dropout):
 
 @functools.cache
 def fused_mask(T, S, device):
-    """The mask and the flag `is_causal` for torch's call, derived once from `causal_mask` itself,
-    so that a change there takes effect here too. (A change of `attention_weights` does not; then
-    `fused_is_faster` must return False.) torch's masks are True where attending is allowed."""
+    """Return torch's mask and its flag `is_causal`, derived from `causal_mask`, so that a change
+    there takes effect here too. (A change to `attention_weights` does not. If you make one, let
+    `fused_is_faster` return False.) In torch's masks, True means that attending is allowed."""
     mask = causal_mask(T, S, device)
     if not mask.any():
         return None, False
@@ -1759,8 +1770,8 @@ class Run:
     total_steps: int
     prompt: str                 # the prompt of the samples
     text_paths: list = field(default_factory=list)      # files of the text; []: Short_Story.txt
-    encoding: str = ""          # of these files; "": found out from their contents
-    beginnings: list = field(default_factory=list)      # of the sentences that recall tries
+    encoding: str = ""          # of these files; "": detected from their contents
+    beginnings: list = field(default_factory=list)      # the prompts of all recall tests
     step: int = 0               # steps done
     history: list = field(default_factory=list)         # of Evaluations
     loss: float | None = None                           # of the last step
@@ -1786,14 +1797,14 @@ class Run:
                                               Sampling(**sampling)))
 
     def attention(self, prompt):
-        """Return a picture of which tokens of a prompt attend to which."""
+        """Return a figure of the attention weights between the tokens of a prompt."""
         window = self.window(prompt)
         names = token_names(self.tokenizer, window[0].tolist())
         return plot_attention(attention_maps(self.model, window), names)
 
     def next(self, prompt, **sampling):
-        """Return a table of the ten most likely next tokens and of their probabilities, before and
-        after sampling settings such as temperature=0.8 have changed them."""
+        """Return a table of the ten most likely next tokens, with their probabilities before and
+        after settings such as temperature=0.8 change them."""
         sampling = Sampling(**{"temperature": 1.0, **sampling})
         with torch.no_grad():
             logits = self.model(self.window(prompt))[0, -1].float().cpu()
@@ -1813,15 +1824,15 @@ class Table(str):
     __repr__ = str.__str__
 
 def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32, **options):
-    """Split and encode a text. `tokenizer` is a tokenizer, or a kind for `make_tokenizer`, which
-    gets the options. If the validation split would not fill a window, the whole text is used for
+    """Split and encode a text. `tokenizer` is a tokenizer, or the kind that `make_tokenizer` makes
+    with these options. If the validation split would not fill a window, the whole text is used for
     training.
 
     >>> corpus = corpus_from_text("They went upriver for nine days.", "word", 0.3, context_length=2)
     >>> corpus.train_text, len(corpus.train_ids), len(corpus.val_ids)
     ('They went upriver for', 5, 3)
     """
-    TrainConfig(val_fraction=val_fraction)      # checks it
+    TrainConfig(val_fraction=val_fraction)      # raises StoryError if it is out of range
     train_text, val_text = split_text(text, val_fraction)
     resolved = tokenizer
     if isinstance(tokenizer, str):
@@ -1839,9 +1850,9 @@ def count_bytes(text):
     return len(text.encode("utf-8", errors="replace"))
 
 def settings_for_size(n_bytes):
-    """Return the settings, {name: value}, with which a text of this size is memorized in little
-    time, as far as they differ from the defaults. They are fitted to measurements (see "By the size
-    of the text" in benchmarks/README.md): a longer text needs a wider model."""
+    """Return the settings, {name: value}, whose defaults do not suit a text of this size. With
+    these values, the model memorizes it in little time. They are fitted to measurements (see "By
+    the size of the text" in benchmarks/README.md): a longer text needs a wider model."""
     if n_bytes < 60_000:
         return {}
     growth = n_bytes / 100_000
@@ -1849,9 +1860,9 @@ def settings_for_size(n_bytes):
     return {"tokenizer": "story", "vocab_size": 4096, "n_heads": n_heads, "emb_dim": 64 * n_heads,
             "optimizer": "muon", "batch_size": 64, "learning_rate": round(0.012 / n_heads, 5)}
 
-# {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
+# How long to train, so that a story is memorized: {optimizer: (epochs, minimum number of steps)}
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
-EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps; early ones show it learning
+EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps, two of them early in training
 RECALL_SAMPLE = 25      # sentences that an evaluation tries
 
 def new_run(corpus, config=None, train_config=None, device="cpu"):
@@ -1882,7 +1893,8 @@ def count_steps(steps_per_epoch, config):
     epochs, min_steps = TRAINING_LENGTH[config.optimizer]
     enough = max(epochs * steps_per_epoch, min_steps)
     steps = config.max_steps or config.epochs * steps_per_epoch or enough
-    check(steps < 1 << 22, f"{steps:,} steps are too many: give fewer --epochs or --max-steps")
+    check(steps < 1 << 22, f"{steps:,} training steps are too many: use a smaller --epochs or "
+          "--max-steps")
     return steps
 
 def in_batches(stream, size, skip):
@@ -1925,14 +1937,15 @@ def evaluate(run, corpus):
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
 def describe_loss(loss, token_ids, tokenizer):
-    """A loss per token, its perplexity, and the loss in bits per character of the text."""
+    """Format a loss per token, with its perplexity and the loss in bits per character."""
     text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
     return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
-    """Evaluate a run. With keep_best, remember the weights of the lowest validation loss, and
-    return to them at the end, or when no evaluation in the last fifth of all steps was better."""
+    """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
+    the lowest validation loss, and return to them at the end. Training ends early if this loss has
+    not fallen for a fifth of all steps."""
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
@@ -1975,12 +1988,12 @@ def encode_prompt(tokenizer, prompt):
     return token_ids
 
 def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sentences=0):
-    """Continue a prompt to the end of the text, or of so many sentences if `sentences` is not 0: a
-    generator that yields pieces of text, and never half a character."""
+    """Yield the continuation of a prompt piece by piece, but never half a character. End after
+    `max_new_tokens` tokens, at `<|endoftext|>`, or after `sentences` sentences (0: no limit)."""
     check(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
     token_ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    superfluous = " " if prompt.endswith(" ") else ""       # it comes with the next word again
+    superfluous = " " if prompt.endswith(" ") else ""       # the next word brings this space again
     text, shown = prompt, len(prompt)
     for new_ids in generate(model, token_ids, max_new_tokens, sampling):
         if new_ids.item() == tokenizer.end_of_text:
@@ -2004,7 +2017,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
 # same pace in every direction. Our story then needs half as many steps, but each takes about 50 %
 # longer.
 class Muon(torch.optim.AdamW):
-    """AdamW, but the weight matrices of the blocks, its first group, take Muon's step instead."""
+    """AdamW, except that Muon updates the weight matrices of the blocks, the first group."""
     def __init__(self, model, config):
         matrices = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}]
@@ -2103,10 +2116,12 @@ def read_checkpoint(path):
     except FileNotFoundError:
         raise StoryError(f"there is no model at {path}: train one or give another path") from None
     except OSError as error:
-        raise StoryError(f"{path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:      # only torch and zipfile ran; a hostile file can break both
+        raise StoryError(f"{path} cannot be read ({error.strerror or error}): give another path"
+                         ) from None
+    except Exception as error:      # a damaged or hostile file can make torch raise anything
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
-        raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason})") from None
+        raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason}): train "
+                         "again, or give another path") from None
     check(saved["format"] == FORMAT, f"{path} was saved by another version of story_llm (format "
           f"{reprlib.repr(saved['format'])}, here {FORMAT}): use that version, or train again")
     try:
@@ -2127,16 +2142,18 @@ def read_checkpoint(path):
         strings = [*saved["text_paths"], *saved["beginnings"]]
         check(all(type(string) is str for string in strings), "one of its texts is not a string")
     except (AttributeError, KeyError, TypeError, StoryError) as error:
-        raise StoryError(f"{path} is not compatible with this story_llm ({error})") from None
+        raise StoryError(f"{path} is not compatible with this version of story_llm ({error}): use "
+                         "the version that saved it, or train again") from None
     with torch.device("meta"):      # shapes without memory, because a file may claim any size
         model = GPTModel(saved["config"])
-        model(torch.zeros(1, 1, dtype=torch.long))      # an edited model that fails shows where
+        model(torch.zeros(1, 1, dtype=torch.long))      # a bug in an edited model shows up here
     check(shapes == best_shapes == {name: w.shape for name, w in model.state_dict().items()},
           f"{path} does not match this version's GPTModel (names or shapes of weights differ): "
           "use the version that saved it, or train again")
     check(4 * sum(weight.numel() for weight in model.parameters()) <= size
           and saved["tokenizer"].vocab_size == saved["config"].vocab_size,
-          f"{path} is damaged: it is too small, or its tokenizer has the wrong vocabulary size")
+          f"{path} is damaged (it is too small, or its tokenizer has the wrong vocabulary size): "
+          "train again")
     return saved
 
 def is_plain(tensor):
@@ -2152,17 +2169,18 @@ def check_test_loss(path, model, expected):
           f"{found:.4f} now. Use the version that saved it, or train again")
 
 def loss_on_test_window(model):
-    """The loss on a window of fixed token ids, on the CPU in fp32. Raises StoryError if it is NaN
-    or infinite, so that no such model is saved."""
+    """Return the loss on a window of fixed token ids, on the CPU in fp32. Raises StoryError if it
+    is NaN or infinite, so that such a model is neither saved nor loaded."""
     T = min(model.config.context_length, 256)
     window = torch.arange(1 + T) % model.config.vocab_size
     loss = mean_loss(on_cpu(model), window)
-    check(math.isfinite(loss), "the model computes NaN or infinite numbers, so it is not saved")
+    check(math.isfinite(loss), "the model computes NaN or infinite numbers: train again with a "
+          "smaller --learning-rate")
     return loss
 
 def keep_previous_model(path, run):
-    """If `path` holds a model that is not an earlier state of this run, rename it to NAME.old.pt,
-    .old2.pt, ... and return the new path. Otherwise return None."""
+    """If there is a file at `path` that is not an earlier state of this run, rename it to
+    NAME.old.pt, .old2.pt, ... and return the new path. Otherwise return None."""
     path = Path(os.path.realpath(path))
     if not path.exists():
         return None
@@ -2222,7 +2240,8 @@ def save_figure(figure, path):
         try:
             Path(path).write_bytes(picture.getvalue())
         except OSError as error:
-            raise StoryError(f"{path} could not be written ({error.strerror})") from None
+            raise StoryError(f"{path} could not be written ({error.strerror}): give another path"
+                             ) from None
     return figure
 
 def module_outputs(model, modules, token_ids):
@@ -2268,8 +2287,8 @@ def plot_attention(maps, names, path=None):
     return save_figure(figure, path)
 
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════
-# One function per command. It calls the functions of its step and prints what they return: results
-# on stdout, notes on stderr. A table at the end lists which command has which options.
+# Each command has one function, which calls the functions of its step and prints what they return:
+# results on stdout, notes on stderr. A table at the end lists which command has which options.
 DEFAULT_TEXT = str(Path(__file__).with_name("Short_Story.txt"))
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
 CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters except \t, \n
@@ -2288,7 +2307,8 @@ def note(message):
     log(message, file=sys.stderr)
 
 def token_names(tokenizer, token_ids):
-    """The text of each token on one line; a part of a character is shown as its bytes."""
+    """Return the text of each token for display on one line. White space becomes visible, and a
+    part of a character is shown as its bytes."""
     names = []
     for token_id in token_ids:
         name = tokenizer.decode([token_id])
@@ -2298,7 +2318,7 @@ def token_names(tokenizer, token_ids):
         names.append(CONTROL.sub("\ufffd", name))
     return names
 
-@functools.cache        # `tour` runs many commands
+@functools.cache        # print each note only once, because `tour` runs many commands
 def note_once(message):
     note(message)
 
@@ -2360,7 +2380,8 @@ def new_run_from_args(args):
     return run, corpus
 
 def load_run(args):
-    """Return (the saved run, its corpus). The corpus is made from --text if that is given."""
+    """Return (the saved run, its corpus). The corpus is made from --text or, if that is not given,
+    from the files that the run was trained on."""
     run = load_checkpoint(args.model, args.device)
     if "text" not in args.given:
         args.text, args.encoding = run.text_paths or args.text, args.encoding or run.encoding
@@ -2406,7 +2427,7 @@ def log_recall(run, corpus):
     recall = share_recited(run.model, run.tokenizer, tests)
     sample = ""
     if len(tests) < len(corpus.recall_tests):
-        sample = f" (a sample of {len(corpus.recall_tests):,})"
+        sample = f" (sampled from {len(corpus.recall_tests):,})"
     log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} sentences{sample} "
         "continued word for word from their first five words")
     return recall
@@ -2424,7 +2445,7 @@ def command_bpe(args):
     log(f"training split: {len(text):,} characters, {len(corpus.train_ids):,} tokens of the "
         f"{tokenizer.kind} tokenizer\n"
         f"vocabulary: {tokenizer.vocab_size:,} entries, for example {' '.join(sample)}\n"
-        f"encoding and decoding gives back the same text: {lossless}")
+        f"decoding the token ids gives back the same text: {lossless}")
     prompt = args.given.get("prompt", first_words(text) if "text" in args.given else DEFAULT_PROMPT)
     for sentence in (prompt, "Thamarai bought a laptop <|endoftext|>"):
         token_ids = tokenizer.encode(sentence)
@@ -2479,8 +2500,8 @@ def log_losses(run, corpus):
 
 @contextlib.contextmanager
 def collect_signals():
-    """Within this block, Ctrl-C and requests to end the program do not end it, but are appended to
-    the list that this yields. After the first one, the next one ends the program."""
+    """Yield a list of signals. The first SIGINT (Ctrl-C), SIGTERM or SIGHUP in the block is only
+    appended to it, so that the caller can stop safely. A second raises KeyboardInterrupt."""
     received, handlers = [], {}
 
     def collect(number, frame):
@@ -2488,8 +2509,8 @@ def collect_signals():
         for number in handlers:
             signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; Ctrl-C again stops at "
-                     b"once and loses what was learned since the last save\n")
+            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; press Ctrl-C again to "
+                     b"stop at once and lose what was learned since the last save\n")
 
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # SIGHUP: the terminal was closed
@@ -2503,21 +2524,21 @@ def collect_signals():
             signal.signal(number, handler)
 
 class Progress:
-    """Prints and saves a run during training. Without a path, it only prints."""
+    """Prints the progress of a run during training, and saves the run if a path is given."""
     def __init__(self, run, path=None, resumed=False):
         self.path = path
-        self.written = file_signature(path) if resumed else None    # the file that is this run's
-        self.shown = len(run.history)       # evaluations that need not be printed
+        self.written = file_signature(path) if resumed else None    # signature of this run's file
+        self.shown = len(run.history)       # evaluations that have been printed before
         self.start = self.first_step = None
         self.next_save = self.next_line = 0.0
 
     def update(self, run, is_last):
-        """To be called after every step, with whether it is the last one."""
+        """Print and save what is due after a step; `is_last` says whether it was the last step."""
         now = time.perf_counter()
         evaluations = run.history[self.shown:]
         self.shown = len(run.history)
         speed = ""
-        if self.start is None:      # only now, because the first step takes longer than the others
+        if self.start is None:      # start the clock only now, because the first step is slower
             self.start, self.first_step = now, run.step
         else:
             seconds = (now - self.start) / (run.step - self.first_step)     # for each step
@@ -2547,24 +2568,26 @@ class Progress:
         if None not in (signature, self.written) and signature != self.written:
             other = unused_path(self.path)
             save_checkpoint(other, run)
-            raise StoryError(f"another program saves {self.path} too, so this training ends here, "
-                             f"saved as {other}: give each training a --model of its own")
+            raise StoryError(f"another program has written to {self.path}, so this training stops, "
+                             f"and its model is saved as {other}: give each training its own "
+                             "--model")
         if self.written is None:
             kept = keep_previous_model(self.path, run)
             if kept:
-                note(f"note: {self.path} held another model, or one trained further, which is now "
-                     f"{kept.name}")
+                note(f"note: the file at {self.path} was not an earlier state of this training, so "
+                     f"it is kept as {kept.name}")
         try:
             save_checkpoint(self.path, run)
         except StoryError as error:
             if is_last:
                 raise
-            note(f"note: {error}; training continues, and will try again after the next evaluation")
+            note(f"note: {error}; training continues, and saving is tried again after the next "
+                 "evaluation")
         self.written = file_signature(self.path)
         self.next_save = time.perf_counter() + 50 * (time.perf_counter() - start)
 
 def file_signature(path):
-    """Return what changes when another file takes the place of this one; None if there is none."""
+    """Return values that change when another file replaces this one, or None if it is missing."""
     with contextlib.suppress(OSError, TypeError):
         status = os.stat(path)
         return status.st_ino, status.st_size, status.st_mtime_ns
@@ -2597,16 +2620,17 @@ def command_train(args):
         f"{count_parameters(run.model):,} parameters; {run.total_steps} steps; loss of a uniform "
         f"guess {math.log(run.config.vocab_size):.3f}")
     if len(corpus.recall_tests) > RECALL_SAMPLE:
-        log(f"Until the end, recall is that of a sample of at most {RECALL_SAMPLE} sentences.")
+        log(f"During training, recall is measured on at most {RECALL_SAMPLE} sentences.")
     first_step = run.step
     if first_step >= run.total_steps:
-        note(f"note: {args.model} has been trained for {run.step} steps already, so nothing is "
-             "left to do: give more --epochs or --max-steps")
+        note(f"note: {args.model} has already been trained for {run.step} steps, so nothing is "
+             "left to do: set a larger --epochs or --max-steps")
     train_with_progress(run, corpus, args.model, args.resume)
     finish_training(args, run, corpus, first_step)
 
 def finish_training(args, run, corpus, first_step):
-    """Print what to do next, after recall and the picture if training has come to its end."""
+    """If training is complete, print the losses and recall, draw the loss curves, and suggest the
+    next command. Otherwise print how to continue, and raise KeyboardInterrupt."""
     given = [f"{option_string(name)}={args.given[name]}" for name in ("model", "plot", "device")
              if name in args.given]
     if run.step < run.total_steps:
@@ -2616,14 +2640,14 @@ def finish_training(args, run, corpus, first_step):
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
-        log("To make it recite more, train longer (--epochs), or a larger model (--emb-dim)")
+        log("To raise recall, train longer (--epochs) or use a larger model (--emb-dim)")
     if run.step > first_step:
         log(f"saved {args.model}")
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
     model = ["--model", args.model] if "model" in args.given else []
     prompt = run.prompt.replace("\n", "\\n")
-    log(f"Now let it write: {command_line('generate', *model, '--prompt', prompt)}")
+    log(f"Now let the model write: {command_line('generate', *model, '--prompt', prompt)}")
 
 def command_plot(args):
     run = load_checkpoint(args.model)
@@ -2631,7 +2655,7 @@ def command_plot(args):
     log(f"drew {args.plot}")
 
 def prompt_from_args(args, run):
-    """Return the prompt, after a note if the model cannot see it as it is."""
+    """Return the user's prompt or the run's. Print a note if the model may not continue it."""
     return check_prompt(args.given.get("prompt", run.prompt), run)
 
 def check_prompt(prompt, run):
@@ -2640,15 +2664,17 @@ def check_prompt(prompt, run):
         pieces = zip(split_words(prompt), token_ids)
         unknown = [piece.strip() for piece, i in pieces if run.tokenizer.tokens[i] == UNKNOWN]
         if unknown:
-            note(f"note: the story does not contain {', '.join(unknown)}: the model sees {UNKNOWN}")
+            note(f"note: not in the vocabulary: {', '.join(unknown)}; the model sees {UNKNOWN} "
+                 "instead")
     if run.beginnings and not any(beginning.startswith(prompt.rstrip()) or
                                   prompt.startswith(beginning) for beginning in run.beginnings):
         similar = {beginning[:len(prompt)]: beginning for beginning in run.beginnings}
-        nearest = "".join(f"; the nearest beginning is {similar[close]!r}" for close in
+        nearest = "".join(f" (the most similar one begins with {similar[close]!r})" for close in
                           difflib.get_close_matches(prompt, similar, n=1))
-        note(f"note: no sentence that the model was tested on begins with these words{nearest}")
+        note(f"note: no sentence of the recall test begins like this prompt{nearest}, so the "
+             "continuation may not be in the story")
     if len(token_ids) > T:
-        note(f"note: the prompt has {len(token_ids)} tokens, and the model sees the last {T}")
+        note(f"note: the prompt has {len(token_ids)} tokens, but the model sees only the last {T}")
     return prompt
 
 def command_attention(args):
@@ -2700,7 +2726,7 @@ def typed_prompts():
                 yield unescape(line.rstrip("\r\n"))
 
 def unescape(prompt):
-    """Return a prompt with line breaks in place of \\n, because these are hard to type."""
+    """Turn each \\n in a prompt into a line break, because line breaks are hard to type."""
     return prompt.replace("\\n", "\n")
 
 def command_tour(args):
@@ -2708,7 +2734,8 @@ def command_tour(args):
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise StoryError(f"{folder} cannot be created here ({error.strerror})") from None
+        raise StoryError(f"the folder {folder} cannot be created here ({error.strerror}): run the "
+                         "tour in another folder") from None
     log(f"Running all steps in order. Their files are saved in the folder {folder}.")
     for command in TOUR:
         words = shlex.split(command)
@@ -2735,24 +2762,25 @@ class Options(Settings):
     """The options that are not settings of a model, of training or of sampling."""
     text: tuple = setting((DEFAULT_TEXT,), "the story: text files, folders of .txt files, or - for "
                           "standard input (default: Short_Story.txt)")
-    encoding: str = setting("", "encoding of the text (default: UTF-8, or as its bytes suggest)")
-    tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits a short text, else "
-                             "story")
+    encoding: str = setting("", "encoding of the text (default: detect UTF-8, UTF-16 or UTF-32)")
+    tokenizer: str = setting("auto", "auto: gpt2 for a short text, if it is available and "
+                             "suits the text, else story")
     vocab_size: int = setting(2048, "vocabulary size of --tokenizer story (default: 2048, or more "
                               "for a long text)")
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
-    preset: str = setting("auto", "which defaults to start from: auto memorizes a text of any "
-                          "size, writer learns its manner, story and gpt2-small have fixed sizes")
+    preset: str = setting("auto", "settings to start from: auto to memorize a text of any size, "
+                          "story to memorize a short text, writer to write new text in the same "
+                          "style, gpt2-small for the smallest GPT-2")
     model: str = setting("story_llm.pt", "the checkpoint file")
-    untrained: bool = setting(False, "use a new, untrained model, with the model options")
+    untrained: bool = setting(False, "use a new, untrained model, built with the options below")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda if there is a GPU")
     prompt: str = setting("", "the text that the model continues; \\n is a line break")
-    max_new_tokens: int = setting(100, "tokens to generate, at most")
-    sentences: int = setting(0, "stop after so many sentences (0: do not)")
+    max_new_tokens: int = setting(100, "maximum number of tokens to generate")
+    sentences: int = setting(0, "stop after this many sentences (0: no limit)")
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
-                        "attention.png, with the name of another --model in front)")
+                        "attention.png, after the name of --model if that is given)")
 
 FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
                               *fields(Options))}
@@ -2884,8 +2912,8 @@ def run_command(argv):
     return args.handler(args)
 
 def exit_status(work, *arguments):
-    """Call work(*arguments) and return an exit status: the value that `work` returns, or 0; 1 after
-    a StoryError, which is printed on one line; 2 after a usage error; 130 after Ctrl-C."""
+    """Call work(*arguments) and return an exit status: what `work` returns, or 0; 1 after an error
+    printed on one line, or if nobody reads the output; 2 after a usage error; 130 after Ctrl-C."""
     prepare_streams()
     try:
         return work(*arguments) or 0
@@ -2899,7 +2927,7 @@ def exit_status(work, *arguments):
     except ModuleNotFoundError as error:
         if error.name not in ("tiktoken", "matplotlib"):
             raise
-        mistake = f"{error.name} is not installed: python -m pip install {error.name}"
+        mistake = f"{error.name} is not installed: run python -m pip install {error.name}"
     except (MemoryError, RuntimeError) as error:
         # torch reports a lack of memory as a RuntimeError.
         signs = ("out of memory", "not enough memory", "can't allocate memory")
@@ -2925,14 +2953,14 @@ def prepare_streams():
 # of this file, makes them sleep after 2,000 spins.
 
 def keep_memory():
-    """Let glibc keep freed memory for the next step. Allocating it again takes a third of the
-    training time."""
+    """Let glibc keep freed memory for the next step. Otherwise, allocating it again would take a
+    third of the training time."""
     with contextlib.suppress(OSError, AttributeError):      # not Linux, or another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
 if __name__ == "__main__":
-    os.environ["MPLBACKEND"] = "agg"        # a notebook's own one does not exist outside of it
+    os.environ["MPLBACKEND"] = "agg"        # a notebook's backend works only in the notebook
     keep_memory()
     sys.exit(main())
