@@ -2412,7 +2412,7 @@ def log_recall(run, corpus):
     return recall
 
 def command_words(args):
-    args.tokenizer = "word"
+    args.given["tokenizer"] = "word"
     command_bpe(args)
 
 def command_bpe(args):
