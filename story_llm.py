@@ -2189,8 +2189,8 @@ def check_writable(path, endings=()):
     check(os.path.isfile(path) or not os.path.lexists(path),
           f"{path} is a folder or a device: give the path of a file")
     try:
-        with open(temporary_path(path), "wb"):
-            temporary_path(path).unlink()
+        temporary_path(path).write_bytes(b"")
+        temporary_path(path).unlink()
     except OSError as error:
         raise StoryError(f"{path} cannot be written ({error.strerror}): give another path"
                          ) from None
