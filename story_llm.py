@@ -2061,14 +2061,11 @@ def newton_schulz(X):
 
 # ═══ Workshop: checkpoint files ════════════════════════════════════════════════════════════════
 FORMAT = 6      # increase only if old files can no longer be read, not for a new setting
-PLAIN_FIELDS = ("fingerprint", "encoding", "prompt", "step", "total_steps", "steps_per_epoch",
-                "text_paths", "beginnings")
-ENTRIES = {**dict.fromkeys(PLAIN_FIELDS[:3], str), **dict.fromkeys(PLAIN_FIELDS[3:6], int),
-           "text_paths": list, "beginnings": list, "config": dict, "train_config": dict,
-           "tokenizer": dict,
-           "history": list,
-           "weights": dict, "best_weights": (dict, type(None)), "optimizer": (dict, type(None)),
-           "test_loss": float}
+PLAIN_FIELDS = {"fingerprint": str, "encoding": str, "prompt": str, "step": int, "total_steps": int,
+                "steps_per_epoch": int, "text_paths": list, "beginnings": list}
+ENTRIES = {**PLAIN_FIELDS, "config": dict, "train_config": dict, "tokenizer": dict,
+           "history": list, "weights": dict, "best_weights": dict | None,
+           "optimizer": dict | None, "test_loss": float}
 
 def atomic_save(path, contents):
     """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
