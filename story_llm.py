@@ -2229,13 +2229,10 @@ def module_outputs(model, modules, token_ids):
     def keep_output(module, inputs, output):
         outputs[module] = output
 
-    handles = [module.register_forward_hook(keep_output) for module in modules]
-    try:
-        with torch.no_grad():
-            model(token_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), contextlib.ExitStack() as hooks:      # which removes them in the end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep_output))
+        model(token_ids)
     return [outputs[module] for module in modules]
 
 def attention_maps(model, token_ids):
