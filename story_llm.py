@@ -2281,6 +2281,8 @@ def log(message="", file=None, end="\n"):
 def note(message):
     log(message, file=sys.stderr)
 
+note_once = functools.cache(note)       # `tour` runs many commands
+
 def token_names(tokenizer, token_ids):
     """The text of each token on one line; a part of a character is shown as its bytes."""
     names = []
@@ -2291,10 +2293,6 @@ def token_names(tokenizer, token_ids):
         name = name.replace("\n", "⏎").replace(" ", "␣").replace("\t", "→")
         names.append(CONTROL.sub("\ufffd", name))
     return names
-
-@functools.cache        # `tour` runs many commands
-def note_once(message):
-    note(message)
 
 def command_line(*words):
     """Return a command of this program for the user to copy, quoted for the shell of this
