@@ -2689,11 +2689,7 @@ def typed_prompts():
     with contextlib.suppress(EOFError):
         for line in lines:
             if line.strip():
-                yield unescape(line.rstrip("\r\n"))
-
-def unescape(prompt):
-    """Return a prompt with line breaks in place of \\n, because these are hard to type."""
-    return prompt.replace("\\n", "\n")
+                yield line.rstrip("\r\n").replace("\\n", "\n")
 
 def command_tour(args):
     folder = Path("story_llm_tour")
@@ -2852,7 +2848,7 @@ def parse(argv):
     if "text" in given:
         given["text"] = tuple(given["text"])
     if "prompt" in given:
-        given["prompt"] = unescape(given["prompt"])
+        given["prompt"] = given["prompt"].replace("\\n", "\n")      # line breaks are hard to type
     defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
     args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
     override_settings(Options(), given)         # raises StoryError if an option is invalid
