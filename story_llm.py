@@ -2089,11 +2089,10 @@ def read_checkpoint(path):
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            check(unpacked <= size, "it is compressed")
+            entries = archive.infolist()
+            check(sum(entry.file_size for entry in entries) <= size, "it is compressed")
+            check(not any(entry.external_attr & 0x10 for entry in entries), "it contains a folder")
             check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
-            attributes = [entry.external_attr for entry in archive.infolist()]
-            check(not any(attribute & 0x10 for attribute in attributes), "it contains a folder")
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
         check(isinstance(saved, dict) and "format" in saved, "it has no format number")
@@ -2113,12 +2112,9 @@ def read_checkpoint(path):
         saved["train_config"] = TrainConfig(**saved["train_config"])
         saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
         saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
-        best_weights = saved["best_weights"] or saved["weights"]
-        shapes, best_shapes = [{name: weight.shape for name, weight in weights.items()}
-                               for weights in (saved["weights"], best_weights)]
+        weights, best_weights = saved["weights"], saved["best_weights"] or saved["weights"]
         states = saved["optimizer"]["state"].values() if saved["optimizer"] else ()
-        tensors = itertools.chain(saved["weights"].values(), best_weights.values(),
-                                  *(state.values() for state in states))
+        tensors = itertools.chain(*(group.values() for group in (weights, best_weights, *states)))
         check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
         check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
         strings = [*saved["text_paths"], *saved["beginnings"]]
@@ -2128,9 +2124,10 @@ def read_checkpoint(path):
     with torch.device("meta"):      # shapes without memory, because a file may claim any size
         model = GPTModel(saved["config"])
         model(torch.zeros(1, 1, dtype=torch.long))      # an edited model that fails shows where
-    check(shapes == best_shapes == {name: w.shape for name, w in model.state_dict().items()},
-          f"{path} does not match this version's GPTModel (names or shapes of weights differ): "
-          "use the version that saved it, or train again")
+    shapes = [{name: weight.shape for name, weight in group.items()}
+              for group in (weights, best_weights, model.state_dict())]
+    check(shapes[0] == shapes[1] == shapes[2], f"{path} does not match this version's GPTModel "
+          "(names or shapes of weights differ): use the version that saved it, or train again")
     check(4 * sum(weight.numel() for weight in model.parameters()) <= size
           and saved["tokenizer"].vocab_size == saved["config"].vocab_size,
           f"{path} is damaged: it is too small, or its tokenizer has the wrong vocabulary size")
