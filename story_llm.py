@@ -2016,19 +2016,16 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        groups = self.param_groups
-        lrs = [group["lr"] for group in groups]
-        for group in groups:
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
             group["lr"] *= 4            # Muon stays stable at higher learning rates than AdamW
-        for weight in groups[0]["params"]:
-            self.step_matrix(weight, groups[0]["lr"], groups[0]["weight_decay"])
-        try:
-            self.param_groups = groups[1:]
-            super().step()
-        finally:
-            self.param_groups = groups
-            for group, lr in zip(groups, lrs):
-                group["lr"] = lr
+        matrices = self.param_groups[0]
+        for weight in matrices["params"]:
+            self.step_matrix(weight, matrices["lr"], matrices["weight_decay"])
+            weight.grad = None          # so AdamW leaves this weight alone
+        super().step()
+        for group, lr in zip(self.param_groups, lrs):
+            group["lr"] = lr
 
     def step_matrix(self, weight, lr, weight_decay):
         state = self.state[weight]
