@@ -2208,10 +2208,8 @@ def save_figure(figure, path):
     """Save a figure if a path is given, and return the figure."""
     if path is not None:
         check_writable(path, PICTURES)
-        picture = io.BytesIO()
-        figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=150)
         try:
-            Path(path).write_bytes(picture.getvalue())
+            figure.savefig(path, dpi=150)
         except OSError as error:
             raise StoryError(f"{path} could not be written ({error.strerror})") from None
     return figure
