@@ -2636,7 +2636,6 @@ def check_prompt(prompt, run):
     return prompt
 
 def command_attention(args):
-    check_writable(args.plot, PICTURES)
     run = load_checkpoint(args.model)
     save_figure(run.attention(prompt_from_args(args, run)), args.plot)
     log(f"drew {args.plot}")
