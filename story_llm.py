@@ -1497,8 +1497,7 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     and suits the text, and "story" otherwise, and for a long text. "word" and "story" learn from
     the training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is
     set. Raises StoryError if "gpt2" is not available."""
-    check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
-          f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
+    Options(tokenizer=kind)         # checks it
     by_size = settings_for_size(count_bytes(train_text + val_text))
     vocab_size = vocab_size or by_size.get("vocab_size", 2048)
     if kind == "auto":
