@@ -1987,13 +1987,14 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         piece = decoder.decode(tokenizer.decode_bytes(new_ids.tolist()))
         text += piece.removeprefix(superfluous)
         superfluous = ""
-        end, starts = len(text), []
+        end, later = len(text), []
         if sentences:       # white space is held back, because it may separate two sentences
             starts = [start for start in sentence_starts(text) if start > len(prompt)]
-            end = len(text[:[*starts, end][min(len(starts), sentences - 1)]].rstrip())
+            later = starts[sentences - 1:]      # sentences that are no longer wanted
+            end = len(text[:min(later, default=end)].rstrip())
         yield text[shown:end]
         shown = max(shown, end)
-        if sentences and len(starts) >= sentences:
+        if later:
             return
     yield text[shown:] + decoder.decode(b"", final=True)
 
