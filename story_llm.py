@@ -1691,11 +1691,11 @@ def mixed_precision(run):
 @contextlib.contextmanager
 def seeded_rng(*names, device=torch.device("cpu")):
     """Run the block with a seed derived from `names`, then restore torch's random state."""
-    digest = hashlib.sha256(repr(names).encode()).digest()
+    seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            torch.cuda.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.cuda.manual_seed(seed)
         yield
 
 def dropout_seed(run, *names):
