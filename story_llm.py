@@ -1507,8 +1507,7 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     suits it and loads within 10 seconds, otherwise "story". "word" and "story" learn from the
     training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set.
     Raises StoryError if "gpt2" is not available."""
-    check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
-          f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
+    Options(tokenizer=kind)         # raises StoryError if there is no such kind
     by_size = settings_for_size(count_bytes(train_text + val_text))
     vocab_size = vocab_size or by_size.get("vocab_size", 2048)
     if kind == "auto":
@@ -1703,11 +1702,11 @@ def mixed_precision(run):
 @contextlib.contextmanager
 def seeded_rng(*names, device=torch.device("cpu")):
     """Run the block with a seed derived from `names`, then restore torch's random state."""
-    digest = hashlib.sha256(repr(names).encode()).digest()
+    seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
+        torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            torch.cuda.manual_seed(int.from_bytes(digest[:7], "big"))
+            torch.cuda.manual_seed(seed)
         yield
 
 def dropout_seed(run, *names):
@@ -2001,13 +2000,14 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         piece = decoder.decode(tokenizer.decode_bytes(new_ids.tolist()))
         text += piece.removeprefix(superfluous)
         superfluous = ""
-        end, starts = len(text), []
+        end, later = len(text), []
         if sentences:       # white space is held back, because it may separate two sentences
             starts = [start for start in sentence_starts(text) if start > len(prompt)]
-            end = len(text[:[*starts, end][min(len(starts), sentences - 1)]].rstrip())
+            later = starts[sentences - 1:]      # sentences that are no longer wanted
+            end = len(text[:min(later, default=end)].rstrip())
         yield text[shown:end]
         shown = max(shown, end)
-        if sentences and len(starts) >= sentences:
+        if later:
             return
     yield text[shown:] + decoder.decode(b"", final=True)
 
@@ -2029,19 +2029,16 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        groups = self.param_groups
-        lrs = [group["lr"] for group in groups]
-        for group in groups:
+        lrs = [group["lr"] for group in self.param_groups]
+        for group in self.param_groups:
             group["lr"] *= 4            # Muon stays stable at higher learning rates than AdamW
-        for weight in groups[0]["params"]:
-            self.step_matrix(weight, groups[0]["lr"], groups[0]["weight_decay"])
-        try:
-            self.param_groups = groups[1:]
-            super().step()
-        finally:
-            self.param_groups = groups
-            for group, lr in zip(groups, lrs):
-                group["lr"] = lr
+        matrices = self.param_groups[0]
+        for weight in matrices["params"]:
+            self.step_matrix(weight, matrices["lr"], matrices["weight_decay"])
+            weight.grad = None          # so AdamW leaves this weight alone
+        super().step()
+        for group, lr in zip(self.param_groups, lrs):
+            group["lr"] = lr
 
     def step_matrix(self, weight, lr, weight_decay):
         state = self.state[weight]
@@ -2074,14 +2071,11 @@ def newton_schulz(X):
 
 # ═══ Workshop: checkpoint files ════════════════════════════════════════════════════════════════
 FORMAT = 6      # increase only if old files can no longer be read, not for a new setting
-PLAIN_FIELDS = ("fingerprint", "encoding", "prompt", "step", "total_steps", "steps_per_epoch",
-                "text_paths", "beginnings")
-ENTRIES = {**dict.fromkeys(PLAIN_FIELDS[:3], str), **dict.fromkeys(PLAIN_FIELDS[3:6], int),
-           "text_paths": list, "beginnings": list, "config": dict, "train_config": dict,
-           "tokenizer": dict,
-           "history": list,
-           "weights": dict, "best_weights": (dict, type(None)), "optimizer": (dict, type(None)),
-           "test_loss": float}
+PLAIN_FIELDS = {"fingerprint": str, "encoding": str, "prompt": str, "step": int, "total_steps": int,
+                "steps_per_epoch": int, "text_paths": list, "beginnings": list}
+ENTRIES = {**PLAIN_FIELDS, "config": dict, "train_config": dict, "tokenizer": dict,
+           "history": list, "weights": dict, "best_weights": dict | None,
+           "optimizer": dict | None, "test_loss": float}
 
 def atomic_save(path, contents):
     """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
@@ -2105,11 +2099,10 @@ def read_checkpoint(path):
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             size = os.fstat(file.fileno()).st_size
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            check(unpacked <= size, "it is compressed")
+            entries = archive.infolist()
+            check(sum(entry.file_size for entry in entries) <= size, "it is compressed")
+            check(not any(entry.external_attr & 0x10 for entry in entries), "it contains a folder")
             check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
-            attributes = [entry.external_attr for entry in archive.infolist()]
-            check(not any(attribute & 0x10 for attribute in attributes), "it contains a folder")
             file.seek(0)
             saved = torch.load(file, map_location="cpu", weights_only=True)
         check(isinstance(saved, dict) and "format" in saved, "it has no format number")
@@ -2131,12 +2124,9 @@ def read_checkpoint(path):
         saved["train_config"] = TrainConfig(**saved["train_config"])
         saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
         saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
-        best_weights = saved["best_weights"] or saved["weights"]
-        shapes, best_shapes = [{name: weight.shape for name, weight in weights.items()}
-                               for weights in (saved["weights"], best_weights)]
+        weights, best_weights = saved["weights"], saved["best_weights"] or saved["weights"]
         states = saved["optimizer"]["state"].values() if saved["optimizer"] else ()
-        tensors = itertools.chain(saved["weights"].values(), best_weights.values(),
-                                  *(state.values() for state in states))
+        tensors = itertools.chain(*(group.values() for group in (weights, best_weights, *states)))
         check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
         check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
         strings = [*saved["text_paths"], *saved["beginnings"]]
@@ -2147,9 +2137,10 @@ def read_checkpoint(path):
     with torch.device("meta"):      # shapes without memory, because a file may claim any size
         model = GPTModel(saved["config"])
         model(torch.zeros(1, 1, dtype=torch.long))      # a bug in an edited model shows up here
-    check(shapes == best_shapes == {name: w.shape for name, w in model.state_dict().items()},
-          f"{path} does not match this version's GPTModel (names or shapes of weights differ): "
-          "use the version that saved it, or train again")
+    shapes = [{name: weight.shape for name, weight in group.items()}
+              for group in (weights, best_weights, model.state_dict())]
+    check(shapes[0] == shapes[1] == shapes[2], f"{path} does not match this version's GPTModel "
+          "(names or shapes of weights differ): use the version that saved it, or train again")
     check(4 * sum(weight.numel() for weight in model.parameters()) <= size
           and saved["tokenizer"].vocab_size == saved["config"].vocab_size,
           f"{path} is damaged (it is too small, or its tokenizer has the wrong vocabulary size): "
@@ -2207,8 +2198,8 @@ def check_writable(path, endings=()):
     check(os.path.isfile(path) or not os.path.lexists(path),
           f"{path} is a folder or a device: give the path of a file")
     try:
-        with open(temporary_path(path), "wb"):
-            temporary_path(path).unlink()
+        temporary_path(path).write_bytes(b"")
+        temporary_path(path).unlink()
     except OSError as error:
         raise StoryError(f"{path} cannot be written ({error.strerror}): give another path"
                          ) from None
@@ -2235,10 +2226,8 @@ def save_figure(figure, path):
     """Save a figure if a path is given, and return the figure."""
     if path is not None:
         check_writable(path, PICTURES)
-        picture = io.BytesIO()
-        figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=150)
         try:
-            Path(path).write_bytes(picture.getvalue())
+            figure.savefig(path, dpi=150)
         except OSError as error:
             raise StoryError(f"{path} could not be written ({error.strerror}): give another path"
                              ) from None
@@ -2251,13 +2240,10 @@ def module_outputs(model, modules, token_ids):
     def keep_output(module, inputs, output):
         outputs[module] = output
 
-    handles = [module.register_forward_hook(keep_output) for module in modules]
-    try:
-        with torch.no_grad():
-            model(token_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), contextlib.ExitStack() as hooks:      # which removes them in the end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep_output))
+        model(token_ids)
     return [outputs[module] for module in modules]
 
 def attention_maps(model, token_ids):
@@ -2306,6 +2292,8 @@ def log(message="", file=None, end="\n"):
 def note(message):
     log(message, file=sys.stderr)
 
+note_once = functools.cache(note)       # `tour` runs many commands
+
 def token_names(tokenizer, token_ids):
     """Return the text of each token for display on one line. White space becomes visible, and a
     part of a character is shown as its bytes."""
@@ -2317,10 +2305,6 @@ def token_names(tokenizer, token_ids):
         name = name.replace("\n", "⏎").replace(" ", "␣").replace("\t", "→")
         names.append(CONTROL.sub("\ufffd", name))
     return names
-
-@functools.cache        # print each note only once, because `tour` runs many commands
-def note_once(message):
-    note(message)
 
 def command_line(*words):
     """Return a command of this program for the user to copy, quoted for the shell of this
@@ -2433,7 +2417,7 @@ def log_recall(run, corpus):
     return recall
 
 def command_words(args):
-    args.tokenizer = "word"
+    args.given["tokenizer"] = "word"
     command_bpe(args)
 
 def command_bpe(args):
@@ -2678,7 +2662,6 @@ def check_prompt(prompt, run):
     return prompt
 
 def command_attention(args):
-    check_writable(args.plot, PICTURES)
     run = load_checkpoint(args.model)
     save_figure(run.attention(prompt_from_args(args, run)), args.plot)
     log(f"drew {args.plot}")
@@ -2723,11 +2706,7 @@ def typed_prompts():
     with contextlib.suppress(EOFError):
         for line in lines:
             if line.strip():
-                yield unescape(line.rstrip("\r\n"))
-
-def unescape(prompt):
-    """Turn each \\n in a prompt into a line break, because line breaks are hard to type."""
-    return prompt.replace("\\n", "\n")
+                yield line.rstrip("\r\n").replace("\\n", "\n")
 
 def command_tour(args):
     folder = Path("story_llm_tour")
@@ -2888,7 +2867,7 @@ def parse(argv):
     if "text" in given:
         given["text"] = tuple(given["text"])
     if "prompt" in given:
-        given["prompt"] = unescape(given["prompt"])
+        given["prompt"] = given["prompt"].replace("\\n", "\n")      # line breaks are hard to type
     defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
     args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
     override_settings(Options(), given)         # raises StoryError if an option is invalid
