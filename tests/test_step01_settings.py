@@ -14,7 +14,8 @@ EVERY_FIELD = [(settings, f) for settings in ALL_SETTINGS for f in dataclasses.f
 WRONG_TYPES = {bool: ["no", "False", "", 0, 1, None, 0.0, [], math.nan],
                int: ["1", b"1", True, None, 1.0, 2.5, math.nan, math.inf, [1], 1 + 0j, torch.tensor(1)],
                float: ["0.5", True, None, math.nan, math.inf, -math.inf, [0.5], 0.5j, torch.tensor(0.5)],
-               str: [None, True, 0, 1.5, "", "no", b"auto", [], ["auto"]]}
+               str: [None, True, 0, 1.5, "", "no", b"auto", [], ["auto"]],
+               tuple: ["story.txt", None, True, 0, [], ["story.txt"], b"story.txt"]}
 
 
 @pytest.mark.parametrize("settings", ALL_SETTINGS)
@@ -41,7 +42,7 @@ def test_every_setting_refuses_values_of_a_wrong_type_and_names_itself_and_the_v
 
 def test_the_error_about_a_wrong_setting_names_the_values_that_are_allowed():
     for settings, values, words in [
-            (GPTConfig, {"qkv_bias": "no"}, ["qkv_bias", "True", "False", "'no'"]),
+            (GPTConfig, {"qkv_bias": "no"}, ["qkv_bias", "bool", "'no'"]),
             (GPTConfig, {"position": "none"}, ["position", "learned", "sinusoidal", "rotary", "'none'"]),
             (TrainConfig, {"epochs": -1}, ["epochs", "integer", "at least 0", "-1"]),
             (TrainConfig, {"val_fraction": 1.5}, ["val_fraction", "number", "at least 0", "below 1", "1.5"])]:

@@ -42,25 +42,25 @@ def kinds_of(text):
 
 def words_of(text):
     """The words within which pairs are merged: characters of one kind with the space before them, and white space.
-    After 100 characters, a new word begins."""
+    After 20 characters, a new word begins."""
     runs = ["".join(character for _, character in run)
             for _, run in itertools.groupby(zip(kinds_of(text), text), lambda pair: pair[0])]
     words, space = [], ""
     for number, run in enumerate(runs, 1):
         if not run.isspace():
-            first, *others = in_hundreds(run)
+            first, *others = in_twenties(run)
             words += [space + first, *others]
             space = ""
         elif number == len(runs):
-            words += in_hundreds(run)
+            words += in_twenties(run)
         else:
             space = " " if run.endswith(" ") else ""
-            words += in_hundreds(run[:-1]) + in_hundreds(run[-1].removeprefix(" "))
+            words += in_twenties(run[:-1]) + in_twenties(run[-1].removeprefix(" "))
     return words
 
 
-def in_hundreds(text):
-    return [text[start:start + 100] for start in range(0, len(text), 100)]
+def in_twenties(text):
+    return [text[start:start + 20] for start in range(0, len(text), 20)]
 
 
 def learn_naively(text, vocab_size):
@@ -105,17 +105,17 @@ def test_the_split_loses_nothing(text):
 @given(st.lists(st.tuples(
     st.sampled_from(["", " ", "x", "1", "-", "\n"]),
     st.sampled_from(["b", "\u00e9", "\u0b95\u0bbe", "7", ".", "\N{DROMEDARY CAMEL}", " ", "\n", "\u6f22", "\u0301"]),
-    st.integers(90, 310))))
-def test_a_run_of_more_than_100_characters_is_split(runs):
+    st.integers(15, 70))))
+def test_a_run_of_more_than_20_characters_is_split(runs):
     text = "".join(before + repeated * count for before, repeated, count in runs)
     assert STORY_SPLIT.findall(text) == words_of(text)
 
 
-def test_no_run_makes_a_word_longer_than_100_characters_and_a_space():
+def test_no_run_makes_a_word_longer_than_20_characters_and_a_space():
     """Long words would make the merges slow. Marks need a look of their own, because they can follow any letter."""
     for repeated in ("a", "1", ".", " ", "\n", "\u0e01", "\u6f22", "\u0301", "\u200d"):
         for text in (repeated * 1000, " a" + repeated * 1000, " \u0e01" + repeated * 1000 + " x"):
-            assert max(map(len, STORY_SPLIT.findall(text))) <= 1 + 100
+            assert max(map(len, STORY_SPLIT.findall(text))) <= 1 + 20
 
 
 def test_tiktoken_gets_the_pattern_with_which_the_merges_were_learned():

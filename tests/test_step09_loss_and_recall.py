@@ -10,8 +10,9 @@ from torch import nn
 
 from helpers import STORY, TEXT, lively_model, some_text, story_llm, tiny, train_to, trained
 from scripts import SCRIPTS, SENTENCES
-from story_llm import (IGNORE_INDEX, GPTConfig, batch_loss, generate, generate_text, generate_text_simple, load_text,
-                       make_tokenizer, mean_loss, measure_recall, new_model, recall_tests, recites)
+from story_llm import (IGNORE_INDEX, GPTConfig, batch_loss, evenly_spaced, generate, generate_text,
+                       generate_text_simple, load_text, make_tokenizer, mean_loss, measure_recall, new_model,
+                       recall_tests, recites)
 
 
 def some_ids(*shape):
@@ -163,11 +164,29 @@ def test_the_recall_tests_of_any_text_are_parts_of_it(text):
         assert prompt + continuation in text and prompt.strip() and 1 <= len(continuation) <= 200
 
 
+def test_sentences_that_five_words_cannot_tell_apart_are_no_recall_tests():
+    """No model could continue both. If they are continued alike, or if one of them is too short, they can be told."""
+    same, end = "The king said to him that", "the river was his and nobody else's."
+    others = TEXT.replace("Nobody came", "Many came")
+    assert recall_tests(f"{same} {end} {same} it was late. {others}") == recall_tests(others)
+    twice = f"{same} {end} {others}"
+    assert recall_tests(f"{twice}\n{twice}") == recall_tests(twice) != recall_tests(others)
+    short = f"The king said to him. {others}"
+    assert recall_tests(short) == recall_tests(others)
+
+
+def test_the_same_words_with_another_space_between_them_are_another_beginning():
+    text = "The king said to him that it was late. The king said  to him that nobody had come yet."
+    assert [prompt for prompt, _ in recall_tests(text)] == ["The king said to him", "The king said  to him"]
+
+
 @pytest.mark.parametrize("count, most, expected", [(100, 10, range(0, 100, 10)), (10, 10, range(10)),
                                                    (11, 10, range(0, 11, 2)), (3, 1, [0])])
 def test_of_many_sentences_some_are_taken_evenly_spaced(count, most, expected):
+    assert evenly_spaced(list(range(count)), most) == list(expected)
     text = " ".join(f"Sentence {i} has a few more words than eight of them." for i in range(count))
-    assert [int(prompt.split()[1]) for prompt, _ in recall_tests(text, most)] == list(expected)
+    tests = evenly_spaced(recall_tests(text), most)
+    assert [int(prompt.split()[1]) for prompt, _ in tests] == list(expected)
 
 
 # recall
@@ -240,7 +259,8 @@ def test_what_is_recited_is_what_a_user_sees(knows_text):
 
 def test_recall_is_measured_on_as_many_sentences_as_asked(knows_text):
     """Of the five sentences of this text, the model can continue the first. (The second one is followed by another.)"""
-    text = "\n".join(TEXT.splitlines()[:2]) + "\n" + OTHER
+    other = OTHER.replace("The old", "A young").replace("Nobody", "Everybody")
+    text = "\n".join(TEXT.splitlines()[:2]) + "\n" + other
     recalls = [measure_recall(knows_text.model, knows_text.tokenizer, text, n) for n in (5, 2, 1)]
     assert recalls == [1 / 5, 1 / 2, 1.0]
 
@@ -248,7 +268,7 @@ def test_recall_is_measured_on_as_many_sentences_as_asked(knows_text):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_text_in_any_script_is_memorized(name):
     run = trained(SCRIPTS[name], tokenizer=make_tokenizer("story", SCRIPTS[name]), emb_dim=64, context_length=32,
-                  batch_size=16, max_steps=160, optimizer="muon", learning_rate=0.003, eval_every=1000,
+                  batch_size=16, max_steps=200, optimizer="muon", learning_rate=0.003, eval_every=1000,
                   val_fraction=0.0)
     assert len(recall_tests(SCRIPTS[name])) == len(SENTENCES[name])
     assert measure_recall(run.model, run.tokenizer, SCRIPTS[name]) >= 0.95
