@@ -2867,7 +2867,7 @@ def parse(argv):
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
         model = Path(args.model)
-        args.plot = str(model.with_name(f"{model.stem}_{picture}")) if "model" in given else picture
+        args.plot = str(model.parent / f"{model.stem}_{picture}") if "model" in given else picture
     if not args.untrained:
         refuse_options(args, given.keys() - set(options), "requires --untrained, because a saved "
                        "model keeps the value that it was trained with")
