@@ -109,14 +109,16 @@ def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, c
     (folder / "empty.txt").write_bytes(b"")
     (folder / "blank.txt").write_bytes(b" \n\t\n")
     (folder / "latin.txt").write_bytes("Once there was a café by the river.".encode("latin-1"))
-    (folder / "utf16.txt").write_bytes(TEXT.encode("utf-16"))
+    (folder / "letter.docx").write_bytes(b"PK\x03\x04" + bytes(100))
     (folder / "folder").mkdir()
-    for text, *words in (("missing.txt", "give a text file"), ("folder", "give a text file"), ("nowhere/my.txt",),
-                         ("empty.txt", "empty"), ("blank.txt", "empty"), ("latin.txt", "UTF-8", "byte 20 is 0xe9"),
-                         ("utf16.txt", "UTF-8", "UTF-16")):
-        result = call(*small(command), "--text", text)
-        assert_one_line(result, text, *words)
+    for text, *words in (("missing.txt", "give a text file"), ("folder", "no .txt file", "give a text file"),
+                         ("nowhere/my.txt",), ("empty.txt", "empty"), ("blank.txt", "empty"),
+                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip", "plain text")):
+        result = call(*small(command, "--text", text))
+        assert_one_line(result, *([] if "empty" in words else [text]), *words)
         assert result[1] == ""
+    assert_one_line(call(*small(command, "--text", "latin.txt", "--encoding", "utf-9")), "utf-9", "cp1252")
+    assert_one_line(call(*small(command, "--text", "my.txt", "missing.txt")), "missing.txt")
     assert not (folder / "story_llm.pt").exists()
 
 
@@ -145,8 +147,8 @@ def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, t
 
 
 @pytest.mark.parametrize("name", [
-    "fingerprint", "text_path", "prompt", "step", "total_steps", "steps_per_epoch", "test_loss", "weights", "optimizer",
-    "history", "config", "train_config", "tokenizer"])
+    "fingerprint", "text_paths", "encoding", "beginnings", "best_weights", "prompt", "step", "total_steps",
+    "steps_per_epoch", "test_loss", "weights", "optimizer", "history", "config", "train_config", "tokenizer"])
 def test_a_checkpoint_with_an_entry_missing_or_of_another_type_is_one_line(folder, trained_here, call, name):
     saved = torch.load("story_llm.pt", weights_only=True)
     others = {other: value for other, value in saved.items() if other != name}
