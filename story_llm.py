@@ -1996,7 +1996,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         shown = max(shown, end)
         if sentences and len(starts) >= sentences:
             return
-    yield text[shown:] + decoder.decode(b"", final=True)
+    yield text[shown:]
 
 # ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
 # The average gradient of a weight matrix usually has a few large singular values and many small
