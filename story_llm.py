@@ -1047,7 +1047,8 @@ def train(run, corpus):
     """
     start_optimizer(run)        # workshop: make_optimizer, plus the saved state of a resumed run
     if run.step == 0:
-        run.history = [evaluate(run, corpus)]
+        run.history = []
+        record_evaluation(run, corpus)
     for inputs, targets in training_batches(run, corpus):
         training_step(run, inputs, targets)
         run.step += 1
