@@ -1929,7 +1929,8 @@ def describe_loss(loss, token_ids, tokenizer):
     """A loss per token, its perplexity, and the loss in bits per character of the text."""
     text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
-    return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()       # inf if that is too large
+    return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
     """Evaluate a run. With keep_best, remember the weights of the lowest validation loss, and
