@@ -2853,6 +2853,8 @@ def parse(argv):
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     command = given.pop("command")
+    if command is None and unknown:
+        parser.error(f"the first word must be a command, not {unknown[0]}")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     handler, _, options = COMMANDS[command]
