@@ -2414,7 +2414,7 @@ def log_recall(run, corpus):
     return recall
 
 def command_words(args):
-    args.tokenizer = "word"
+    args.given["tokenizer"] = "word"
     command_bpe(args)
 
 def command_bpe(args):
@@ -2810,7 +2810,7 @@ def add_option(parser, name, default=None):
         kind = {"nargs": "+", "action": "extend", "metavar": "FILE"}
     text = f.metadata["meaning"]
     default = f.default if default is None else default
-    if default != "" and default is not False and "default" not in text:
+    if default != "" and default is not False and "(default" not in text:
         text += f" (default: {default})"
     parser.add_argument(option_string(name), default=argparse.SUPPRESS,
                         help=text.replace("%", "%%"), **kind)
