@@ -38,7 +38,8 @@ def bare(tmp_path_factory, monkeypatch):
     for name, value in bare_environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
-    story_llm.load_gpt2_encoding.cache_clear()
+    for cached in (story_llm.load_gpt2_encoding, story_llm.note_once):
+        cached.cache_clear()
     yield cache
     story_llm.load_gpt2_encoding.cache_clear()
 
