@@ -1992,7 +1992,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         superfluous = ""
         end, starts = len(text), []
         if sentences:       # white space is held back, because it may separate two sentences
-            starts = [start for start in sentence_starts(text) if start > len(prompt)]
+            starts = [i for i in sentence_starts(text) if text[len(prompt):i].strip()]
             end = len(text[:[*starts, end][min(len(starts), sentences - 1)]].rstrip())
         yield text[shown:end]
         shown = max(shown, end)
