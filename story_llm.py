@@ -1501,7 +1501,8 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     check(kind in CHOICES["tokenizer"], f"the tokenizer must be one of "
           f"{', '.join(CHOICES['tokenizer'])}, not {kind!r}")
     by_size = settings_for_size(count_bytes(train_text + val_text))
-    vocab_size = vocab_size or by_size.get("vocab_size", 2048)
+    if vocab_size is None:
+        vocab_size = by_size.get("vocab_size", 2048)
     if kind == "auto":
         kind = by_size.get("tokenizer") or ("story" if reason_against_gpt2(train_text) else "gpt2")
     if kind == "word":
