@@ -230,6 +230,40 @@ def test_a_learned_encoding_makes_its_text_shorter_and_no_token_crosses_a_word(t
     assert ends >= set(itertools.accumulate(len(word.encode()) for word in words_of(text)))
 
 
+@given(st.lists(st.tuples(st.sampled_from(["a", "king", "I'll", "é", "漢字", "42", "...", "\x1c", "<|endoftext|>"]),
+                          st.sampled_from(["", " ", "  ", "   ", "\n", "\n ", " \n", "\t", "\u3000", "\r\n\n"]))),
+       st.sampled_from(["gpt2", "story"]), st.integers(12, 40))
+def test_a_text_that_is_encoded_in_parts_gets_the_ids_that_tiktoken_gives_the_whole(words, kind, size):
+    text = "".join(word + space for word, space in words)
+    tokenizer = BPETokenizer(BYTES + [b" a", b"  ", b" k", b"ki", b"..", b"\n ", b" \n", b"\n\n", b"a "], kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", str(size))))
+        parts = story_llm.PART.findall(text)
+        assert "".join(parts) == text and all(len(part) <= size for part in parts)
+        if all(regex.match(r" \S", part) and not before[-1].isspace() for before, part in itertools.pairwise(parts)):
+            assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_parts_of_the_story_end_between_words(monkeypatch):
+    """Otherwise the test above would compare next to nothing."""
+    monkeypatch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", "40")))
+    story = story_llm.load_text(STORY)
+    parts = story_llm.PART.findall(story)
+    assert len(parts) > 400 and all(regex.match(r" \S", part) for part in parts[1:])
+    assert LEARNED.encode(story) == LEARNED.encoding.encode_ordinary(story)
+
+
+@pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
+@pytest.mark.parametrize("repeated", ["a", " ", "\u0301", "漢", ".", "\n"], ids=repr)
+def test_a_million_equal_characters_are_encoded_and_given_back(kind, repeated, request):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2")
+    text = repeated * 1_000_000
+    tokenizer = make_tokenizer(kind, text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_bytes_that_form_no_character_are_decoded_as_the_replacement_character():
     assert LEARNED.decode([0xC3]) == "\ufffd"
 
