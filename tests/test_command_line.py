@@ -3,6 +3,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -151,6 +152,26 @@ def test_what_is_asked_of_an_untrained_model_is_refused_or_has_an_effect(folder,
 def test_the_given_options_of_untrained_models_are_used(folder, call, small):
     out = call(*small("model"), "--n-layers", "3", "--position", "rotary", "--emb-dim", "24")[1]
     assert re.search(r"n_layers +3\b", out) and re.search(r"position +rotary\b", out) and "(2, 12, 24)" in out
+
+
+@pytest.mark.parametrize("command, meant", [
+    (["train", "--epoch", "3"], "--epochs"), (["train", "--learning-rat=0.1"], "--learning-rate"),
+    (["generate", "--promt", "Once"], "--prompt"), (["generate", "--emb_dim", "3"], "--emb-dim"),
+    (["generate", "Once upon a time"], "--prompt 'Once upon a time'"), (["train", "my.txt"], "--text my.txt"),
+    (["words", "my story.txt"], "--text 'my story.txt'"), (["plot", "my.pt"], "--model my.pt")])
+def test_an_unknown_word_gets_a_line_that_says_what_may_have_been_meant(call, idle, command, meant):
+    status, out, err = call(*command)
+    assert (status, out, err.count("\n")) == (2, "", 1) and idle == []
+    assert err.startswith(f"error: {command[0]} has no argument {command[1]}; did you mean {meant}?")
+    assert f"python story_llm.py {command[0]} --help" in err
+
+
+@pytest.mark.parametrize("command", [["tour", "now"], ["train", "--zzzzzzzz"], ["trian"], ["plot", "--model"],
+                                     ["train", "--epochs", "many"]])
+def test_where_nothing_similar_exists_the_line_names_the_help(call, idle, command):
+    status, out, err = call(*command)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "--help" in err and "did you mean" not in err
+    assert command[-1].removeprefix("--") in err
 
 
 # before and after training
@@ -333,6 +354,77 @@ def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folde
     assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
 
 
+@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said", "$HOME"])
+def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
+    status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
+    command = re.search(r"^Now let it write: python story_llm\.py (.*)$", out.splitlines()[-1])[1]
+    status, out, err = call(*shlex.split(command), "--max-new-tokens", "3")
+    assert status == 0 and out.startswith(prompt) and "error" not in err
+    assert load_checkpoint("my model.pt").prompt == prompt
+
+
+def test_a_line_break_in_a_sample_does_not_break_the_log(folder, call, small):
+    out = call(*small("train", "--prompt", r"the rain to end.\nNobody came"))[1]
+    samples = [line for line in out.splitlines() if line.startswith("    ")]
+    assert load_checkpoint("story_llm.pt").prompt == "the rain to end.\nNobody came"
+    assert len(samples) == out.count("): Train loss")
+    assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples)
+
+
+@pytest.mark.parametrize("prompt", ["-Hello", "-", "-1 is less than 0", "-m", "-- he said", "—¿Está lejos?"])
+def test_a_prompt_may_begin_with_a_dash(folder, trained_on_bytes, call, prompt):
+    for words in (["--prompt", prompt], [f"--prompt={prompt}"]):
+        status, out, err = call("generate", "--model", trained_on_bytes, "--max-new-tokens", "2", *words)
+        assert status == 0 and out.startswith(prompt) and "error" not in err
+    assert_one_line_error(call("generate", "--prompt", "--model", trained_on_bytes), "--prompt")
+
+
+def test_a_line_break_can_be_typed(folder, trained_here, call, monkeypatch):
+    expected = "the rain to end.\nNobody came down"
+    assert call("generate", "--prompt", r"the rain to end.\nNobody came down")[1].startswith(expected)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the rain to end.\\nNobody came down\n"))
+    assert call("generate")[1].startswith(expected)
+    rows = [call("next", "--prompt", prompt)[1] for prompt in (r"to end.\n", "to end.\n", "to end.n")]
+    assert rows[0] == rows[1] != rows[2]
+
+
+@pytest.mark.parametrize("prompt, notes", [
+    (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []),
+    ("The old ferryman tied a", ["no sentence that the model was tested on begins with these words; the nearest beginning "
+                                 "is 'The old ferryman tied his'"]),
+    ("at night a boy ran", ["the story does not contain at: the model sees <|unk|>",
+                            "no sentence that the model was tested on begins with these words; the nearest "
+                            "beginning is 'At night a boy ran'"]),
+    ("Zzzz", ["the story does not contain Zzzz: the model sees <|unk|>",
+              "no sentence that the model was tested on begins with these words"]),
+    ("At night a laptop, a phone", ["the story does not contain laptop, phone: the model sees <|unk|>",
+                                    "no sentence that the model was tested on begins with these words; the nearest "
+                                    "beginning is 'At night a boy ran'"])])
+def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes):
+    for command in (["generate"], ["next"], ["attention"]):
+        status, out, err = call(*command, "--prompt", prompt)
+        assert (status, err.splitlines()) == (0, [f"note: {note}" for note in notes])
+
+
+def test_sentences_end_the_text(folder, trained_here, call):
+    out = call("generate", "--prompt", TEXT.split("\n")[0][:-4], "--sentences", "1", "--temperature", "0")[1]
+    assert story_llm.sentence_starts(out) == [0]
+
+
+@pytest.mark.parametrize("most", [2, 3, 6, 7])
+def test_recall_of_a_sample_is_said_to_be_one(folder, trained_here, call, small, monkeypatch, most):
+    original = story_llm.evenly_spaced
+    monkeypatch.setattr(story_llm, "RECALL_SAMPLE", most)
+    monkeypatch.setattr(story_llm, "evenly_spaced", lambda items, count: original(items, min(count, most)))
+
+    def sample(count):
+        return f"of {most} sentences (a sample of {count}) continued" if most < count else f"of {count} sentences continued"
+
+    assert sample(5) in call("evaluate")[1]
+    out = call(*small("train", "--model", "new.pt", "--val-fraction", "0"))[1]
+    assert sample(6) in out and (f"recall is that of a sample of at most {most} sentences" in out) == (most < 6)
+
+
 # pictures, and looking inside
 
 def png_size(path):
@@ -344,6 +436,17 @@ def png_size(path):
 def test_plot_draws_where_it_is_told(folder, trained_here, call):
     assert call("plot", "--plot", "curve.svg") == (0, "drew curve.svg\n", "")
     assert (folder / "curve.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+@pytest.mark.parametrize("model, name", [("other.pt", "other_{}.png"), ("runs/a.b.pt", "runs/a.b_{}.png")])
+def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call, model, name):
+    (folder / "runs").mkdir()
+    os.rename("story_llm.pt", model)
+    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
+    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
+    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
+    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
+        str(path.relative_to(folder)) for path in folder.rglob("*.*")}
 
 
 def test_attention_is_drawn(folder, trained_here, call):
@@ -494,6 +597,47 @@ def test_a_text_with_a_byte_order_mark_and_other_line_ends_is_the_same_text(fold
     assert call(*small("train", "--text", "bom.txt", "--model", "bom.pt"))[0] == 0
     assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("bom.pt").model)
     assert call("evaluate", "--text", "bom.txt")[2] == ""
+
+
+def test_a_text_may_be_several_files_a_folder_or_standard_input(folder, call, small, monkeypatch):
+    """All of them are the same text here, so they make the same model, and resuming finds them again."""
+    lines = TEXT.splitlines(keepends=True)
+    (folder / "parts").mkdir()
+    for name, part in (("parts/1.txt", lines[:3]), ("parts/2.txt", lines[3:])):
+        (folder / name).write_text("".join(part))
+    (folder / "whole.txt").write_text("\n\n".join(map("".join, (lines[:3], lines[3:]))))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "whole.txt").read_bytes())))
+    runs = []
+    for text in (["whole.txt"], ["parts/1.txt", "parts/2.txt"], ["parts"], ["-"]):
+        assert call(*small("train", "--text", *text, "--model", "m.pt"))[0] == 0
+        runs.append(load_checkpoint("m.pt"))
+        assert runs[-1].text_paths == text and weights_equal(runs[-1].model, runs[0].model)
+        if text != ["-"]:
+            assert call("evaluate", "--model", "m.pt")[2] == ""
+        os.remove("m.pt")
+    assert call(*small("train", "--text", "parts/1.txt", "--text", "parts/2.txt"))[0] == 0     # also given one by one
+    assert weights_equal(load_checkpoint("story_llm.pt").model, runs[0].model)
+
+
+def test_an_encoding_that_is_named_is_remembered(folder, call, small):
+    text = TEXT.replace("old", "très âgé")
+    (folder / "cp.txt").write_text(text, encoding="cp1252")
+    (folder / "utf.txt").write_text(text, encoding="utf-8")
+    assert_one_line_error(call(*small("train", "--text", "cp.txt")), "cp.txt", "--encoding cp1252")
+    assert call(*small("train", "--text", "cp.txt", "--encoding", "cp1252", "--max-steps", "2"))[0] == 0
+    assert call("evaluate")[::2] == call("evaluate", "--text", "utf.txt")[::2] == (0, "")
+    assert call("train", "--resume", "--max-steps", "3")[::2] == (0, "")
+    assert call("train", "--resume", "--max-steps", "4", "--text", "utf.txt", "--encoding", "utf-8")[::2] == (0, "")
+    assert load_checkpoint("story_llm.pt").step == 4
+    assert call("evaluate")[::2] == (0, "")
+
+
+def test_two_hundred_blank_lines_in_front_of_a_text_do_no_harm(folder, call, small):
+    (folder / "blank.txt").write_text("\n" * 200 + TEXT)
+    status, out, err = call(*small("train", "--text", "blank.txt"))
+    assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").prompt == PROMPT
+    assert re.search(r"^Recall \d+\.\d%: \d+ of 5 sentences", out, re.MULTILINE)
+    assert call("words", "--text", "blank.txt")[1].count(f"text:    {PROMPT}\n") == 1
 
 
 # what is at --model already

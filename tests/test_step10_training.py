@@ -389,6 +389,57 @@ def test_every_training_setting_has_an_effect_and_is_saved(name, tmp_path):
     assert load_checkpoint(tmp_path / "run.pt").train_config == changed.train_config
 
 
+# keeping the best weights
+
+BEST = {"keep_best": True, "val_fraction": 0.3, "epochs": 0, "max_steps": 100, "eval_every": 5, "learning_rate": 0.01,
+        "drop_rate": 0.1}
+
+
+def test_training_ends_with_the_weights_of_the_lowest_validation_loss_and_not_long_after_it():
+    run, corpus = tiny(**BEST)
+    weights = {0: copy.deepcopy(run.model)}
+    for _ in train(run, corpus):
+        if run.history[-1].step == run.step < run.total_steps:
+            weights[run.step] = copy.deepcopy(run.model)
+    losses = {evaluation.step: evaluation.val_loss for evaluation in run.history}
+    best = min(losses, key=losses.get)
+    assert 0 < best < run.step == run.total_steps < 100 and max(losses) == run.step
+    assert best + 20 < run.step <= best + 25        # a fifth of the steps, and then the next evaluation
+    assert weights_equal(run.model, weights[best]) and not weights_equal(run.model, weights[max(weights)])
+    assert mean_loss(run.model, corpus.val_ids) == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [3, 10, 13])
+def test_a_training_that_keeps_the_best_weights_can_be_resumed(stop_at, tmp_path):
+    whole = trained(**BEST)
+    run, corpus = tiny(**BEST)
+    save_checkpoint(tmp_path / "run.pt", train_to(run, corpus, stop_at))
+    run = train_to(load_checkpoint(tmp_path / "run.pt"), corpus)
+    assert run.history == whole.history and run.step == whole.step and weights_equal(run.model, whole.model)
+    assert same(run.best_weights, whole.best_weights)
+
+
+def test_if_the_validation_loss_never_falls_the_untrained_weights_are_kept():
+    run, corpus = tiny(**{**BEST, "learning_rate": 5.0, "warmup_steps": 0})
+    untrained = copy.deepcopy(run.model)
+    train_to(run, corpus)
+    assert min(run.history, key=lambda evaluation: evaluation.val_loss).step == 0
+    assert weights_equal(run.model, untrained) and run.step < 100
+
+
+def test_if_the_validation_loss_falls_to_the_end_all_steps_are_taken():
+    """The validation split repeats what the training split says."""
+    run, other = [trained(4 * TEXT, **{**BEST, "max_steps": 10, "keep_best": keep_best}) for keep_best in (True, False)]
+    assert run.step == 10 and weights_equal(run.model, other.model) and other.best_weights is None
+
+
+def test_without_a_validation_split_keeping_the_best_weights_is_refused_before_the_first_step():
+    run, corpus = tiny(**{**BEST, "val_fraction": 0.0})
+    with pytest.raises(StoryError, match="--keep-best needs a validation split"):
+        train_to(run, corpus)
+    assert run.step == 0
+
+
 # one step, computed by hand
 
 def step_by_hand(model, inputs, targets, config, lr, step, means, squares):
