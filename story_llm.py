@@ -1051,7 +1051,8 @@ def train(run, corpus):
     """
     start_optimizer(run)        # workshop: make_optimizer, plus the saved state of a resumed run
     if run.step == 0:
-        run.history = [evaluate(run, corpus)]
+        run.history = []
+        record_evaluation(run, corpus)
     for inputs, targets in training_batches(run, corpus):
         training_step(run, inputs, targets)
         run.step += 1
@@ -1509,7 +1510,8 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     Raises StoryError if "gpt2" is not available."""
     Options(tokenizer=kind)         # raises StoryError if there is no such kind
     by_size = settings_for_size(count_bytes(train_text + val_text))
-    vocab_size = vocab_size or by_size.get("vocab_size", 2048)
+    if vocab_size is None:
+        vocab_size = by_size.get("vocab_size", 2048)
     if kind == "auto":
         kind = by_size.get("tokenizer") or ("story" if reason_against_gpt2(train_text) else "gpt2")
     if kind == "word":
@@ -1939,7 +1941,8 @@ def describe_loss(loss, token_ids, tokenizer):
     """Format a loss per token, with its perplexity and the loss in bits per character."""
     text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
-    return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()       # inf if that is too large
+    return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
     """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
@@ -2002,14 +2005,14 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         superfluous = ""
         end, later = len(text), []
         if sentences:       # white space is held back, because it may separate two sentences
-            starts = [start for start in sentence_starts(text) if start > len(prompt)]
+            starts = [i for i in sentence_starts(text) if text[len(prompt):i].strip()]
             later = starts[sentences - 1:]      # sentences that are no longer wanted
             end = len(text[:min(later, default=end)].rstrip())
         yield text[shown:end]
         shown = max(shown, end)
         if later:
             return
-    yield text[shown:] + decoder.decode(b"", final=True)
+    yield text[shown:]
 
 # ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
 # The average gradient of a weight matrix usually has a few large singular values and many small
@@ -2815,7 +2818,7 @@ def add_option(parser, name, default=None):
         kind = {"nargs": "+", "action": "extend", "metavar": "FILE"}
     text = f.metadata["meaning"]
     default = f.default if default is None else default
-    if default != "" and default is not False and "default" not in text:
+    if default != "" and default is not False and "(default" not in text:
         text += f" (default: {default})"
     parser.add_argument(option_string(name), default=argparse.SUPPRESS,
                         help=text.replace("%", "%%"), **kind)
@@ -2858,6 +2861,8 @@ def parse(argv):
     parsed, unknown = parser.parse_known_args(argv)
     given = vars(parsed)
     command = given.pop("command")
+    if command is None and unknown:
+        parser.error(f"the first word must be a command, not {unknown[0]}")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     handler, _, options = COMMANDS[command]
@@ -2874,7 +2879,7 @@ def parse(argv):
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
         model = Path(args.model)
-        args.plot = str(model.with_name(f"{model.stem}_{picture}")) if "model" in given else picture
+        args.plot = str(model.parent / f"{model.stem}_{picture}") if "model" in given else picture
     if not args.untrained:
         refuse_options(args, given.keys() - set(options), "requires --untrained, because a saved "
                        "model keeps the value that it was trained with")

@@ -190,7 +190,8 @@ def train(run, corpus, step):
     of its training step. A generator, which yields after every step."""
     story_llm.start_optimizer(run)
     if run.step == 0:
-        run.history = [story_llm.evaluate(run, corpus)]
+        run.history = []
+        story_llm.record_evaluation(run, corpus)
     for inputs, targets in story_llm.training_batches(run, corpus):
         step(run, inputs, targets)
         run.step += 1

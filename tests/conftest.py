@@ -38,7 +38,8 @@ def bare(tmp_path_factory, monkeypatch):
     for name, value in bare_environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)
-    story_llm.load_gpt2_encoding.cache_clear()
+    for cached in (story_llm.load_gpt2_encoding, story_llm.note_once):
+        cached.cache_clear()
     yield cache
     story_llm.load_gpt2_encoding.cache_clear()
 
@@ -66,7 +67,7 @@ def trained_with_defaults(gpt2, run_program, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small():
     """small("train", ...) returns that command with those settings of a tiny model that are among its options, and with
-    further options."""
+    further options. (The option --text can be given several times, so one among these takes the place of my.txt.)"""
     settings = {"text": "my.txt", "tokenizer": "word", "context_length": 12, "emb_dim": 32, "n_heads": 2, "n_layers": 1,
                 "batch_size": 8, "epochs": 4, "eval_every": 5, "precision": "fp32"}
 
@@ -75,7 +76,7 @@ def small():
         untrained = ("untrained",) if "untrained" in options else ()
         known = (*options, *story_llm.NEW_MODEL) if untrained else options
         known = (*known, "precision") if command == "evaluate" else known
-        words = [word for name, value in settings.items() if name in known
+        words = [word for name, value in settings.items() if name in known and not (name == "text" and "--text" in more)
                  for word in (story_llm.option_string(name), str(value))]
         return [command, *map(story_llm.option_string, untrained), *words, *more]
     return arguments

@@ -62,6 +62,22 @@ def test_a_changed_model_that_works_is_told_from_the_saved_one(folder, trained_h
         assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["evaluate"], ["train", "--resume", "--epochs", "9"]])
+def test_a_layer_of_a_wrong_size_shows_where_it_fails_although_the_checkpoint_is_of_another_model(
+        folder, trained_here, capsys, monkeypatch, command):
+    """The reader edits a layer and runs the old model. The line that fails helps more than that the shapes differ."""
+    class FeedForward(story_llm.FeedForward):
+        def __init__(self, config):
+            super().__init__(config)
+            self.expand = torch.nn.Linear(config.emb_dim, 3 * config.emb_dim)
+
+    monkeypatch.setattr(story_llm, "FeedForward", FeedForward)
+    with pytest.raises(RuntimeError) as raised:
+        story_llm.main(command)
+    assert "forward" in [entry.name for entry in raised.traceback] and "96" in str(raised.value)
+    assert capsys.readouterr().err == ""
+
+
 # a bug anywhere
 
 class Mistake(Exception):
@@ -109,14 +125,16 @@ def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, c
     (folder / "empty.txt").write_bytes(b"")
     (folder / "blank.txt").write_bytes(b" \n\t\n")
     (folder / "latin.txt").write_bytes("Once there was a café by the river.".encode("latin-1"))
-    (folder / "utf16.txt").write_bytes(TEXT.encode("utf-16"))
+    (folder / "letter.docx").write_bytes(b"PK\x03\x04" + bytes(100))
     (folder / "folder").mkdir()
-    for text, *words in (("missing.txt", "give a text file"), ("folder", "give a text file"), ("nowhere/my.txt",),
-                         ("empty.txt", "empty"), ("blank.txt", "empty"), ("latin.txt", "UTF-8", "byte 20 is 0xe9"),
-                         ("utf16.txt", "UTF-8", "UTF-16")):
-        result = call(*small(command), "--text", text)
-        assert_one_line(result, text, *words)
+    for text, *words in (("missing.txt", "give a text file"), ("folder", "no .txt file", "give a text file"),
+                         ("nowhere/my.txt",), ("empty.txt", "empty"), ("blank.txt", "empty"),
+                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip", "plain text")):
+        result = call(*small(command, "--text", text))
+        assert_one_line(result, *([] if "empty" in words else [text]), *words)
         assert result[1] == ""
+    assert_one_line(call(*small(command, "--text", "latin.txt", "--encoding", "utf-9")), "utf-9", "cp1252")
+    assert_one_line(call(*small(command, "--text", "my.txt", "missing.txt")), "missing.txt")
     assert not (folder / "story_llm.pt").exists()
 
 
@@ -145,8 +163,8 @@ def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, t
 
 
 @pytest.mark.parametrize("name", [
-    "fingerprint", "text_path", "prompt", "step", "total_steps", "steps_per_epoch", "test_loss", "weights", "optimizer",
-    "history", "config", "train_config", "tokenizer"])
+    "fingerprint", "text_paths", "encoding", "beginnings", "best_weights", "prompt", "step", "total_steps",
+    "steps_per_epoch", "test_loss", "weights", "optimizer", "history", "config", "train_config", "tokenizer"])
 def test_a_checkpoint_with_an_entry_missing_or_of_another_type_is_one_line(folder, trained_here, call, name):
     saved = torch.load("story_llm.pt", weights_only=True)
     others = {other: value for other, value in saved.items() if other != name}
@@ -335,3 +353,58 @@ def test_without_tiktoken_byte_pairs_are_one_line_and_words_still_work(folder, t
     assert_one_line(call("generate", "--model", trained_on_bytes, "--prompt", PROMPT), "tiktoken is not installed")
     assert call(*small("train"))[::2] == (0, "") and call("words", "--text", STORY)[::2] == (0, "")
     assert call("generate", "--prompt", PROMPT, "--max-new-tokens", "1")[::2] == (0, "")
+
+
+RUNNER = """if True:
+    import runpy, sys
+    how, program, version, *missing = sys.argv[1:]
+    if version:
+        sys.version_info, sys.version = tuple(map(int, version.split("."))), version + " (main)"
+
+    class Missing:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.split(".")[0] in missing:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    sys.meta_path.insert(0, Missing)
+    sys.argv = [program, "words"]
+    runpy.run_path(program, run_name="__main__" if how == "run" else "story_llm")"""
+
+
+@pytest.fixture
+def start_without(tmp_path):
+    """start_without(how, version, missing) runs or imports the program in such a Python: (status, stdout, stderr)."""
+    (tmp_path / "torch").mkdir()                # takes long to import, and is not needed here
+    (tmp_path / "torch" / "__init__.py").write_text("nn = None")
+
+    def start(how, version="", *missing):
+        done = subprocess.run([sys.executable, "-c", RUNNER, how, PROGRAM, version, *missing], capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+        return done.returncode, done.stdout, done.stderr
+    return start
+
+
+@pytest.mark.parametrize("package", ["torch", "regex"])
+def test_without_a_package_that_everything_needs_the_program_says_so_and_an_import_fails_as_usual(start_without,
+                                                                                                  package):
+    status, out, err = start_without("run", "", package)
+    assert (status, out, err.count("\n")) == (1, "", 1) and "pip install -r requirements.txt" in err
+    assert err.startswith(f"error: the package {package} is not installed in this Python")
+    status, out, err = start_without("import", "", package)
+    assert (status, out) == (1, "") and err.startswith("Traceback")
+    assert err.splitlines()[-1] == f"ModuleNotFoundError: No module named '{package}'"
+
+
+@pytest.mark.parametrize("version", ["3.10.9", "3.8.20"])
+def test_an_old_python_is_told_so_in_one_line(start_without, version):
+    status, out, err = start_without("run", version)
+    assert (status, out, err) == (1, "", f"error: this needs Python 3.11 or later, and is {version}\n")
+
+
+def test_torchrun_is_told_which_program_trains_with_several_processes(folder, call, small, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_one_line(call(*small("train")), "extras/scale.py")
+    assert os.listdir() == ["my.txt"]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert call(*small("train"))[::2] == (0, "")

@@ -205,7 +205,7 @@ def test_training_from_the_checkpoint_is_training_from_the_loaded_run(story_fold
     (["--optimizer", "muon"], "optimizer", "muon"), (["--val-fraction", "0.2"], "val_fraction", 0.2),
     (["--max-steps", "7"], "total_steps", 7), (["--drop-rate", "0.1"], "drop_rate", 0.1), ([], "drop_rate", 0.0),
     (["--prompt", "At night"], "prompt", "At night"), ([], "prompt", "The old ferryman tied his"),
-    ([], "text_path", "my.txt"), ([], "context_length", 40)])
+    ([], "text_paths", ["my.txt"]), ([], "context_length", 40)])
 def test_options_of_the_training_are_saved_in_the_checkpoint(story_folder, options, name, value):
     assert huggingface.main(["load", "theirs", "--text", "my.txt", *options]) == 0
     run = story_llm.load_checkpoint("gpt2.pt")

@@ -14,9 +14,10 @@ import pytest
 import torch
 from helpers import PROGRAM, TEXT, story_llm, weights_equal
 
-from story_llm import COMMANDS, FIELDS, GPTConfig, TrainConfig, load_checkpoint
+from story_llm import COMMANDS, FIELDS, collect_signals, load_checkpoint
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+WARNING = "stopping after this step; Ctrl-C again stops at once and loses what was learned since the last save"
 not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to other processes")
 
 
@@ -35,7 +36,7 @@ def interrupt_at(monkeypatch, module, name, turn, *signals):
 
 def stopped_at(err):
     """(the step at which the program says that it stopped, the command that it prints for continuing)"""
-    step, command = re.search(r"stopped after step (\d+) of .*?python story_llm\.py (.*)", err).groups()
+    step, command = re.search(r"stopped after step (\d+) of .*?python \S*story_llm\.py (.*)", err).groups()
     return int(step), shlex.split(command)
 
 
@@ -97,6 +98,29 @@ def test_whenever_the_signal_comes_the_step_that_is_said_to_be_saved_is_saved(wh
         interrupt_at(monkeypatch, story_llm.time, "perf_counter", turn, signal.SIGINT)
         status, _, err = call(*small("train", "--eval-every", "100"))
     assert status == 130 and load_checkpoint("story_llm.pt").step == stopped_at(err)[0]
+
+
+@not_on_windows
+def test_signals_that_were_ignored_stay_ignored(folder, call, small, monkeypatch):
+    """As after `nohup python story_llm.py train`, when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt_at(monkeypatch, story_llm, "learning_rate", 3, signal.SIGHUP)
+        status, out, err = call(*small("train"))
+        assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").step == 12
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_ctrl_c_says_what_a_second_one_would_throw_away(capfd):
+    with collect_signals() as received:
+        assert received == [] and capfd.readouterr().err == ""
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT] and capfd.readouterr().err == f"\n{WARNING}\n"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT] and capfd.readouterr().err == ""
 
 
 def test_an_interrupted_training_can_be_interrupted_again(whole, call, small):
@@ -199,8 +223,8 @@ def test_a_closed_pipe_loses_no_step(whole, call, small, number):
 
 # a second signal
 
-@pytest.mark.parametrize("second", SIGNALS)
-@pytest.mark.parametrize("first", SIGNALS)
+@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM),
+                                           (signal.SIGTERM, signal.SIGINT), (SIGNALS[-1], SIGNALS[-1])])
 @pytest.mark.parametrize("module, name, turn, steps", [
     (story_llm, "learning_rate", 6, (1, 2, 5)), (story_llm, "save_checkpoint", 1, ()), (torch, "save", 1, ()),
     (os, "replace", 1, ())])
@@ -241,9 +265,9 @@ def test_ctrl_c_in_any_command_is_status_130_without_a_message(folder, trained_h
 
 @pytest.mark.parametrize("name, turn", [("learning_rate", 2), ("load_text", 2)])
 def test_ctrl_c_in_the_tour_ends_it_with_status_130(folder, call, monkeypatch, name, turn):
-    monkeypatch.setattr(FIELDS["text"], "default", str(folder / "my.txt"))
-    monkeypatch.setitem(story_llm.PRESETS, "story", (GPTConfig(context_length=12, emb_dim=32, n_layers=1),
-                                                     TrainConfig()))
+    monkeypatch.setattr(FIELDS["text"], "default", (str(folder / "my.txt"),))
+    settings = {"context_length": 12, "emb_dim": 32, "n_layers": 1}
+    monkeypatch.setattr(story_llm, "settings_for_size", lambda n_bytes: settings)
     interrupt_at(monkeypatch, story_llm, name, turn, signal.SIGINT)
     status, out, err = call("tour")
     assert status == 130 and "Traceback" not in err and "story_llm.py plot" not in out and os.getcwd() == str(folder)
@@ -278,7 +302,7 @@ def test_a_real_signal_to_a_real_process_saves_and_resume_finishes(folder, call,
     wait_for(process, "Step 000010")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.count("\n") == 1
+    assert process.returncode == 130 and err.splitlines()[:2] == ["", WARNING] and err.count("\n") == 3
     stopped = load_checkpoint("story_llm.pt")
     assert 10 <= stopped.step == stopped_at(err)[0] < stopped.total_steps
     epochs = stopped.step // stopped.steps_per_epoch + 2
@@ -322,7 +346,7 @@ def test_resume_without_a_checkpoint_is_one_line(folder, call):
     assert_refused(call("train", "--resume"), "story_llm.pt")
 
 
-RESUME_OPTIONS = {"text", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot"}
+RESUME_OPTIONS = {"text", "encoding", "model", "resume", "epochs", "max_steps", "eval_every", "device", "plot"}
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS["train"][2]} - RESUME_OPTIONS))
@@ -394,3 +418,50 @@ def test_resuming_a_training_that_is_finished_changes_nothing(folder, trained_he
     status, _, err = call("train", "--resume", *fewer)
     assert "Traceback" not in err and (folder / "story_llm.pt").read_bytes() == before
     assert status == 0 or "error" in err
+
+
+# two trainings with one path
+
+def test_two_trainings_with_one_path_lose_nothing(folder, call, small, monkeypatch):
+    """The second one begins and ends while the first one is in its fourth step."""
+    update, second = story_llm.Progress.update, []
+
+    def meanwhile(progress, run, is_last):
+        if run.step == 4 and not second:
+            second.append("has begun")
+            second.append(call(*small("train", "--seed", "7")))
+        update(progress, run, is_last)
+
+    monkeypatch.setattr(story_llm.Progress, "update", meanwhile)
+    status, _, err = call(*small("train", "--eval-every", "1"))
+    assert second[1][0] == 0 and "story_llm.old.pt" in second[1][2]
+    assert status == 1 and err.count("\n") == 1 and "another program saves story_llm.pt" in err
+    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.old.pt", "story_llm.old2.pt", "story_llm.pt"]
+    theirs, before, after = map(load_checkpoint, ("story_llm.pt", "story_llm.old.pt", "story_llm.old2.pt"))
+    assert theirs.train_config.seed == 7 and theirs.step == 12 and "story_llm.old2.pt" in err
+    assert before.train_config == after.train_config != theirs.train_config and before.step < 4 <= after.step
+
+
+def test_a_checkpoint_that_was_deleted_during_the_training_is_written_again(folder, call, small, monkeypatch):
+    update = story_llm.Progress.update
+
+    def deleted(progress, run, is_last):
+        if run.step == 6:
+            os.remove("story_llm.pt")
+        update(progress, run, is_last)
+
+    monkeypatch.setattr(story_llm.Progress, "update", deleted)
+    status, _, err = call(*small("train", "--eval-every", "1"))
+    assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").step == 12
+    assert not any("old" in name for name in os.listdir())
+
+
+def test_a_notebook_can_interrupt_and_continue_a_training(folder, whole, small, monkeypatch):
+    """train_with_progress stops after the step, and called again, it goes on."""
+    run, corpus = story_llm.new_run_from_args(story_llm.parse(small("train")))
+    interrupt_at(monkeypatch, story_llm, "training_step", 3, signal.SIGINT)
+    story_llm.train_with_progress(run, corpus, "story_llm.pt")
+    assert run.step == load_checkpoint("story_llm.pt").step == 3
+    story_llm.train_with_progress(run, corpus, "story_llm.pt")
+    assert load_checkpoint("story_llm.pt").step == 12 and weights_equal(run.model, whole.model)
+    assert run.history == whole.history and not any("old" in name for name in os.listdir())

@@ -7,14 +7,16 @@ import torch
 from hypothesis import given, strategies as st
 
 from helpers import story_llm
-from story_llm import CHOICES, FIELDS, LIMITS, GPTConfig, GPTModel, Options, PRESETS, Sampling, StoryError, TrainConfig
+from story_llm import (CHOICES, FIELDS, LIMITS, GPTConfig, GPTModel, Options, PRESETS, Sampling, StoryError, TrainConfig,
+                       override_settings, settings_for_size)
 
 ALL_SETTINGS = [GPTConfig, TrainConfig, Sampling, Options]
 EVERY_FIELD = [(settings, f) for settings in ALL_SETTINGS for f in dataclasses.fields(settings)]
 WRONG_TYPES = {bool: ["no", "False", "", 0, 1, None, 0.0, [], math.nan],
                int: ["1", b"1", True, None, 1.0, 2.5, math.nan, math.inf, [1], 1 + 0j, torch.tensor(1)],
                float: ["0.5", True, None, math.nan, math.inf, -math.inf, [0.5], 0.5j, torch.tensor(0.5)],
-               str: [None, True, 0, 1.5, "", "no", b"auto", [], ["auto"]]}
+               str: [None, True, 0, 1.5, "", "no", b"auto", [], ["auto"]],
+               tuple: ["story.txt", None, True, 0, [], ["story.txt"], b"story.txt"]}
 
 
 @pytest.mark.parametrize("settings", ALL_SETTINGS)
@@ -41,7 +43,7 @@ def test_every_setting_refuses_values_of_a_wrong_type_and_names_itself_and_the_v
 
 def test_the_error_about_a_wrong_setting_names_the_values_that_are_allowed():
     for settings, values, words in [
-            (GPTConfig, {"qkv_bias": "no"}, ["qkv_bias", "True", "False", "'no'"]),
+            (GPTConfig, {"qkv_bias": "no"}, ["qkv_bias", "bool", "'no'"]),
             (GPTConfig, {"position": "none"}, ["position", "learned", "sinusoidal", "rotary", "'none'"]),
             (TrainConfig, {"epochs": -1}, ["epochs", "integer", "at least 0", "-1"]),
             (TrainConfig, {"val_fraction": 1.5}, ["val_fraction", "number", "at least 0", "below 1", "1.5"])]:
@@ -117,12 +119,43 @@ def test_any_values_build_a_model_or_raise_story_error(values):
         assert model.tok_emb.weight.shape == (model.config.vocab_size, model.config.emb_dim)
 
 
+def of_preset(name):
+    return [override_settings(settings(), PRESETS[name]) for settings in (GPTConfig, TrainConfig)]
+
+
 def test_the_presets_are_the_small_default_and_gpt2s_architecture():
-    assert PRESETS["story"] == (GPTConfig(), TrainConfig())
-    small, training = PRESETS["gpt2-small"]
+    assert set(PRESETS) == set(CHOICES["preset"]) and of_preset("story") == [GPTConfig(), TrainConfig()]
+    small, training = of_preset("gpt2-small")
     assert (small.vocab_size, small.context_length, small.emb_dim, small.n_heads, small.n_layers) == (
         50257, 256, 768, 12, 12)
     assert (small.qkv_bias, small.tie_weights, small.gelu, training.learning_rate) == (True, True, "tanh", 6e-4)
+
+
+def test_the_preset_of_a_writer_is_one_that_generalizes():
+    config, training = of_preset("writer")
+    assert config.drop_rate > 0 and training.weight_decay > 0 and training.keep_best and training.prompt_windows == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_only_settings_that_exist(preset):
+    assert set(PRESETS[preset]) <= set(FIELDS)
+
+
+def test_values_for_other_settings_are_left_alone_and_wrong_ones_refused():
+    values = {"emb_dim": 64, "epochs": 3, "text": ("a.txt",)}
+    assert override_settings(GPTConfig(), values) == GPTConfig(emb_dim=64)
+    assert override_settings(TrainConfig(seed=1), values) == TrainConfig(seed=1, epochs=3)
+    with pytest.raises(StoryError, match="emb_dim"):
+        override_settings(GPTConfig(), {"emb_dim": -1})
+
+
+def test_a_longer_text_gets_a_wider_model_and_a_short_one_the_defaults():
+    sizes = [0, 100, 20_000, 59_999, 60_000, 200_000, 10**6, 10**7, 10**9]
+    widths = [override_settings(GPTConfig(), settings_for_size(size)).emb_dim for size in sizes]
+    assert settings_for_size(20_000) == settings_for_size(59_999) == {} != settings_for_size(60_000)
+    assert widths == sorted(widths) and widths[3] < widths[-1] < 1024
+    for size in sizes:
+        override_settings(TrainConfig(), settings_for_size(size))
 
 
 def test_every_setting_has_a_meaning_and_a_default_within_its_own_limits():

@@ -1,19 +1,24 @@
 """Step 2: a text is loaded, split in two and cut into words, in any script, and its sentences are found."""
 import contextlib
+import gzip
+import io
 import itertools
 import os
 import re
 import signal
+import sys
 import textwrap
+import threading
 import unicodedata
+import zipfile
 
 import pytest
 from hypothesis import given, strategies as st
 
 from helpers import STORY, TEXT, some_text
 from scripts import ARABIC, BETWEEN, CHINESE, JAPANESE, SCRIPTS, SENTENCES, SPACED, THAI, UNSPACED
-from story_llm import (StoryError, find_words, first_words, load_text, recall_tests, sentence_starts, split_text,
-                       split_words, word_starts)
+from story_llm import (FILE_TYPES, StoryError, decode, find_words, first_words, load_text, recall_tests, sentence_starts,
+                       split_text, split_words, word_starts)
 
 
 def is_mark(character):
@@ -76,21 +81,90 @@ def test_byte_order_mark_and_line_ends_make_no_difference(tmp_path, content):
     assert load_text(tmp_path / "story.txt") == "One.\nTwo.\n"
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-def test_another_encoding_is_refused_with_the_byte_and_a_remedy(tmp_path, start):
-    content = start + "Die Königin".encode("latin-1")
-    (tmp_path / "story.txt").write_bytes(content)
-    with pytest.raises(StoryError, match="iconv") as refusal:
-        load_text(tmp_path / "story.txt")
-    position, value = re.search(r"byte (\d+) is 0x(\w\w)", str(refusal.value)).groups()
-    assert content[int(position)] == int(value, 16) == ord("ö")
+FIVE_SCRIPTS = {"english": TEXT, "russian": "Старый паромщик привязал лодку к столбу и ждал.\n\nДождь всё шёл.",
+                **{name: SCRIPTS[name] for name in ("hindi", "arabic", "chinese")}}
 
 
-@pytest.mark.parametrize("encoding, name", [("utf-16", "UTF-16"), ("latin-1", "WINDOWS-1252")])
-def test_the_remedy_is_the_one_for_the_encoding(tmp_path, encoding, name):
-    (tmp_path / "story.txt").write_text("Die Königin von Saba", encoding=encoding)
-    with pytest.raises(StoryError, match=f"iconv -f {name} "):
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["without a mark", "with a mark"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", FIVE_SCRIPTS)
+def test_every_unicode_encoding_is_recognized(tmp_path, name, encoding, mark):
+    text = FIVE_SCRIPTS[name]
+    (tmp_path / "story.txt").write_bytes((mark + text).encode(encoding))
+    assert load_text(tmp_path / "story.txt") == load_text(tmp_path / "story.txt", encoding) == text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("text", ["Hi", "Donaudampfschifffahrtsgesellschaft", "x = 1\r\n", "“Yes” — café"])
+def test_a_short_text_without_spaces_in_another_unicode_encoding_is_recognized_too(encoding, text):
+    assert decode(text.encode(encoding), "story.txt") == text
+
+
+@pytest.mark.parametrize("text", ["The king and the ferryman\0.", "\0a lamp", "a\0b c", TEXT + "\0"])
+def test_a_zero_in_a_text_is_a_character_like_any_other(text):
+    assert decode(text.encode(), "story.txt") == text
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"One.\nTwo.\n\n"])
+def test_one_wrong_byte_is_refused_with_its_line_its_value_and_the_remedies(tmp_path, start):
+    (tmp_path / "story.txt").write_bytes(start + "Die Königin von Saba\n".encode("latin-1") + b"weint.")
+    with pytest.raises(StoryError, match=r"story\.txt is not in UTF-8") as refusal:
         load_text(tmp_path / "story.txt")
+    assert f"line {start.count(10) + 1} contains the byte 0xf6" in str(refusal.value)
+    assert "--encoding cp1252" in str(refusal.value) and "--encoding utf-8" in str(refusal.value)
+    beginning = start.decode("utf-8-sig")
+    assert load_text(tmp_path / "story.txt", "cp1252").endswith("Die Königin von Saba\nweint.")
+    assert load_text(tmp_path / "story.txt", "utf-8") == beginning + "Die K\ufffdnigin von Saba\nweint."
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "klingon", "hex", "rot13", "undefined"])
+def test_an_encoding_that_python_does_not_know_is_refused_by_name(tmp_path, encoding):
+    (tmp_path / "story.txt").write_text(TEXT)
+    with pytest.raises(StoryError, match=f"{encoding}.*try utf-8"):
+        load_text(tmp_path / "story.txt", encoding)
+
+
+@pytest.mark.parametrize("beginning", FILE_TYPES, ids=repr)
+def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, beginning):
+    (tmp_path / "story.txt").write_bytes(beginning + TEXT.encode())
+    for encoding in ("", "utf-8", "cp1252"):
+        with pytest.raises(StoryError) as refusal:
+            load_text(tmp_path / "story.txt", encoding)
+        assert f"story.txt is {FILE_TYPES[beginning]}" in str(refusal.value) and "UTF-8" in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def test_what_other_programs_write_is_recognized(tmp_path):
+    """The beginnings are those of real files."""
+    (tmp_path / "a.txt").write_bytes(gzip.compress(TEXT.encode()))
+    with zipfile.ZipFile(tmp_path / "b.txt", "w") as document:
+        document.writestr("word/document.xml", TEXT)
+    for name, kind in (("a.txt", "gzip"), ("b.txt", "Word")):
+        with pytest.raises(StoryError, match=kind):
+            load_text(tmp_path / name)
+
+
+def test_several_files_are_one_text_with_an_empty_line_between_them(tmp_path):
+    names = [tmp_path / f"{name}.txt" for name in "bca"]
+    for number, name in enumerate(names):
+        name.write_bytes(f"This is file {number}.\r\n".encode(["utf-8", "utf-16", "utf-8-sig"][number]))
+    assert load_text(names) == "This is file 0.\n\n\nThis is file 1.\n\n\nThis is file 2.\n"
+    assert sentence_starts(load_text(names)) == [0, 18, 36]
+    (tmp_path / "notes.md").write_text("not a story")
+    assert load_text(tmp_path) == load_text([tmp_path]) == load_text(sorted(names))
+    assert load_text([names[0], tmp_path]) == "\n\n".join(map(load_text, [names[0], *sorted(names)]))
+
+
+def test_standard_input_is_read_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "story.txt").write_text("On the disk.")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où est-il ?\r\n".encode("utf-16"))))
+    assert load_text([tmp_path / "story.txt", "-"]) == "On the disk.\n\nOù est-il ?\n"
+
+
+def test_a_folder_without_a_text_is_refused_by_name(tmp_path):
+    (tmp_path / "story.md").write_text(TEXT)
+    with pytest.raises(StoryError, match=f"{re.escape(str(tmp_path))} contains no .txt file"):
+        load_text(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b" \r\n\t \xc2\xa0"])
@@ -100,11 +174,23 @@ def test_a_text_without_a_word_is_refused(tmp_path, content):
         load_text(tmp_path / "story.txt")
 
 
-def test_a_missing_file_a_folder_and_a_pipe_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("name", ["missing.txt", "nowhere/story.txt", "story.txt/more.txt", "x" * 300])
+def test_a_missing_file_is_refused_by_name(tmp_path, name):
+    (tmp_path / "story.txt").write_text(TEXT)
+    for paths in (tmp_path / name, str(tmp_path / name), [tmp_path / "story.txt", tmp_path / name]):
+        with pytest.raises(StoryError, match=re.escape(str(tmp_path / name))):
+            load_text(paths)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    """As in `--text <(zcat story.gz)`."""
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "missing.txt", tmp_path, tmp_path / "pipe"):
-        with pytest.raises(StoryError, match=re.escape(str(path))), at_most(seconds=30):
-            load_text(path)
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(TEXT,))
+    writer.start()
+    with at_most(seconds=30):
+        assert load_text(tmp_path / "pipe") == TEXT
+    writer.join()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -42,25 +42,25 @@ def kinds_of(text):
 
 def words_of(text):
     """The words within which pairs are merged: characters of one kind with the space before them, and white space.
-    After 100 characters, a new word begins."""
+    After 20 characters, a new word begins."""
     runs = ["".join(character for _, character in run)
             for _, run in itertools.groupby(zip(kinds_of(text), text), lambda pair: pair[0])]
     words, space = [], ""
     for number, run in enumerate(runs, 1):
         if not run.isspace():
-            first, *others = in_hundreds(run)
+            first, *others = in_twenties(run)
             words += [space + first, *others]
             space = ""
         elif number == len(runs):
-            words += in_hundreds(run)
+            words += in_twenties(run)
         else:
             space = " " if run.endswith(" ") else ""
-            words += in_hundreds(run[:-1]) + in_hundreds(run[-1].removeprefix(" "))
+            words += in_twenties(run[:-1]) + in_twenties(run[-1].removeprefix(" "))
     return words
 
 
-def in_hundreds(text):
-    return [text[start:start + 100] for start in range(0, len(text), 100)]
+def in_twenties(text):
+    return [text[start:start + 20] for start in range(0, len(text), 20)]
 
 
 def learn_naively(text, vocab_size):
@@ -105,17 +105,17 @@ def test_the_split_loses_nothing(text):
 @given(st.lists(st.tuples(
     st.sampled_from(["", " ", "x", "1", "-", "\n"]),
     st.sampled_from(["b", "\u00e9", "\u0b95\u0bbe", "7", ".", "\N{DROMEDARY CAMEL}", " ", "\n", "\u6f22", "\u0301"]),
-    st.integers(90, 310))))
-def test_a_run_of_more_than_100_characters_is_split(runs):
+    st.integers(15, 70))))
+def test_a_run_of_more_than_20_characters_is_split(runs):
     text = "".join(before + repeated * count for before, repeated, count in runs)
     assert STORY_SPLIT.findall(text) == words_of(text)
 
 
-def test_no_run_makes_a_word_longer_than_100_characters_and_a_space():
+def test_no_run_makes_a_word_longer_than_20_characters_and_a_space():
     """Long words would make the merges slow. Marks need a look of their own, because they can follow any letter."""
     for repeated in ("a", "1", ".", " ", "\n", "\u0e01", "\u6f22", "\u0301", "\u200d"):
         for text in (repeated * 1000, " a" + repeated * 1000, " \u0e01" + repeated * 1000 + " x"):
-            assert max(map(len, STORY_SPLIT.findall(text))) <= 1 + 100
+            assert max(map(len, STORY_SPLIT.findall(text))) <= 1 + 20
 
 
 def test_tiktoken_gets_the_pattern_with_which_the_merges_were_learned():
@@ -228,6 +228,40 @@ def test_a_learned_encoding_makes_its_text_shorter_and_no_token_crosses_a_word(t
     assert len(tokens) < len(text.encode()) * 2 / 3
     ends = set(itertools.accumulate(len(token) for token in tokens))
     assert ends >= set(itertools.accumulate(len(word.encode()) for word in words_of(text)))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "king", "I'll", "é", "漢字", "42", "...", "\x1c", "<|endoftext|>"]),
+                          st.sampled_from(["", " ", "  ", "   ", "\n", "\n ", " \n", "\t", "\u3000", "\r\n\n"]))),
+       st.sampled_from(["gpt2", "story"]), st.integers(12, 40))
+def test_a_text_that_is_encoded_in_parts_gets_the_ids_that_tiktoken_gives_the_whole(words, kind, size):
+    text = "".join(word + space for word, space in words)
+    tokenizer = BPETokenizer(BYTES + [b" a", b"  ", b" k", b"ki", b"..", b"\n ", b" \n", b"\n\n", b"a "], kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", str(size))))
+        parts = story_llm.PART.findall(text)
+        assert "".join(parts) == text and all(len(part) <= size for part in parts)
+        if all(regex.match(r" \S", part) and not before[-1].isspace() for before, part in itertools.pairwise(parts)):
+            assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_parts_of_the_story_end_between_words(monkeypatch):
+    """Otherwise the test above would compare next to nothing."""
+    monkeypatch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", "40")))
+    story = story_llm.load_text(STORY)
+    parts = story_llm.PART.findall(story)
+    assert len(parts) > 400 and all(regex.match(r" \S", part) for part in parts[1:])
+    assert LEARNED.encode(story) == LEARNED.encoding.encode_ordinary(story)
+
+
+@pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
+@pytest.mark.parametrize("repeated", ["a", " ", "\u0301", "漢", ".", "\n"], ids=repr)
+def test_a_million_equal_characters_are_encoded_and_given_back(kind, repeated, request):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2")
+    text = repeated * 1_000_000
+    tokenizer = make_tokenizer(kind, text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_bytes_that_form_no_character_are_decoded_as_the_replacement_character():

@@ -68,7 +68,10 @@ def test_too_few_tokens_for_a_window_and_its_targets_are_refused_with_both_numbe
 def check_corpus(corpus, text, val_fraction, context_length):
     """What must be true of every corpus."""
     assert corpus.train_ids.dtype == corpus.val_ids.dtype == torch.long
-    assert corpus.tokenizer.decode(corpus.train_ids.tolist()) == corpus.train_text
+    *token_ids, last = corpus.train_ids.tolist()
+    assert corpus.tokenizer.decode(token_ids) == corpus.train_text
+    assert last == corpus.tokenizer.end_of_text and corpus.tokenizer.decode([last]) == "<|endoftext|>"
+    assert last not in token_ids and last not in corpus.val_ids
     if len(corpus.val_ids):
         assert len(corpus.val_ids) > context_length      # a window and its last target
         train_text, val_text = split_text(text, val_fraction)
@@ -102,7 +105,7 @@ def test_without_a_validation_split_the_words_at_the_end_are_learned_too():
     corpus = corpus_from_text(story, "word", 0.1, 32)
     assert len(corpus.val_ids) == 0 and corpus.train_text == story
     assert corpus.tokenizer.ids[UNKNOWN] not in corpus.train_ids
-    assert corpus.tokenizer.decode(corpus.train_ids.tolist()) == story
+    assert corpus.tokenizer.decode(corpus.train_ids[:-1].tolist()) == story
     ends_oddly = TEXT + "ferrywoman ferrywoman ferrywoman"
     corpus = corpus_from_text(ends_oddly, "story", 0.05, 32, vocab_size=600)
     assert len(corpus.val_ids) == 0 and corpus.tokenizer.tokens == train_bpe_fast(ends_oddly, 600)
@@ -141,7 +144,7 @@ def test_a_tokenizer_that_is_given_is_used_as_it_is():
     for context_length, kept in [(4, True), (1000, False)]:
         corpus = corpus_from_text(TEXT, given, 0.2, context_length)
         assert corpus.tokenizer is given and (len(corpus.val_ids) > 0) == kept
-        assert corpus.train_ids.tolist() == given.encode(corpus.train_text)
+        assert corpus.train_ids.tolist() == [*given.encode(corpus.train_text), given.end_of_text]
 
 
 @pytest.mark.parametrize("val_fraction", [1, 1.5, 10, -0.1])

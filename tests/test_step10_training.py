@@ -88,7 +88,7 @@ def test_the_windows_of_every_epoch_are_shuffled_and_start_at_another_offset():
 def batches_from(run, corpus, count):
     """The batches of the next steps of a run, as they would be if it were long enough. No step is taken."""
     run = dataclasses.replace(run, total_steps=run.step + count)
-    return list(training_batches(run, corpus))
+    return list(islice(training_batches(run, corpus), count))
 
 
 def rows_of(batch):
@@ -129,15 +129,15 @@ def test_a_sliding_window_is_consecutive_tokens_and_its_targets_are_shifted_by_o
 @pytest.mark.parametrize("tokenizer", ["word", "story"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_a_batch_has_sliding_windows_and_windows_that_are_tokenized_like_prompts(tokenizer, share):
-    """A prompt window is the text from the beginning of a word on, encoded by itself. Beyond the end of the text, its
-    targets are padding."""
+    """A prompt window is the text from the beginning of a word on, encoded by itself. Behind the end of the text stands
+    `<|endoftext|>`, and beyond it the targets are padding."""
     run, corpus = tiny(tokenizer=tokenizer, context_length=10, prompt_windows=share, batch_size=16, max_steps=40)
     text, T = corpus.train_text, 10
     sliding = {(tuple(w[:-1]), tuple(w[1:])) for w in corpus.train_ids.unfold(0, T + 1, 1).tolist()}
     starts = [i for i in range(len(text)) if not text[i].isspace() and (i == 0 or text[i - 1].isspace())]
     prompts = {}
     for start in starts:
-        ids = run.tokenizer.encode(text[start:])[:T + 1]
+        ids = [*run.tokenizer.encode(text[start:]), run.tokenizer.end_of_text][:T + 1]
         missing = T + 1 - len(ids)
         prompts[tuple((ids + [0] * missing)[:T]), tuple((ids + [IGNORE_INDEX] * missing)[1:])] = start
     n_prompts, seen = int(16 * share), []
@@ -167,7 +167,8 @@ def test_prompt_windows_of_the_tiny_text_are_the_beginnings_of_its_encoded_rest(
     for T in (3, 12, 500):
         _, corpus = tiny(tokenizer=tokenizer, context_length=T)
         for start in word_starts(corpus.train_text):
-            token_ids = corpus.tokenizer.encode(corpus.train_text[start:])[:T + 1]
+            token_ids = corpus.tokenizer.encode(corpus.train_text[start:])
+            token_ids = [*token_ids, corpus.tokenizer.end_of_text][:T + 1]
             padding = [IGNORE_INDEX] * (T + 1 - len(token_ids))
             assert prompt_window(corpus, start, T) == token_ids + padding
 
@@ -183,8 +184,8 @@ def test_prompt_windows_end_between_tokens_however_long_the_words_are(tokenizer,
         _, corpus = tiny(text, tokenizer, val_fraction=0.0, context_length=T)
         for start in word_starts(text):
             token_ids = [token for token in prompt_window(corpus, start, T) if token != IGNORE_INDEX]
-            assert len(token_ids) > min(T, len(corpus.tokenizer.encode(text[start:]))) / 2
-            assert token_ids == corpus.tokenizer.encode(text[start:])[:len(token_ids)]
+            whole = [*corpus.tokenizer.encode(text[start:]), corpus.tokenizer.end_of_text]
+            assert len(token_ids) > min(T, len(whole)) / 2 and token_ids == whole[:len(token_ids)]
 
 
 def test_padding_is_no_input_and_does_not_count():
@@ -239,7 +240,7 @@ def test_the_loss_falls_and_the_history_has_every_evaluation(usual):
     run, _ = usual
     steps = [evaluation.step for evaluation in run.history]
     assert run.total_steps == 150
-    assert steps == [0, 3, 8, 30, 40, 80, 120, 150]         # 0, 2, 5, 20 and 100 %, and every 40 steps
+    assert steps == [0, 3, 8, 40, 80, 120, 150]             # 0, 2, 5 and 100 %, and every 40 steps
     losses = [evaluation.train_loss for evaluation in run.history]
     assert losses[-1] < losses[0] / 3 and abs(losses[0] - math.log(run.config.vocab_size)) < 0.5
     assert all(evaluation.epoch * run.steps_per_epoch == pytest.approx(evaluation.step) for evaluation in run.history)
@@ -374,7 +375,7 @@ def test_every_kind_of_model_can_memorize_the_text(kind):
 
 OTHER_VALUES = {"epochs": 5, "max_steps": 7, "batch_size": 9, "optimizer": "muon", "learning_rate": 1e-3,
                 "warmup_steps": 2, "weight_decay": 0.5, "grad_clip": 0.01, "prompt_windows": 0.9, "val_fraction": 0.3,
-                "eval_every": 4, "precision": "bf16", "seed": 1}
+                "eval_every": 4, "keep_best": True, "precision": "bf16", "seed": 1}
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(TrainConfig)])
@@ -386,6 +387,57 @@ def test_every_training_setting_has_an_effect_and_is_saved(name, tmp_path):
     assert not weights_equal(changed.model, usual.model) or changed.history != usual.history
     save_checkpoint(tmp_path / "run.pt", changed)
     assert load_checkpoint(tmp_path / "run.pt").train_config == changed.train_config
+
+
+# keeping the best weights
+
+BEST = {"keep_best": True, "val_fraction": 0.3, "epochs": 0, "max_steps": 100, "eval_every": 5, "learning_rate": 0.01,
+        "drop_rate": 0.1}
+
+
+def test_training_ends_with_the_weights_of_the_lowest_validation_loss_and_not_long_after_it():
+    run, corpus = tiny(**BEST)
+    weights = {0: copy.deepcopy(run.model)}
+    for _ in train(run, corpus):
+        if run.history[-1].step == run.step < run.total_steps:
+            weights[run.step] = copy.deepcopy(run.model)
+    losses = {evaluation.step: evaluation.val_loss for evaluation in run.history}
+    best = min(losses, key=losses.get)
+    assert 0 < best < run.step == run.total_steps < 100 and max(losses) == run.step
+    assert best + 20 < run.step <= best + 25        # a fifth of the steps, and then the next evaluation
+    assert weights_equal(run.model, weights[best]) and not weights_equal(run.model, weights[max(weights)])
+    assert mean_loss(run.model, corpus.val_ids) == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [3, 10, 13])
+def test_a_training_that_keeps_the_best_weights_can_be_resumed(stop_at, tmp_path):
+    whole = trained(**BEST)
+    run, corpus = tiny(**BEST)
+    save_checkpoint(tmp_path / "run.pt", train_to(run, corpus, stop_at))
+    run = train_to(load_checkpoint(tmp_path / "run.pt"), corpus)
+    assert run.history == whole.history and run.step == whole.step and weights_equal(run.model, whole.model)
+    assert same(run.best_weights, whole.best_weights)
+
+
+def test_if_the_validation_loss_never_falls_the_untrained_weights_are_kept():
+    run, corpus = tiny(**{**BEST, "learning_rate": 5.0, "warmup_steps": 0})
+    untrained = copy.deepcopy(run.model)
+    train_to(run, corpus)
+    assert min(run.history, key=lambda evaluation: evaluation.val_loss).step == 0
+    assert weights_equal(run.model, untrained) and run.step < 100
+
+
+def test_if_the_validation_loss_falls_to_the_end_all_steps_are_taken():
+    """The validation split repeats what the training split says."""
+    run, other = [trained(4 * TEXT, **{**BEST, "max_steps": 10, "keep_best": keep_best}) for keep_best in (True, False)]
+    assert run.step == 10 and weights_equal(run.model, other.model) and other.best_weights is None
+
+
+def test_without_a_validation_split_keeping_the_best_weights_is_refused_before_the_first_step():
+    run, corpus = tiny(**{**BEST, "val_fraction": 0.0})
+    with pytest.raises(StoryError, match="--keep-best needs a validation split"):
+        train_to(run, corpus)
+    assert run.step == 0
 
 
 # one step, computed by hand
@@ -749,7 +801,8 @@ def test_short_and_strange_texts_can_be_trained_on_and_no_loss_is_nan(tokenizer,
 
 def test_a_text_of_five_words_gets_a_smaller_context_and_no_validation_split():
     run, corpus = tiny(FIVE_WORDS, context_length=16, max_steps=2)
-    assert run.config.context_length == 4 and run.train_config.val_fraction == 0 and corpus.train_text == FIVE_WORDS
+    assert run.config.context_length == 5       # five inputs, and `<|endoftext|>` as the last target
+    assert run.train_config.val_fraction == 0 and corpus.train_text == FIVE_WORDS
     train_to(run, corpus)
     assert [evaluation.val_loss for evaluation in run.history] == [None] * len(run.history) != []
 

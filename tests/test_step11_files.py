@@ -100,7 +100,7 @@ def assert_comes_back(run, path):
     {"text": "漢字 é\u0301 😀\u200d👩 \"“„ \x1c <|endoftext|> \n\n one two. " * 9}], ids=lambda kind: str(kind)[:40])
 def test_everything_that_is_saved_is_loaded(tmp_path, kind):
     run = trained(**{"max_steps": 4, "eval_every": 3, **kind})
-    run.prompt, run.text_path = "Some other prompt", "somewhere/else.txt"
+    run.prompt, run.text_paths, run.encoding = "Some other prompt", ["somewhere/else.txt", "-"], "cp1252"
     assert_comes_back(run, tmp_path / "model.pt")
 
 
@@ -497,6 +497,13 @@ WRONG = {       # {what is wrong: how to make a good state wrong}
     "no test loss": lambda state: state.pop("test_loss"),
     "no optimizer": lambda state: state.pop("optimizer"),
     "no prompt": lambda state: state.pop("prompt"),
+    "no best weights": lambda state: state.pop("best_weights"),
+    "best weights of another shape": change(best_weights={"out_head.weight": torch.zeros(3, 3)}),
+    "best weights that are a list": change(best_weights=[1]),
+    "a path that is a number": change(text_paths=[7]),
+    "paths that are text": change(text_paths="story.txt"),
+    "a beginning that is bytes": change(beginnings=[b"Once"]),
+    "an encoding that is a number": change(encoding=8),
     "no weights": lambda state: state.update(weights=None),
     "config of another type": lambda state: state.update(config=[1, 2]),
     "an unknown setting": change("config", new_setting=1),
@@ -726,7 +733,7 @@ def test_an_earlier_state_of_the_same_run_is_replaced(more_steps, saved, copied)
 
 def test_a_changed_device_or_prompt_makes_no_other_run(saved, copied):
     run = load_checkpoint(copied)
-    run.prompt, run.text_path, run.history = "Another prompt", "/elsewhere/story.txt", []
+    run.prompt, run.text_paths, run.history = "Another prompt", ["/elsewhere/story.txt"], []
     assert keep_previous_model(copied, run) is None
     assert_untouched(copied, saved)
 

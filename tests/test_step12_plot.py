@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 from helpers import trained
-from story_llm import Evaluation, StoryError, plot_losses
+from story_llm import Evaluation, StoryError, plot_losses, save_checkpoint
 
 
 def history(steps, val_loss=5.0, recall=0.5):
@@ -38,8 +38,17 @@ def test_the_curves_are_the_numbers_of_the_history(kind):
         values = [getattr(entry, name) for entry in entries]
         expected = None if None in values else [(entry.epoch, value) for entry, value in zip(entries, values)]
         assert drawn.pop(label, None) == expected
-    (label, points), = drawn.items()
+    (label, points), = [(label, points) for label, points in drawn.items() if "lowest" not in label]
     assert "300" in label and {y for _, y in points} == {math.log(300)}
+
+
+@pytest.mark.parametrize("val_losses, lowest", [
+    ([7.5, 5.25, 6.0], (0.25, 5.25)), ([7.5, 6.25, 6.0], (0.5, 6.0)), ([4.0, None, 5.0], (0.0, 4.0)),
+    ([4.0, 4.0, 4.0], (0.0, 4.0)), ([None, None, None], None)], ids=str)
+def test_the_lowest_validation_loss_is_marked_and_named(val_losses, lowest):
+    entries = [Evaluation(i, i / 4, 5.0, val_loss, None, "", "") for i, val_loss in enumerate(val_losses)]
+    marks = {label: points for label, points in curves(plot_losses(entries, 300)).items() if "lowest" in label}
+    assert marks == ({} if lowest is None else {f"lowest validation loss, {lowest[1]:.2f}": [lowest]})
 
 
 def test_everything_that_is_drawn_is_visible_and_labelled():
@@ -47,7 +56,7 @@ def test_everything_that_is_drawn_is_visible_and_labelled():
     losses, recall = figure.axes
     assert losses.get_ylim()[0] == 0 and losses.get_ylim()[1] > math.log(300)
     assert recall.get_ylim()[0] < 0 and recall.get_ylim()[1] > 1
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == list(curves(figure))[:3]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == list(curves(figure))[:4]
     assert "epoch" in recall.get_xlabel() and "loss" in losses.get_ylabel() and "recall" in recall.get_ylabel()
 
 
@@ -87,6 +96,19 @@ def test_without_a_path_nothing_is_saved(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plot_losses(HISTORIES["usual"], 300)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_notebook_shows_the_figure_as_a_png_picture():
+    content = plot_losses(HISTORIES["usual"], 300)._repr_png_()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and min(struct.unpack(">II", content[16:24])) > 300
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "module://a_notebook.backend_inline"])
+def test_a_picture_is_drawn_whatever_the_backend_of_the_environment_is(tmp_path, run_program, backend):
+    """A notebook sets one that other programs do not have."""
+    save_checkpoint(tmp_path / "story_llm.pt", trained(max_steps=2))
+    done = run_program(tmp_path, "plot", MPLBACKEND=backend, DISPLAY="")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "drew loss.png\n", "")
 
 
 def test_an_empty_history_an_unknown_kind_of_picture_and_a_missing_folder_are_refused(tmp_path):

@@ -1,13 +1,15 @@
 """Step 13: generation with a key-value cache, sampling, and text that arrives piece by piece."""
 import dataclasses
+import functools
 import itertools
 import math
+import types
 
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 
-from helpers import TEXT, lively_model, some_text, story_llm
+from helpers import TEXT, lively_model, some_text, story_llm, trained
 from story_llm import (BPETokenizer, GPTConfig, GPTModel, KeyValueCache, Sampling, StoryError, generate, generate_text,
                        generate_text_simple, next_token_probabilities, predict_next, train_bpe)
 
@@ -273,7 +275,8 @@ def chain_model(next_ids, context_length=4):
                                              (9, ["é", "€", "😀"]), (10, ["é", "€", "😀", "z"])])
 def test_text_arrives_in_whole_characters_and_ends_before_an_incomplete_one(count, expected):
     model = chain_model(dict(itertools.pairwise(BYTES.encode("Aé€😀z"))))
-    assert list(generate_text(model, BYTES, "A", count)) == expected
+    pieces = list(generate_text(model, BYTES, "A", count))
+    assert [piece for piece in pieces if piece] == expected
 
 
 def test_invalid_bytes_are_replaced_and_what_follows_them_is_not_lost():
@@ -323,7 +326,7 @@ def test_whatever_tokens_are_chosen_the_pieces_are_the_continuation_up_to_its_la
         assert arrived == whole
 
 
-@pytest.mark.parametrize("prompt", ["The old ferryman", "and", "he said, \"", "ferryman's laptop", TEXT])
+@pytest.mark.parametrize("prompt", ["The old ferryman", "and", "he said, \"", "ferryman's laptop"])
 def test_the_pieces_together_are_the_decoded_continuation(knows_text, prompt):
     run = knows_text
     ids = run.tokenizer.encode(prompt)
@@ -336,6 +339,99 @@ def test_a_memorized_text_is_continued_as_it_goes_on(knows_text):
     start, end = TEXT.index("Nobody"), TEXT.index(" the river")
     found = "".join(generate_text(knows_text.model, knows_text.tokenizer, TEXT[start:end], 20))
     assert len(found) > 60 and TEXT[end:].startswith(found)
+
+
+@pytest.mark.parametrize("start", ["My mother took the long", "Then every door", "The old ferryman tied his"])
+def test_generation_stops_where_the_text_ends(knows_text, start):
+    prompt = TEXT[TEXT.index(start):][:len(start)]
+    for count in (400, 10**6):
+        found = "".join(generate_text(knows_text.model, knows_text.tokenizer, prompt, count))
+        assert prompt + found == TEXT[TEXT.index(start):]
+
+
+@pytest.mark.parametrize("lines", [1, 2, 5])
+@pytest.mark.parametrize("prompt", ["The old ferryman tied his", "The old ferryman tied his "])
+def test_as_many_sentences_are_written_as_asked(knows_text, prompt, lines):
+    found = "".join(generate_text(knows_text.model, knows_text.tokenizer, prompt, 400, sentences=lines))
+    assert prompt.rstrip() + " " + found.lstrip() == "\n".join(TEXT.splitlines()[:lines])
+
+
+def test_more_sentences_than_there_are_end_with_the_text_and_a_whole_one_as_a_prompt_does_not_count(knows_text):
+    first, *others = TEXT.splitlines()
+    write = functools.partial(generate_text, knows_text.model, knows_text.tokenizer)
+    assert "".join(write("The old ferryman tied his", 400, sentences=9)) == TEXT.removeprefix("The old ferryman tied his")
+    for prompt in (first, " ".join(first.split()[-3:])):
+        assert prompt + "".join(write(prompt, 400, sentences=1)) == f"{prompt}\n{others[0]}"
+    assert len("".join(write("The old ferryman tied his", 3, sentences=1)).split()) == 3       # what comes first ends it
+
+
+@given(cuts=st.lists(st.integers(1, 40), min_size=1, max_size=5), sentences=st.integers(0, 4))
+def test_however_the_text_is_cut_into_tokens_the_sentences_are_the_same(cuts, sentences):
+    text, tokens = "He waited. It rained.\n\nNobody came! The \"end\" is near", []
+    for size in itertools.cycle(cuts):
+        start = sum(map(len, tokens))
+        tokens.append(text[start:start + size].encode())
+        if start + size >= len(text):
+            break
+    tokenizer = types.SimpleNamespace(encode=lambda text: [0], end_of_text=-1, decode_bytes=lambda ids: tokens[ids[0]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(story_llm, "generate", lambda *given: map(torch.tensor, ([i] for i in range(len(tokens)))))
+        found = "".join(generate_text(None, tokenizer, "Once, ", 99, sentences=sentences))
+    assert found == ["He waited. It rained.\n\nNobody came! The \"end\" is near", "He waited.", "He waited. It rained.",
+                     "He waited. It rained.\n\nNobody came!", text][sentences]
+
+
+@pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
+def test_a_prompt_with_spaces_behind_it_continues_as_without_them(kind, request, knows_text):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2")
+    run = knows_text if kind == "word" else trained(tokenizer=kind, max_steps=60, val_fraction=0.0, eval_every=1000)
+    write = functools.partial(generate_text, run.model, run.tokenizer)
+    for prompt in ("The old ferryman tied his", "At night a boy", "\"Prince", "river"):
+        without = "".join(write(prompt, 12))
+        assert without.startswith((" ", ",", "\n", ".")) or kind != "word"
+        for spaces in (1, 2, 5):
+            assert "".join(write(prompt + spaces * " ", 12)) == without.removeprefix(" ")
+
+
+# what a teacher types
+
+def test_a_run_writes_and_shows_the_next_tokens_and_what_they_attend_to(knows_text):
+    run, prompt = knows_text, "The old ferryman tied his"
+    assert run.write(prompt, 200) == TEXT and run.write(prompt, 3) == prompt + " boat to the"
+    one, again, other = [run.write(prompt, 20, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
+    assert one == again != other and one.startswith(prompt)
+    assert run.window(prompt).shape == (1, 5) and run.window(TEXT).shape == (1, run.config.context_length)
+    maps = story_llm.attention_maps(run.model, run.window(prompt))
+    figure = run.attention(prompt)
+    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
+    assert len(panels) == run.config.n_layers * run.config.n_heads
+    assert panels[0].images[0].get_array().tolist() == maps[0, 0].tolist()
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["The", "␣old", "␣ferryman", "␣tied", "␣his"]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"temperature": 0.0}])
+def test_the_table_of_the_next_tokens_has_their_probabilities(knows_text, sampling):
+    run, prompt = knows_text, "Nobody came down to"
+    head, *rows = run.next(prompt, **sampling).splitlines()
+    with torch.no_grad():
+        logits = run.model(run.window(prompt))[0, -1]
+    sampled = next_token_probabilities(logits, Sampling(**{"temperature": 1.0, **sampling}))
+    assert len(rows) == 10 and f"temperature {sampling.get('temperature', 1.0):g}," in head
+    for row, i in zip(rows, logits.argsort(descending=True).tolist()):
+        name, logit, softmax, chosen = row.split()[:4]
+        assert name == run.tokenizer.tokens[i].replace(" ", "␣").replace("\n", "⏎")
+        assert float(logit) == pytest.approx(logits[i].item(), abs=0.006)
+        assert softmax == f"{logits.softmax(-1)[i]:.2%}" and chosen == f"{sampled[i]:.2%}"
+
+
+def test_what_a_notebook_shows_is_short_or_a_table_or_a_picture(knows_text):
+    corpus = story_llm.corpus_from_text(TEXT * 50, "word")
+    for shown in (repr(knows_text), repr(corpus)):
+        assert len(shown) < 200 and "\n" not in shown
+    assert f"step {knows_text.step} of {knows_text.step}" in repr(knows_text)
+    assert repr(knows_text.next("The")) == str(knows_text.next("The")) and "\n" in repr(knows_text.next("The"))
+    assert knows_text.attention("The old")._repr_png_().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 @pytest.mark.parametrize("prompt, count, message", [("", 5, "prompt"), ("A", -1, "max_new_tokens.*-1")])
