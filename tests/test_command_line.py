@@ -155,7 +155,7 @@ def test_the_given_options_of_untrained_models_are_used(folder, call, small):
 
 
 @pytest.mark.parametrize("command, meant", [
-    (["train", "--epoch", "3"], "--epochs"), (["train", "--learning-rat=0.1"], "--learning-rate"),
+    (["train", "--epoch", "3"], "--epochs"), (["train", "--epoch=1000000000"], "--epochs"),
     (["generate", "--promt", "Once"], "--prompt"), (["generate", "--emb_dim", "3"], "--emb-dim"),
     (["generate", "Once upon a time"], "--prompt 'Once upon a time'"), (["train", "my.txt"], "--text my.txt"),
     (["words", "my story.txt"], "--text 'my story.txt'"), (["plot", "my.pt"], "--model my.pt")])

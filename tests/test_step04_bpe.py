@@ -231,27 +231,27 @@ def test_a_learned_encoding_makes_its_text_shorter_and_no_token_crosses_a_word(t
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "king", "I'll", "é", "漢字", "42", "...", "\x1c", "<|endoftext|>"]),
-                          st.sampled_from(["", " ", "  ", "   ", "\n", "\n ", " \n", "\t", "\u3000", "\r\n\n"]))),
-       st.sampled_from(["gpt2", "story"]), st.integers(12, 40))
+                          st.sampled_from(["", " ", "  ", "   ", 5 * " ", "\n", "\n ", " \n", "\t", "\u3000", "\r\n\n"]))),
+       st.sampled_from(["gpt2", "story"]), st.integers(25, 60))
 def test_a_text_that_is_encoded_in_parts_gets_the_ids_that_tiktoken_gives_the_whole(words, kind, size):
-    text = "".join(word + space for word, space in words)
+    text = "".join(f"a{word}{space}k " for word, space in words) + "a"      # a space that begins a word comes soon
     tokenizer = BPETokenizer(BYTES + [b" a", b"  ", b" k", b"ki", b"..", b"\n ", b" \n", b"\n\n", b"a "], kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", str(size))))
         parts = story_llm.PART.findall(text)
         assert "".join(parts) == text and all(len(part) <= size for part in parts)
-        if all(regex.match(r" \S", part) and not before[-1].isspace() for before, part in itertools.pairwise(parts)):
-            assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
 
 
-def test_the_parts_of_the_story_end_between_words(monkeypatch):
-    """Otherwise the test above would compare next to nothing."""
-    monkeypatch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", "40")))
-    story = story_llm.load_text(STORY)
+@pytest.mark.parametrize("size", [40, 47, 53])
+def test_the_parts_of_the_story_end_between_words(monkeypatch, size):
+    """Also if there are several spaces after each sentence, some of which are one token."""
+    monkeypatch.setattr(story_llm, "PART", regex.compile(story_llm.PART.pattern.replace("200000", str(size))))
+    story = story_llm.load_text(STORY).replace(". ", ".     ")
+    tokenizer = BPETokenizer(train_bpe_fast(story[:5000], 400), "story")
     parts = story_llm.PART.findall(story)
-    assert len(parts) > 400 and all(regex.match(r" \S", part) for part in parts[1:])
-    assert LEARNED.encode(story) == LEARNED.encoding.encode_ordinary(story)
+    assert len(parts) > 300 and all(regex.match(r" \S", part) for part in parts[1:])
+    assert tokenizer.encode(story) == tokenizer.encoding.encode_ordinary(story)
 
 
 @pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
