@@ -233,7 +233,8 @@ MUTANTS = [
     ("share_recited(run.model, run.tokenizer, tests) if tests else None",
      "share_recited(run.model, run.tokenizer, tests)", "step10"),
     # record_evaluation
-    ("        record_evaluation(run, corpus)\n    for", "        run.history.append(evaluate(run, corpus))\n    for", "step10"),
+    ("        record_evaluation(run, corpus)\n    for",
+     "        run.history.append(evaluate(run, corpus))\n    for", "step10"),
     ("    if best is run.history[-1]:\n", "    if True:\n", "step10"),
     ("weight.detach().cpu().clone()", "weight.detach().cpu()", "step10"),
     ("        run.model.load_state_dict(run.best_weights)\n", "        pass\n", "step10"),

@@ -174,6 +174,32 @@ def test_where_nothing_similar_exists_the_line_names_the_help(call, idle, comman
     assert command[-1].removeprefix("--") in err
 
 
+@pytest.mark.parametrize("more, noted, emb_dim", [
+    ([], "--n-heads 3 --emb-dim 48", 48), (["--preset", "auto"], "--n-heads 3 --emb-dim 48", 48),
+    (["--emb-dim", "33"], "--n-heads 3", 33), (["--preset", "story"], None, 192)])
+def test_what_the_size_of_a_text_has_chosen_is_noted_and_used_unless_the_user_chooses(folder, call, monkeypatch, more,
+                                                                                      noted, emb_dim):
+    monkeypatch.setattr(story_llm, "settings_for_size", lambda n_bytes: {"n_heads": 3, "emb_dim": 48})
+    command = ["model", "--text", "my.txt", "--tokenizer", "word", "--context-length", "8"]
+    status, out, err = call(*command, *more)
+    assert (status, err) == (0, f"note: for a text of 0 KB, the defaults are {noted}\n" if noted else "")
+    assert re.search(rf"emb_dim +{emb_dim}$", out, re.MULTILINE)
+    run = story_llm.new_run(story_llm.corpus_from_text(TEXT, "word"))
+    assert (run.config.n_heads, run.config.emb_dim) == (3, 48)
+
+
+@pytest.mark.parametrize("preset", story_llm.PRESETS)
+def test_every_preset_can_be_trained(folder, call, preset):
+    options = ["--emb-dim", "24", "--n-heads", "2", "--n-layers", "1", "--context-length", "8", "--val-fraction", "0.3",
+               "--tokenizer", "word"]
+    status, out, err = call("train", "--text", "my.txt", "--preset", preset, *options, "--max-steps", "2")
+    assert status == 0 and "error" not in err and "Recall" in out
+    run = load_checkpoint("story_llm.pt")
+    settings = {**vars(run.config), **vars(run.train_config)}
+    chosen = {name: value for name, value in story_llm.PRESETS[preset].items() if option(name)[0] not in options}
+    assert {name: settings[name] for name in chosen} == chosen and settings["emb_dim"] == 24
+
+
 # before and after training
 
 def test_every_command_works_before_training_or_says_in_one_line_what_is_missing(folder, call, small):
@@ -354,7 +380,8 @@ def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folde
     assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
 
 
-@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said", "$HOME"])
+@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said",
+                                    "$HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
     command = re.search(r"^Now let it write: python story_llm\.py (.*)$", out.splitlines()[-1])[1]
@@ -390,8 +417,8 @@ def test_a_line_break_can_be_typed(folder, trained_here, call, monkeypatch):
 
 @pytest.mark.parametrize("prompt, notes", [
     (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []),
-    ("The old ferryman tied a", ["no sentence that the model was tested on begins with these words; the nearest beginning "
-                                 "is 'The old ferryman tied his'"]),
+    ("The old ferryman tied a", ["no sentence that the model was tested on begins with these words; the nearest "
+                                 "beginning is 'The old ferryman tied his'"]),
     ("at night a boy ran", ["the story does not contain at: the model sees <|unk|>",
                             "no sentence that the model was tested on begins with these words; the nearest "
                             "beginning is 'At night a boy ran'"]),
@@ -418,7 +445,7 @@ def test_recall_of_a_sample_is_said_to_be_one(folder, trained_here, call, small,
     monkeypatch.setattr(story_llm, "evenly_spaced", lambda items, count: original(items, min(count, most)))
 
     def sample(count):
-        return f"of {most} sentences (a sample of {count}) continued" if most < count else f"of {count} sentences continued"
+        return f"of {most} sentences (a sample of {count}) " if most < count else f"of {count} sentences continued"
 
     assert sample(5) in call("evaluate")[1]
     out = call(*small("train", "--model", "new.pt", "--val-fraction", "0"))[1]
@@ -859,7 +886,7 @@ def test_a_line_moves_on_a_terminal_and_leaves_the_log_as_it_is_elsewhere(folder
     os.remove("story_llm.pt")
     _, out, err = call(*small("train"))
     live = re.findall(r"(step \d+ of 12[^\r\n]*?)\r(?!\n)", shown)
-    assert err == "" and len(live) == 12 - 4 and all(len(line) < 80 for line in live)      # not at steps 1, 5, 10 and 12
+    assert err == "" and len(live) == 12 - 4 and all(len(line) < 80 for line in live)      # not at 1, 5, 10 and 12
     without_speed = [re.sub(r", [\d,]+ tokens/s.*", "", line) for line in screen(shown)]
     assert without_speed == [re.sub(r", [\d,]+ tokens/s.*", "", line).rstrip() for line in out.split("\n")]
 

@@ -62,7 +62,8 @@ def test_a_changed_model_that_works_is_told_from_the_saved_one(folder, trained_h
         assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["evaluate"], ["train", "--resume", "--epochs", "9"]])
+@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["evaluate"],
+                                     ["train", "--resume", "--epochs", "9"]])
 def test_a_layer_of_a_wrong_size_shows_where_it_fails_although_the_checkpoint_is_of_another_model(
         folder, trained_here, capsys, monkeypatch, command):
     """The reader edits a layer and runs the old model. The line that fails helps more than that the shapes differ."""
@@ -129,7 +130,7 @@ def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, c
     (folder / "folder").mkdir()
     for text, *words in (("missing.txt", "give a text file"), ("folder", "no .txt file", "give a text file"),
                          ("nowhere/my.txt",), ("empty.txt", "empty"), ("blank.txt", "empty"),
-                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip", "plain text")):
+                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip", "text")):
         result = call(*small(command, "--text", text))
         assert_one_line(result, *([] if "empty" in words else [text]), *words)
         assert result[1] == ""

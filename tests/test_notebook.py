@@ -56,7 +56,7 @@ def kinds(cell):
 
 
 def test_the_code_of_the_readme_works_in_a_notebook(execute, tmp_path):
-    """With a few steps. All lines but the last are one cell, and the last one is what the notebook shows."""
+    """With a few steps. Then come cells of one line each, as a teacher might go on."""
     lines = code_of_the_readme()
     code = "\n".join(lines).replace("new_run(corpus)", FEW_STEPS)
     assert FEW_STEPS in code and len(lines) >= 5

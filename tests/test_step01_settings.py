@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from helpers import story_llm
-from story_llm import (CHOICES, FIELDS, LIMITS, GPTConfig, GPTModel, Options, PRESETS, Sampling, StoryError, TrainConfig,
-                       override_settings, settings_for_size)
+from story_llm import (CHOICES, FIELDS, LIMITS, GPTConfig, GPTModel, Options, PRESETS, Sampling, StoryError,
+                       TrainConfig, override_settings, settings_for_size)
 
 ALL_SETTINGS = [GPTConfig, TrainConfig, Sampling, Options]
 EVERY_FIELD = [(settings, f) for settings in ALL_SETTINGS for f in dataclasses.fields(settings)]

@@ -17,8 +17,8 @@ from hypothesis import given, strategies as st
 
 from helpers import STORY, TEXT, some_text
 from scripts import ARABIC, BETWEEN, CHINESE, JAPANESE, SCRIPTS, SENTENCES, SPACED, THAI, UNSPACED
-from story_llm import (FILE_TYPES, StoryError, decode, find_words, first_words, load_text, recall_tests, sentence_starts,
-                       split_text, split_words, word_starts)
+from story_llm import (FILE_TYPES, StoryError, decode, find_words, first_words, load_text, recall_tests,
+                       sentence_starts, split_text, split_words, word_starts)
 
 
 def is_mark(character):

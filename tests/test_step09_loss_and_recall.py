@@ -119,7 +119,8 @@ def test_perplexity_and_bits_per_character_are_those_of_the_right_tokens_probabi
                          describe_loss(loss, corpus.train_ids, run.tokenizer))
     perplexity = 2 ** (float(found[3]) * len(corpus.train_text) / len(corpus.train_ids))
     assert float(found[1]) == pytest.approx(loss, abs=6e-4)
-    assert float(found[2].replace(",", "")) == pytest.approx(perplexity, rel=0.01) == pytest.approx(math.exp(loss), rel=0.01)
+    for expected in (perplexity, math.exp(loss)):
+        assert float(found[2].replace(",", "")) == pytest.approx(expected, rel=0.01)
 
 
 def test_a_uniform_guess_among_four_letters_takes_two_bits_per_character():
@@ -186,7 +187,7 @@ def test_the_recall_tests_of_any_text_are_parts_of_it(text):
 
 def test_sentences_that_five_words_cannot_tell_apart_are_no_recall_tests():
     """No model could continue both. If they are continued alike, there is nothing to tell apart."""
-    same, end = "The king said to him", " that the river was his, and that he gave it to the old ferryman and his old dog."
+    same, end = "The king said to him", " that the river was his, and that he gave it to the ferryman and to his old dog."
     others = TEXT.replace("Nobody came", "Many came")
     assert recall_tests(f"{same}{end} {same} that it was late. {others}") == recall_tests(others)
     (prompt, continuation), *rest = recall_tests(f"{same}{end} {same}{end} {others}")
