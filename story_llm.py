@@ -1941,7 +1941,7 @@ def describe_loss(loss, token_ids, tokenizer):
     """Format a loss per token, with its perplexity and the loss in bits per character."""
     text = tokenizer.decode([i for i in token_ids.tolist() if i != tokenizer.end_of_text])
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
-    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()       # inf if that is too large
+    perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()      # or inf
     return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
 def record_evaluation(run, corpus):
