@@ -1957,8 +1957,7 @@ def mean_loss(model, token_ids, max_windows=32):
     total = 0.0
     with torch.no_grad():
         for part in indices.split(max(1, 1024 // T)):        # in parts, to save memory
-            inputs, targets = windows[part]
-            total += batch_loss(model, inputs, targets).item() * len(part)
+            total += batch_loss(model, *windows[part]).item() * len(part)
     return total / count
 
 def check_finite(run, number):
