@@ -1973,8 +1973,7 @@ def mean_loss(model, token_ids, max_windows=32):
     total = 0.0
     with torch.no_grad():
         for part in indices.split(max(1, 1024 // T)):        # in parts, to save memory
-            inputs, targets = windows[part]
-            total += batch_loss(model, inputs, targets).item() * len(part)
+            total += batch_loss(model, *windows[part]).item() * len(part)
     return total / count
 
 def check_finite(run, number):
@@ -2764,8 +2763,12 @@ class Options(Settings):
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
                         "attention.png, after the name of --model if that is given)")
 
-FIELDS = {f.name: f for f in (*fields(Sampling), *fields(TrainConfig), *fields(GPTConfig),
-                              *fields(Options))}
+FIELDS, GROUPS = {}, {}     # {setting: its field}, {setting: where --help lists it}; later ones win
+for title, settings in (("sampling", Sampling), ("training", TrainConfig), ("the model", GPTConfig),
+                        ("options", Options)):
+    FIELDS.update({f.name: f for f in fields(settings)})
+    GROUPS.update(dict.fromkeys(names_of(settings), title))
+GROUPS["seed"] = "options"
 DEFAULTS = {("next", "temperature"): 1.0}       # where a command's default is a different one
 TOKENIZER = ("text", "encoding", "tokenizer", "vocab_size", "full_vocab")
 NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed", *names_of(GPTConfig))
@@ -2799,12 +2802,6 @@ COMMANDS = {    # {name: (function, help, options)}
              ("model", "prompt", *(name for name in names_of(Sampling) if name != "seed"), "device",
               "untrained")),
     "tour": (command_tour, "run all steps, one after the other", ())}
-
-# Where --help lists a setting; later entries win.
-GROUPS = {}
-for title, names in (("sampling", names_of(Sampling)), ("training", names_of(TrainConfig)),
-                     ("the model", names_of(GPTConfig)), ("options", (*names_of(Options), "seed"))):
-    GROUPS.update(dict.fromkeys(names, title))
 
 def add_option(parser, name, default=None):
     """Add a command-line option for a settings field, with its meaning and default in the help."""
