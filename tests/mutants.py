@@ -151,8 +151,8 @@ MUTANTS = [
 
     # step 9: loss and recall
     ("ignore_index=IGNORE_INDEX)", "ignore_index=-1)", "step09"),
-    ("total += batch_loss(model, inputs, targets).item() * len(part)",
-     "total += batch_loss(model, inputs, targets).item() * len(indices)", "step09"),
+    ("total += batch_loss(model, *windows[part]).item() * len(part)",
+     "total += batch_loss(model, *windows[part]).item() * len(indices)", "step09"),
     ("windows = SlidingWindowDataset(token_ids, T, stride=T)",
      "windows = SlidingWindowDataset(token_ids, T, stride=1)", "step09"),
     ("indices = torch.arange(count) * len(windows) // count", "indices = torch.arange(count)",
