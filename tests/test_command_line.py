@@ -225,7 +225,7 @@ def test_a_prompt_that_is_longer_than_the_window_is_printed_whole_with_a_note(fo
     for command in (small("generate"), ["generate"]):
         status, out, err = call(*command, "--prompt", prompt, "--max-new-tokens", "2")
         assert status == 0 and out.startswith(prompt)
-        assert err == f"note: the prompt has {count} tokens, and the model sees the last 12\n"
+        assert err.startswith(f"note: the prompt has {count} tokens") and "the last 12\n" in err and err.count("\n") == 1
 
 
 def test_training_prints_its_progress_and_recall_and_writes_its_two_files(folder, trained_here):
@@ -384,7 +384,7 @@ def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folde
                                     "$HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
-    command = re.search(r"^Now let it write: python story_llm\.py (.*)$", out.splitlines()[-1])[1]
+    command = re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1]
     status, out, err = call(*shlex.split(command), "--max-new-tokens", "3")
     assert status == 0 and out.startswith(prompt) and "error" not in err
     assert load_checkpoint("my model.pt").prompt == prompt
@@ -415,22 +415,19 @@ def test_a_line_break_can_be_typed(folder, trained_here, call, monkeypatch):
     assert rows[0] == rows[1] != rows[2]
 
 
-@pytest.mark.parametrize("prompt, notes", [
+@pytest.mark.parametrize("prompt, notes", [     # for each note, what it must contain
     (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []),
-    ("The old ferryman tied a", ["no sentence that the model was tested on begins with these words; the nearest "
-                                 "beginning is 'The old ferryman tied his'"]),
-    ("at night a boy ran", ["the story does not contain at: the model sees <|unk|>",
-                            "no sentence that the model was tested on begins with these words; the nearest "
-                            "beginning is 'At night a boy ran'"]),
-    ("Zzzz", ["the story does not contain Zzzz: the model sees <|unk|>",
-              "no sentence that the model was tested on begins with these words"]),
-    ("At night a laptop, a phone", ["the story does not contain laptop, phone: the model sees <|unk|>",
-                                    "no sentence that the model was tested on begins with these words; the nearest "
-                                    "beginning is 'At night a boy ran'"])])
+    ("The old ferryman tied a", [["no sentence", "'The old ferryman tied his'"]]),
+    ("at night a boy ran", [[" at", "<|unk|>"], ["no sentence", "'At night a boy ran'"]]),
+    ("Zzzz", [["Zzzz", "<|unk|>"], ["no sentence"]]),
+    ("At night a laptop, a phone", [["laptop, phone", "<|unk|>"], ["no sentence", "'At night a boy ran'"]])])
 def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes):
     for command in (["generate"], ["next"], ["attention"]):
         status, out, err = call(*command, "--prompt", prompt)
-        assert (status, err.splitlines()) == (0, [f"note: {note}" for note in notes])
+        lines = err.splitlines()
+        assert status == 0 and len(lines) == len(notes) and all(line.startswith("note: ") for line in lines)
+        for line, words in zip(lines, notes):
+            assert not [word for word in words if word not in line] and ("'" in line) == ("'" in "".join(words))
 
 
 def test_sentences_end_the_text(folder, trained_here, call):
@@ -445,11 +442,11 @@ def test_recall_of_a_sample_is_said_to_be_one(folder, trained_here, call, small,
     monkeypatch.setattr(story_llm, "evenly_spaced", lambda items, count: original(items, min(count, most)))
 
     def sample(count):
-        return f"of {most} sentences (a sample of {count}) " if most < count else f"of {count} sentences continued"
+        return rf"of {most} sentences \(.*sample.* {count}\) " if most < count else f"of {count} sentences continued"
 
-    assert sample(5) in call("evaluate")[1]
+    assert re.search(sample(5), call("evaluate")[1])
     out = call(*small("train", "--model", "new.pt", "--val-fraction", "0"))[1]
-    assert sample(6) in out and (f"recall is that of a sample of at most {most} sentences" in out) == (most < 6)
+    assert re.search(sample(6), out) and (f" {most} sentences\n" in out.replace(".\n", "\n")) == (most < 6)
 
 
 # pictures, and looking inside

@@ -400,7 +400,8 @@ def test_without_a_package_that_everything_needs_the_program_says_so_and_an_impo
 @pytest.mark.parametrize("version", ["3.10.9", "3.8.20"])
 def test_an_old_python_is_told_so_in_one_line(start_without, version):
     status, out, err = start_without("run", version)
-    assert (status, out, err) == (1, "", f"error: this needs Python 3.11 or later, and is {version}\n")
+    assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
+    assert "Python 3.11 or later" in err and version in err
 
 
 def test_torchrun_is_told_which_program_trains_with_several_processes(folder, call, small, monkeypatch):

@@ -17,7 +17,7 @@ from helpers import PROGRAM, TEXT, story_llm, weights_equal
 from story_llm import COMMANDS, FIELDS, collect_signals, load_checkpoint
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-WARNING = "stopping after this step; Ctrl-C again stops at once and loses what was learned since the last save"
+WARNING = re.compile("stopping after this step; .*Ctrl-C again .* at once .*since the last save")
 not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to other processes")
 
 
@@ -117,7 +117,7 @@ def test_the_first_ctrl_c_says_what_a_second_one_would_throw_away(capfd):
     with collect_signals() as received:
         assert received == [] and capfd.readouterr().err == ""
         signal.raise_signal(signal.SIGINT)
-        assert received == [signal.SIGINT] and capfd.readouterr().err == f"\n{WARNING}\n"
+        assert received == [signal.SIGINT] and WARNING.fullmatch(capfd.readouterr().err.strip("\n"))
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert received == [signal.SIGINT] and capfd.readouterr().err == ""
@@ -302,7 +302,7 @@ def test_a_real_signal_to_a_real_process_saves_and_resume_finishes(folder, call,
     wait_for(process, "Step 000010")
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.splitlines()[:2] == ["", WARNING] and err.count("\n") == 3
+    assert process.returncode == 130 and WARNING.fullmatch(err.splitlines()[1]) and err.count("\n") == 3
     stopped = load_checkpoint("story_llm.pt")
     assert 10 <= stopped.step == stopped_at(err)[0] < stopped.total_steps
     epochs = stopped.step // stopped.steps_per_epoch + 2
@@ -435,7 +435,7 @@ def test_two_trainings_with_one_path_lose_nothing(folder, call, small, monkeypat
     monkeypatch.setattr(story_llm.Progress, "update", meanwhile)
     status, _, err = call(*small("train", "--eval-every", "1"))
     assert second[1][0] == 0 and "story_llm.old.pt" in second[1][2]
-    assert status == 1 and err.count("\n") == 1 and "another program saves story_llm.pt" in err
+    assert status == 1 and err.count("\n") == 1 and "another program" in err and "story_llm.pt" in err
     assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.old.pt", "story_llm.old2.pt", "story_llm.pt"]
     theirs, before, after = map(load_checkpoint, ("story_llm.pt", "story_llm.old.pt", "story_llm.old2.pt"))
     assert theirs.train_config.seed == 7 and theirs.step == 12 and "story_llm.old2.pt" in err
