@@ -1435,7 +1435,7 @@ def decode(data, path, encoding=""):
 def count_oddities(text):
     """Return the number of control characters in a text, plus the number of blocks of 256 code
     points that its characters come from. Both are large if the encoding is wrong."""
-    return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in text})
+    return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in set(text)})
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every

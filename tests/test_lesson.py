@@ -53,7 +53,7 @@ def definitions():
     return defined
 
 
-@pytest.mark.parametrize("heading, defined", definitions().items(), ids=lambda value: str(value).strip("# ═─"))
+@pytest.mark.parametrize("heading, defined", definitions().items(), ids=[name.strip("# ═─") for name in definitions()])
 def test_every_part_of_the_lesson_has_an_example_that_is_run(heading, defined):
     if "Step 6" in heading:         # only its settings; the examples are in its sections
         defined = defined.union(*(names for other, names in definitions().items() if "─" in other))
@@ -191,11 +191,11 @@ def test_every_option_that_the_file_names_exists():
 
 def test_the_lesson_does_not_grow_unnoticed():
     """The bounds leave some slack. They are there to show growth, and a line that is worth it may raise them."""
-    assert WORKSHOP - 1 <= 1290
+    assert WORKSHOP - 1 <= 1340
 
 
 def test_the_file_does_not_grow_unnoticed():
-    assert len(LINES) <= 2600
+    assert len(LINES) <= 3000
 
 
 def test_no_line_has_more_than_100_columns():
