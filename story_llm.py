@@ -2706,10 +2706,12 @@ def typed_prompts():
             import readline     # noqa: F401; input() then has a history and the arrow keys
         note("Type the first words of a sentence, then Enter. Ctrl-C ends the program.")
         lines = iter(lambda: input("> "), None)
-    with contextlib.suppress(EOFError):
+    try:
         for line in lines:
             if line.strip():
                 yield line.rstrip("\r\n").replace("\\n", "\n")
+    except EOFError:        # Ctrl-D
+        note("")
 
 def command_tour(args):
     folder = Path("story_llm_tour")

@@ -184,7 +184,7 @@ def log_results(results):
 
 def run_command(argv):
     parser = argparse.ArgumentParser(prog="experiments.py", allow_abbrev=False,
-                                     description=__doc__.splitlines()[0])
+                                     description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", nargs="?", help="an experiment (default: all of them)")
     parser.add_argument("--list", action="store_true", help="say what each experiment shows")
     for name in ("text", "max_steps", "seed"):

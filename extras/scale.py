@@ -229,7 +229,7 @@ def command_train(args, accumulate, compiled):
 
 def run_command(argv):
     parser = argparse.ArgumentParser(
-        prog="scale.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+        prog="scale.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
         epilog="All options of `python story_llm.py train` can be given as well.")
     parser.add_argument("command", choices=("train",))
     parser.add_argument("--accumulate", type=int, default=1, metavar="N",
