@@ -132,7 +132,8 @@ def make_page(run, name="story_llm.pt"):
 
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
 def run_command(argv):
-    parser = argparse.ArgumentParser(prog="explore.py", description=(__doc__ or "").partition("\n")[0],
+    parser = argparse.ArgumentParser(prog="explore.py",
+                                     description=(__doc__ or "").partition("\n")[0],
                                      allow_abbrev=False)
     parser.add_argument("page", help="the HTML file to write")
     parser.add_argument("--model", default="story_llm.pt",

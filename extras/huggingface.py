@@ -383,7 +383,8 @@ def command_save(args):
 
 def parse(argv):
     """Parse a command line into a namespace. Its `given` contains what was really given."""
-    parser = argparse.ArgumentParser(prog="huggingface.py", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="huggingface.py",
+                                     description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
 
     command = commands.add_parser("load", allow_abbrev=False,

@@ -193,7 +193,8 @@ def command_tokenize(args):
 
 def parse(argv):
     """Parse a command line into a namespace. Its `given` contains what was really given."""
-    parser = argparse.ArgumentParser(prog="library.py", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="library.py",
+                                     description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
 
     command = commands.add_parser("tokenize", help="write the token ids of a text to a file",
