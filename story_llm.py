@@ -1859,8 +1859,8 @@ def settings_for_size(n_bytes):
     growth = n_bytes / 100_000
     n_heads = min(max(round(4 * growth ** 0.3), 4), 12)
     return {"tokenizer": "story", "vocab_size": 4096, "n_heads": n_heads, "emb_dim": 64 * n_heads,
-            "optimizer": "muon", "batch_size": 64, "learning_rate": round(0.005 / n_heads ** 0.5, 5),
-            "epochs": round(10 * max(growth, 1) ** 0.12)}
+            "optimizer": "muon", "batch_size": 64, "epochs": round(10 * max(growth, 1) ** 0.12),
+            "learning_rate": round(0.005 / n_heads ** 0.5, 5)}
 
 # How long to train, so that a story is memorized: {optimizer: (epochs, minimum number of steps)}
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
