@@ -456,18 +456,20 @@ class GPTConfig(Settings):
 # consists mostly of what "Aadhan" passes on.
 #
 # Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
-# products. If these are independent and each has mean 0 and standard deviation 1, their sum has a
-# standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). But softmax([7,
-# 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
-# saturated. Its output hardly reacts to the scores, so hardly any gradient reaches the query and
-# key layers. Dividing all scores by sqrt(D) brings their standard deviation back to 1, and
+# products. If these are independent and each has mean 0 and variance 1, their sum has a variance of
+# D, and a standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). So two
+# scores often differ by 7. But softmax([7, 0]) is [0.999, 0.001], and with a 6 in place of the 7 it
+# is still [0.998, 0.002]. Softmax is saturated. Its output hardly reacts to the scores. In other
+# words, its derivative is almost 0, and by the chain rule, hardly any gradient reaches the query
+# and key layers. Dividing all scores by sqrt(D) brings their standard deviation back to 1, and
 # softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled dot-product attention
 # (Vaswani et al. 2017, section 3.2.1). This division matters. Trained without it, our model recites
 # only a third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
     weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
-    reason explained below. (For now, S is T. In step 13 there are more keys than queries.)
+    reason explained below. (In the model, S is T for now. In this example there is one query, so T
+    is 1, and there are four keys, so S is 4.)
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -482,6 +484,7 @@ def attention_weights(queries, keys, mask):
     tensor([[6.1526, 2.3390]])
     """
     D = queries.shape[-1]
+    # row t, column s: the dot product of query t and key s
     scores = queries @ keys.transpose(-2, -1) / math.sqrt(D)        # (..., T, S)
     scores = scores.masked_fill(mask, -math.inf)                    # e^-inf is 0
     return scores.softmax(dim=-1)
@@ -598,7 +601,8 @@ class FeedForward(nn.Module):
 # models there is a second reason. By the chain rule, the gradient is multiplied by one factor f'
 # per layer on its way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less
 # than a ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient
-# on undiminished. (Try it: python extras/experiments.py no-residual)
+# on undiminished. (Nor does it explode, because f' is small at first, as we shall see.) (Try it:
+# python extras/experiments.py no-residual)
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
@@ -916,7 +920,7 @@ def learning_rate(step, total_steps, config):
     return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
 # These are the hyperparameters of training. The rest of this step explains the ones we have not met
-# yet.
+# yet, and the workshop explains Muon and bf16.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """How the model is trained."""
@@ -998,7 +1002,8 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    text = corpus.train_text[start:start + 32 * (T + 1)]        # T + 1 tokens are shorter than this
+    # So many characters always contain T + 1 tokens, except at the end of the text.
+    text = corpus.train_text[start:start + 32 * (T + 1)]
     token_ids = [*corpus.tokenizer.encode(text), corpus.tokenizer.end_of_text][:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
@@ -1013,6 +1018,7 @@ def training_batches(run, corpus):
     starts = window_starts(len(windows), T, config.seed)
     sentences = shuffled(sentence_starts(corpus.train_text), config.seed + 1)
     words = shuffled(word_starts(corpus.train_text), config.seed + 2)
+    # Take 16 sliding windows, 13 at sentences and 3 at words, and stack them into (32, T + 1).
     # in_batches (workshop) cuts each stream into lists, one for each step, and skips those of the
     # steps that a resumed run has already done.
     batches = zip(in_batches(starts, config.batch_size - n_prompts, run.step),
@@ -1076,14 +1082,17 @@ def train(run, corpus):
 #     Ep 20 (Step 000180): Train loss 0.222, Val loss 6.266, recall 100%, 40,509 tokens/s, 0:00 left
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# The training loss and recall say that the model has learned the story. The validation loss tells
-# another tale. It falls at first, as the model learns patterns that hold in both splits, such as
-# that a comma is often followed by "and". Then it rises again. This is overfitting: what the model
-# learns from here on is true of the training split alone. It memorizes. In the training split, for
-# example, "A ferry goes back and forth" is followed by "and", while the validation split has "going
-# back and forth with the rope". After 45 steps the model gives this "with" a probability of about
-# 1/36. In the end it is certain of "and", and "with" gets about 1/10,000. The loss of this token
-# has risen from 3.6 to 9.3. Being certain and wrong costs far more than being uncertain.
+# The training loss and recall say that the model has learned the story. The loss is not 0, because
+# at the start of a window the model sees a single token, such as " the", and nothing tells which
+# word follows. It is 2.8 at the first position, 0.4 at the fourth and 0.06 from the eleventh on.
+# The validation loss tells another tale. It falls at first, as the model learns patterns that hold
+# in both splits, such as that a comma is often followed by "and". Then it rises again. This is
+# overfitting: what the model learns from here on is true of the training split alone. It memorizes.
+# In the training split, for example, "A ferry goes back and forth" is followed by "and", while the
+# validation split has "going back and forth with the rope". After 45 steps the model gives this
+# "with" a probability of about 1/36. In the end it is certain of "and", and "with" gets about
+# 1/10,000. The loss of this token has risen from 3.6 to 9.3. Being certain and wrong costs far more
+# than being uncertain.
 #
 # With a single short story, a model can do little but memorize, and that is what we wanted. To
 # generalize, a model needs far more text. The validation loss tells us how well our model does on
@@ -1135,9 +1144,10 @@ def load_checkpoint(path, device="cpu"):
                **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# The picture shows what the log has told us. While both losses fall, the model learns patterns that
-# carry over to unseen text. When the validation loss rises again, the model is overfitting. If both
-# stay near ln(V), nothing is learned, perhaps because the learning rate is much too low or high.
+# The picture that `train` draws, loss.png, shows what the log has told us. While both losses fall,
+# the model learns patterns that carry over to unseen text. When the validation loss rises again,
+# the model is overfitting. If both stay near ln(V), nothing is learned, perhaps because the
+# learning rate is much too low or high.
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
     .svg or .pdf). Return the figure.
@@ -1267,6 +1277,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
             cache = KeyValueCache()
         window = torch.cat([window, new], dim=1)
 
+# (`generate_text` in the workshop turns these ids into text, and stops at `<|endoftext|>`.)
+#
 # That completes the journey. The model that began with noise now recites:
 #
 #     $ python story_llm.py generate --prompt "Once Aadhan renounced" --max-new-tokens 14
