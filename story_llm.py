@@ -514,10 +514,10 @@ def causal_mask(T, S, device=None):
 
 # The weights of a row add up to 1, so more weight for one token means less for the others. But
 # "his" needs to know who he is and also what he did. So attention is computed several times in
-# parallel, by heads, each with its own attention weights. In our trained model, "his" gives a
-# weight of 0.46 to "Aad", the first token of "Aadhan", in one head of the second block, and 0.46 to
-# "ounced", the end of "renounced", in a head of the first. (GPT-2's tokens split both words. A
-# short story can be memorized with a single head, too: python extras/experiments.py one-head)
+# parallel, by heads, each with its own attention weights. In the first block of our trained model,
+# "his" gives a weight of 0.36 to "Aad", the first token of "Aadhan", in one head, and 0.46 to
+# "ounced", the end of "renounced", in another. (GPT-2's tokens split both words. A short story can
+# be memorized with a single head, too: python extras/experiments.py one-head)
 #
 # With H heads, the query, key and value layers still map C numbers to C. Their outputs are cut into
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.

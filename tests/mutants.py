@@ -42,7 +42,7 @@ MUTANTS = [
     ('errors="replace" if encoding else "strict"', 'errors="strict"', "step02"),
     ('if not encoding and (b"\\0" in data or', "if not encoding and (", "step02"),
     ("return len(CONTROL.findall(text)) + len({", "return len({", "step02"),
-    ("(text)) + len({ord(character) >> 8 for character in text})", "(text))", "step02"),
+    ("(text)) + len({ord(character) >> 8 for character in set(text)})", "(text))", "step02"),
     ("if space > 0 and cut < len(text):", "if space > 0:", "step02"),
     ("max(cut - 50, 0), cut + 1)", "0, cut + 1)", "step02"),
     (r'LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}', r'LETTER = rf"[[\p{{L}}\p{{N}}', "step02"),
