@@ -133,7 +133,7 @@ def build_vocabulary(text):
 # "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
 # token in training, because there every word is known. So the model never learns what the token
 # stands for. The other special token, `<|endoftext|>`, follows the last word of the training text.
-# So the model learns where the story ends, and generation stops when it predicts this token.
+# So the model learns where this text ends, and generation stops when it predicts this token.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -732,6 +732,7 @@ class GPTModel(nn.Module):
 #       trf_blocks.1         (2, 32, 192)       444,288
 #       final_norm           (2, 32, 192)           384
 #       out_head            (2, 32, 2079)       399,168
+#       total                                 1,693,440
 #
 # Three kinds of numbers should not be confused. Parameters are learned and stored. Activations,
 # such as the outputs listed above, are computed anew for every batch. Gradients exist only in
@@ -809,10 +810,10 @@ def batch_loss(model, inputs, targets):
 
 # The loss does not tell us what we most want to know. Can the model continue the story? So we test
 # it. Recall is the share of sentences that the model continues word for word from their first five
-# words alone, for at least 80 characters, which may reach into the next sentence. (Research papers
-# call this verbatim memorization, Carlini et al. 2023.) The test is hard, because nothing before
-# those five words tells the model where in the story it is. The test uses the training split,
-# because no model could guess the sentences of the validation split.
+# words alone, for at least 80 characters (fewer at the end of the text), which may reach into the
+# next sentence. (Research papers call this verbatim memorization, Carlini et al. 2023.) The test is
+# hard, because nothing before those five words tells the model where in the story it is. The test
+# uses the training split, because no model could guess the sentences of the validation split.
 def recall_tests(text):
     """Return [(prompt, continuation)] for every sentence of at least eight words. The prompt is its
     first five words. The continuation is what follows in the text, at least 80 characters (fewer at
@@ -823,15 +824,20 @@ def recall_tests(text):
     [('They went upriver that same', ' week, nine days by boat.')]
     """
     continuations = defaultdict(set)        # {the first five words: what follows them}
+    prompts = set()
     for start, end in pairwise([*sentence_starts(text), len(text)]):        # workshop
         words = find_words(text[start:end])
-        if len(words) >= 8:
+        if len(words) >= 5:
             fifth_word_end = start + words[4].end()
             # The continuation ends with the first word that brings it to 80 characters or more.
             rest = text[fifth_word_end:fifth_word_end + 200]
             ends = [word.end() for word in find_words(rest) if word.end() >= 80]
-            continuations[text[start:fifth_word_end]].add(rest[:min(ends, default=200)])
-    return [(prompt, *found) for prompt, found in continuations.items() if len(found) == 1]
+            prompt = text[start:fifth_word_end]
+            continuations[prompt].add(rest[:min(ends, default=200)])
+            if len(words) >= 8:
+                prompts.add(prompt)
+    return [(prompt, *found) for prompt, found in continuations.items()
+            if len(found) == 1 and prompt in prompts]
 
 # To check a sentence we need not generate token by token. We show the model the prompt together
 # with the right continuation, in one pass, and compare its prediction at each position with the
@@ -905,8 +911,9 @@ def make_optimizer(model, config):
 
 # The learning rate changes during training. In the first steps, Adam's averages rest on a few
 # batches and are not reliable, so the learning rate rises from near 0. This is called warm-up.
-# Towards the end, large steps would overshoot the minimum again and again, so the learning rate
-# falls linearly to 0. (Try it: python extras/experiments.py no-warm-up, or high-learning-rate)
+# Later, large steps would overshoot the minimum again and again, so after the warm-up the learning
+# rate falls linearly towards 0. (Try it: python extras/experiments.py no-warm-up, or
+# high-learning-rate)
 def learning_rate(step, total_steps, config):
     """The learning rate of a step, counted from 0.
 
@@ -928,13 +935,14 @@ class TrainConfig(Settings):
     max_steps: int = setting(0, "total training steps; overrides --epochs (0: use --epochs)")
     batch_size: int = setting(32, "windows in a batch")
     optimizer: str = setting("adamw", "AdamW or Muon")
-    learning_rate: float = setting(2.5e-3, "peak learning rate")
+    learning_rate: float = setting(2.5e-3, "peak learning rate (Muon multiplies it by 4)")
     warmup_steps: int = setting(20, "learning-rate warm-up steps, at most a tenth of all steps")
     weight_decay: float = setting(0.0, "weight decay")
     grad_clip: float = setting(1.0, "clip the gradient norm to this")
     prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
-    eval_every: int = setting(0, "steps between evaluations (0: 5 % of all steps, at least 45)")
+    eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5 % of all "
+                            "steps, at least 45)")
     keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
                               "falls, and keep the best weights")
     precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
@@ -951,6 +959,7 @@ def training_step(run, inputs, targets):
     run.optimizer.zero_grad()           # `backward` adds to the gradients, so clear the old ones
     with mixed_precision(run), dropout_seed(run):       # workshop: faster, and reproducible
         loss = batch_loss(run.model, inputs, targets)
+    run.model.eval()                    # evaluation mode: dropout is off again
     loss.backward()
     # A single unusual batch can have a gradient many times longer than the others and spoil
     # Adam's averages for many steps. The gradient of all parameters is one long vector, and the
@@ -962,7 +971,6 @@ def training_step(run, inputs, targets):
     for group in run.optimizer.param_groups:        # where torch keeps the learning rate
         group["lr"] = learning_rate(run.step, run.total_steps, config)
     run.optimizer.step()
-    run.model.eval()                    # evaluation mode: dropout is off
 
 # A batch contains two kinds of windows. The first kind is the sliding windows of step 5. If they
 # always started at the same positions, the model would see each passage of the story at one set of
@@ -1002,9 +1010,11 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    # So many characters always contain T + 1 tokens, except at the end of the text.
-    text = corpus.train_text[start:start + 32 * (T + 1)]
-    token_ids = [*corpus.tokenizer.encode(text), corpus.tokenizer.end_of_text][:T + 1]
+    end = start + 32 * (T + 1)      # so many characters nearly always contain T + 1 tokens
+    token_ids = corpus.tokenizer.encode(corpus.train_text[start:end])
+    if end >= len(corpus.train_text):
+        token_ids.append(corpus.tokenizer.end_of_text)
+    token_ids = token_ids[:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
 def training_batches(run, corpus):
@@ -1129,7 +1139,7 @@ def save_checkpoint(path, run):
 # format, and a pickle can run any code when it is loaded. torch's `weights_only=True` refuses that
 # and accepts tensors and plain values only. The last step is a test. When the model was saved, its
 # loss on a fixed window was saved with it. If the same weights now give a different loss, the code
-# of the model has changed since.
+# of the model has probably changed since.
 def load_checkpoint(path, device="cpu"):
     """Load a run, ready to generate (`.model`, `.tokenizer`) or to resume training. Raises
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
@@ -1395,17 +1405,18 @@ def names_of(settings):
 def read_files(paths):
     """Return [(path, bytes)]. A folder means all .txt files directly in it, and "-" means standard
     input. Raises StoryError if a file cannot be read or a folder has no .txt file."""
-    found = []
+    files, found = [], []
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        inside = sorted(Path(path).glob("*.txt")) if os.path.isdir(path) else [path]
+        check(inside, f"the folder {path} contains no .txt file: give a text file with --text")
+        files += inside
+    for file in files:
         try:
-            files = sorted(Path(path).glob("*.txt")) if os.path.isdir(path) else [path]
-            check(files, f"the folder {path} contains no .txt file: give a text file with --text")
-            for file in files:
-                data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-                found.append((file, data))
+            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         except OSError as error:
-            raise StoryError(f"{path} cannot be read ({error.strerror}): give a text file with "
+            raise StoryError(f"{file} cannot be read ({error.strerror}): give a text file with "
                              "--text") from None
+        found.append((file, data))
     return found
 
 FILE_TYPES = {      # {the first bytes of a file: the kind of file}
@@ -1430,18 +1441,21 @@ def decode(data, path, encoding=""):
         try:
             texts.append(data.decode(name, errors="replace" if encoding else "strict"))
         except UnicodeDecodeError as error:
-            if name == names[0]:        # UTF-8, the encoding that the message names
-                position = error.start
+            position = error.start
         except (LookupError, UnicodeError):
             raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
                              ) from None
     if not texts:
+        check(len(names) == 1, f"{path} is damaged or not a text: --encoding utf-16 reads it if it "
+              "is UTF-16, and replaces what is wrong")
         raise StoryError(
             f"{path} is not in UTF-8 (line {data.count(10, 0, position) + 1} contains the byte "
             f"0x{data[position]:02x}): name its encoding, such as --encoding cp1252 for Western "
             "European text from Windows; if only a few bytes are wrong, --encoding utf-8 replaces "
             "them")
     best = min(texts, key=lambda text: (text[:1] != "\ufeff", count_oddities(text)))
+    check(10 * best.count("\0") <= len(best), f"{path} is not plain text, because it consists "
+          "mostly of zeros: give a text file")
     return best.removeprefix("\ufeff")
 
 def count_oddities(text):
@@ -1804,10 +1818,10 @@ class Run:
         """Return the token ids (1, T) of a prompt, cut to its last `context_length` tokens."""
         return torch.tensor([encode_prompt(self.tokenizer, prompt)[-self.config.context_length:]])
 
-    def write(self, prompt, max_new_tokens=100, **sampling):
+    def write(self, prompt, max_new_tokens=100, sentences=0, **sampling):
         """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
         return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
-                                              Sampling(**sampling)))
+                                              Sampling(**sampling), sentences))
 
     def attention(self, prompt):
         """Return a figure of the attention weights between the tokens of a prompt."""
@@ -1964,8 +1978,8 @@ def record_evaluation(run, corpus):
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
-    check(run.history[-1].val_loss is not None, "--keep-best needs a validation split: give a "
-          "longer text or a larger --val-fraction")
+    check(run.history[-1].val_loss is not None, "--keep-best, which --preset writer sets, needs a "
+          "validation split: give a longer text or a larger --val-fraction")
     best = min(run.history, key=lambda evaluation: evaluation.val_loss)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()
@@ -2046,7 +2060,7 @@ class Muon(torch.optim.AdamW):
     def step(self):
         lrs = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] *= 4            # Muon stays stable at higher learning rates than AdamW
+            group["lr"] *= 4            # with Muon, training is stable at higher learning rates
         matrices = self.param_groups[0]
         for weight in matrices["params"]:
             self.step_matrix(weight, matrices["lr"], matrices["weight_decay"])
@@ -2343,6 +2357,10 @@ def corpus_from_args(args):
     preset = PRESETS[args.preset]
     if args.preset == "auto":
         preset = settings_for_size(count_bytes(text))
+        dependent = {"emb_dim": ["n_heads"], "optimizer": ["epochs", "learning_rate"]}
+        for option in dependent.keys() & args.given.keys():
+            for name in dependent[option]:          # it suits only the option's own value
+                preset.pop(name, None)
     settings = {**preset, **args.given}
     kind = settings.get("tokenizer", "auto")
     for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
@@ -2352,19 +2370,22 @@ def corpus_from_args(args):
                               override_settings(GPTConfig(), settings).context_length,
                               vocab_size=settings.get("vocab_size"), full_vocab=args.full_vocab)
     if kind == "auto" and corpus.tokenizer.kind == "story":
-        note_once(f"note: {reason_against_gpt2(corpus.train_text)}, so merges are learned from "
-                  "the story (use --tokenizer story to silence this note)")
-    chosen = [f"{option_string(name)} {value}" for name, value in preset.items()
-              if name not in args.given]
-    if args.preset == "auto" and chosen:
-        note_once(f"note: for a text of {corpus.n_bytes // 1000:,} KB, the defaults are "
-                  f"{' '.join(chosen)}")
+        reason = "the text is long"
+        if not settings_for_size(corpus.n_bytes):
+            reason = reason_against_gpt2(corpus.train_text)
+        note_once(f"note: {reason}, so merges are learned from the story (use --tokenizer story to "
+                  "silence this note)")
     return corpus, settings
 
 def new_run_from_args(args):
     """Return (a new run, its corpus). Print a note wherever the run differs from what was
     requested."""
     corpus, settings = corpus_from_args(args)
+    chosen = [f"{option_string(name)} {value}" for name, value in settings.items()
+              if name not in args.given]
+    if args.preset == "auto" and chosen:
+        note_once(f"note: for a text of {corpus.n_bytes // 1000:,} KB, the defaults are "
+                  f"{' '.join(chosen)}")
     config = override_settings(GPTConfig(), settings)
     train_config = override_settings(TrainConfig(), settings)
     run = new_run(corpus, config, train_config, args.device)
@@ -2384,6 +2405,8 @@ def load_run(args):
     run = load_checkpoint(args.model, args.device)
     if "text" not in args.given:
         args.text, args.encoding = run.text_paths or args.text, args.encoding or run.encoding
+        check("-" not in args.text, f"{args.model} was trained on standard input: give the text "
+              "again with --text")
     return run, corpus_from_text(load_text(args.text, args.encoding), run.tokenizer,
                                  run.train_config.val_fraction, context_length=0)
 
@@ -2392,14 +2415,15 @@ def change_length(run, args):
     if "epochs" in args.given:
         run.train_config = replace(run.train_config, max_steps=0)
     run.train_config = override_settings(run.train_config, args.given)
-    run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
+    if run.step < run.total_steps or "epochs" in args.given or "max_steps" in args.given:
+        run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
 
 def run_to_train(args):
     """Return (a run, its corpus), after making sure that the results can be written."""
     import matplotlib       # noqa: F401; if it is missing, fail now and not after the training
     check_writable(args.model)
     check_writable(args.plot, PICTURES)
-    paths = [*args.text, args.model, args.plot]
+    paths = [*set(args.text), args.model, args.plot]
     check(len(set(map(os.path.realpath, paths))) == len(paths),
           "--text, --model and --plot must be different files")
     if not args.resume:
@@ -2421,7 +2445,8 @@ def load_or_create_run(args):
 def log_recall(run, corpus):
     tests = evenly_spaced(corpus.recall_tests, 1000)
     if not tests:
-        log("Recall: not measured, because no sentence has at least 8 words")
+        log("Recall: not measured, because no sentence of at least 8 words has a beginning of "
+            "its own")
         return None
     recall = share_recited(run.model, run.tokenizer, tests)
     sample = ""
@@ -2636,6 +2661,9 @@ def finish_training(args, run, corpus, first_step):
         note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
+    if run.train_config.keep_best:
+        best = min(run.history, key=lambda evaluation: evaluation.val_loss)
+        log(f"The weights are those of step {best.step}, which had the lowest validation loss.")
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
@@ -2694,7 +2722,7 @@ def command_generate(args):
             names.remove("seed")            # it also seeds the weights
         refuse_options(args, names, "is for sampling: give a --temperature above 0 as well")
     run = load_or_create_run(args)
-    if args.untrained and sampling.temperature == 0:        # step 8
+    if args.untrained and sampling.temperature == 0 and args.sentences == 0:       # step 8
         idx = run.window(prompt_from_args(args, run))
         longer = generate_text_simple(run.model, idx, args.max_new_tokens,
                                       run.config.context_length)
@@ -2766,14 +2794,16 @@ class Options(Settings):
     full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
     preset: str = setting("auto", "settings to start from: auto to memorize a text of any size, "
                           "story to memorize a short text, writer to write new text in the same "
-                          "style, gpt2-small for the smallest GPT-2")
+                          "style, gpt2-small for the smallest GPT-2; the defaults below are those "
+                          "for a text of less than 60 KB")
     model: str = setting("story_llm.pt", "the checkpoint file")
     untrained: bool = setting(False, "use a new, untrained model, built with the options below")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda if there is a GPU")
     prompt: str = setting("", "the text that the model continues; \\n is a line break")
     max_new_tokens: int = setting(100, "maximum number of tokens to generate")
-    sentences: int = setting(0, "stop after this many sentences (0: no limit)")
+    sentences: int = setting(0, "stop after this many sentences, or after --max-new-tokens "
+                             "(0: no limit)")
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
                         "attention.png, after the name of --model if that is given)")

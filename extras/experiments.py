@@ -6,9 +6,10 @@
 
 The lesson in story_llm.py gives a reason for every part of the model and of its training. Here you
 can test these reasons. Each experiment changes one thing, which is a line or two of the program or
-a setting. It trains the changed program and prints the results next to those of the unchanged one.
-Without a name, all experiments run, one after the other. The results vary a little with the
-processor, and more with --seed.
+a setting. (Gradient descent also gets a learning rate of its own.) It trains the changed program
+and prints the results next to those of the unchanged one, with the model for a short story. Without
+a name, all experiments run, one after the other. The results vary a little with the processor, and
+more with --seed.
 
 No file is changed. The source of story_llm.py is changed in memory, and the result is run as a
 module of its own. Your own experiment is one more entry in EXPERIMENTS.
@@ -76,7 +77,7 @@ EXPERIMENTS = {
     "no-positions": Experiment(
         step=6, change="the positional embedding is not added to the token embedding",
         shows="The loss falls faster at first (1.37 instead of 2.05 after 60 steps), and "
-              "recall stays at 99 %. This story can be memorized without positional embeddings.",
+              "recall is still 99 %. This story can be memorized without positional embeddings.",
         replacements=((" + self.pos_emb(positions)", ""),)),
     "gradient-descent": Experiment(
         step=10, change="plain gradient descent instead of AdamW",

@@ -58,7 +58,7 @@ def kinds(cell):
 def test_the_code_of_the_readme_works_in_a_notebook(execute, tmp_path):
     """With a few steps. Then come cells of one line each, as a teacher might go on."""
     lines = code_of_the_readme()
-    code = "\n".join(lines).replace("new_run(corpus)", FEW_STEPS)
+    code = "\n".join(lines).replace('new_run(corpus, device="auto")', FEW_STEPS)
     assert FEW_STEPS in code and len(lines) >= 5
     *cells, last = execute(code, "run.attention(run.prompt)", "print(run.next(run.prompt))", "run.next(run.prompt)",
                            "run.write(run.prompt, 3)", "run",
