@@ -1938,6 +1938,10 @@ def describe_loss(loss, token_ids, tokenizer):
     bits = loss / math.log(2) * len(token_ids) / max(len(text), 1)
     return f"{loss:.3f} (perplexity {math.exp(loss):,.2f}; {bits:.3f} bits per character)"
 
+def best_evaluation(run):
+    """The evaluation with the lowest validation loss, of those after the first step."""
+    return min(run.history[1:], key=lambda evaluation: evaluation.val_loss)
+
 def record_evaluation(run, corpus):
     """Evaluate a run. With keep_best, remember the weights of the lowest validation loss, and
     return to them at the end, or when no evaluation in the last fifth of all steps was better."""
@@ -1946,7 +1950,7 @@ def record_evaluation(run, corpus):
         return
     check(run.history[-1].val_loss is not None, "--keep-best needs a validation split: give a "
           "longer text or a larger --val-fraction")
-    best = min(run.history, key=lambda evaluation: evaluation.val_loss)
+    best = best_evaluation(run)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()
                             for name, weight in run.model.state_dict().items()}
@@ -2611,6 +2615,9 @@ def finish_training(args, run, corpus, first_step):
         note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
+    if run.train_config.keep_best:
+        log(f"kept the weights of step {best_evaluation(run).step}, where the validation loss was "
+            "lowest")
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
