@@ -1857,6 +1857,14 @@ def settings_for_size(n_bytes):
             "optimizer": "muon", "batch_size": 64, "n_heads": n_heads, "emb_dim": 64 * n_heads,
             "learning_rate": round(0.012 / n_heads, 5)}
 
+def writer_settings(n_bytes):
+    """Return what --preset writer changes with the size of the text (see "New text in its manner"
+    in benchmarks/README.md). A shorter text is overfitted sooner: it needs a smaller vocabulary,
+    whose tokens occur often enough to be learned, more dropout, and fewer epochs."""
+    growth = n_bytes / 100_000
+    return {"vocab_size": 1024 * min(max(round(2 * growth ** 0.3), 1), 4),
+            "drop_rate": 0.3 if growth < 4 else 0.2, "epochs": 6 if growth < 4 else 9}
+
 # {optimizer: (epochs, minimum number of steps)} that are enough to memorize a story
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
 EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps; early ones show it learning
@@ -2332,6 +2340,8 @@ def corpus_from_args(args):
     preset = PRESETS[args.preset]
     if args.preset == "auto":
         preset = settings_for_size(count_bytes(text))
+    if args.preset == "writer":
+        preset = {**preset, **writer_settings(count_bytes(text))}
     settings = {**preset, **args.given}
     kind = settings.get("tokenizer", "auto")
     for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
@@ -2730,8 +2740,8 @@ TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --
 PRESETS = {     # {name: the settings that differ from the defaults}; "auto": settings_for_size
     "auto": {}, "story": {},
     "writer": {"tokenizer": "story", "context_length": 64, "emb_dim": 256, "n_layers": 4,
-               "drop_rate": 0.1, "optimizer": "muon", "weight_decay": 0.1, "prompt_windows": 0.0,
-               "epochs": 6, "keep_best": True},
+               "position": "rotary", "tie_weights": True, "optimizer": "muon", "weight_decay": 0.1,
+               "prompt_windows": 0.0, "keep_best": True},     # and writer_settings
     "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
                    "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "learning_rate": 6e-4}}
 

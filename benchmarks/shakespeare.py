@@ -1,7 +1,7 @@
 """New text in the manner of another: story_llm's --preset writer and nanoGPT's quick start.
 
     python benchmarks/shakespeare.py --text input.txt --nanogpt PATH
-    python benchmarks/shakespeare.py --text input.txt --nanogpt PATH --rounds 3 --epochs 2 8
+    python benchmarks/shakespeare.py --text input.txt --nanogpt PATH --rounds 3 --epochs 2 9
 
 The text of the tables is tinyshakespeare (1.1 MB), data/tinyshakespeare/input.txt of
 github.com/karpathy/char-rnn. nanoGPT runs the command that its README gives for a CPU, which trains
@@ -167,9 +167,8 @@ def parse():
                         help="the text, of 100 KB or more; the tables use tinyshakespeare")
     parser.add_argument("--nanogpt", default="", metavar="PATH",
                         help="a checkout of github.com/karpathy/nanoGPT")
-    parser.add_argument("--epochs", nargs="+", type=int, default=[3, 14], metavar="N",
-                        help="one training of story_llm for each (default: 3, which takes about "
-                        "as long as nanoGPT, and 14, which takes five times as long)")
+    parser.add_argument("--epochs", nargs="+", type=int, default=[2, 9], metavar="N",
+                        help="one training of story_llm for each (default: 2, and the preset's 9)")
     parser.add_argument("--rounds", type=int, default=1, help="default: 1")
     parser.add_argument("--characters", type=int, default=300, metavar="N",
                         help="length of a sample (default: 300)")
