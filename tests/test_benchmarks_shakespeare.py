@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import ROOT, TEXT, lively_model, story_llm, tiny, train_to
+from helpers import ROOT, STORY, TEXT, lively_model, story_llm, tiny, train_to
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import shakespeare  # noqa: E402
@@ -80,11 +80,9 @@ def test_the_table_lists_what_is_absent_and_compares_seconds_with_nanogpt(capsys
     assert "long: failed: no text" in printed and "short, at temperature 0.8:\n\nOnce." in printed
 
 
-def test_the_program_runs_from_training_to_the_table(tmp_path):
-    """With a tiny text and a single epoch, and without nanoGPT."""
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT * 4, encoding="utf-8")
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "shakespeare.py", "--text", text, "--epochs", "1",
+def test_the_program_runs_from_training_to_the_table():
+    """With the short story and a single epoch, and without nanoGPT."""
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "shakespeare.py", "--text", STORY, "--epochs", "1",
                            "--characters", "20"], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "give --nanogpt PATH" in done.stdout and "at temperature 0.8" in done.stdout
