@@ -1888,6 +1888,14 @@ def settings_for_size(n_bytes):
             "optimizer": "muon", "batch_size": 64, "epochs": round(10 * max(growth, 1) ** 0.12),
             "learning_rate": round(0.005 / n_heads ** 0.5, 5)}
 
+def writer_settings(n_bytes):
+    """Return what --preset writer changes with the size of the text (see "New text in its manner"
+    in benchmarks/README.md). A shorter text is overfitted sooner: it needs a smaller vocabulary,
+    whose tokens occur often enough to be learned, more dropout, and fewer epochs."""
+    growth = n_bytes / 100_000
+    return {"vocab_size": 1024 * min(max(round(2 * growth ** 0.3), 1), 4),
+            "drop_rate": 0.3 if growth < 4 else 0.2, "epochs": 6 if growth < 4 else 9}
+
 # How long to train, so that a story is memorized: {optimizer: (epochs, minimum number of steps)}
 TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
 EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps, two of them early in training
@@ -1971,6 +1979,9 @@ def describe_loss(loss, token_ids, tokenizer):
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()      # or inf
     return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
+def best_evaluation(run):
+    return min(run.history, key=lambda evaluation: evaluation.val_loss)
+
 def record_evaluation(run, corpus):
     """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
     the lowest validation loss, and return to them at the end. Training ends early if this loss has
@@ -1980,7 +1991,7 @@ def record_evaluation(run, corpus):
         return
     check(run.history[-1].val_loss is not None, "--keep-best, which --preset writer sets, needs a "
           "validation split: give a longer text or a larger --val-fraction")
-    best = min(run.history, key=lambda evaluation: evaluation.val_loss)
+    best = best_evaluation(run)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()
                             for name, weight in run.model.state_dict().items()}
@@ -2361,6 +2372,8 @@ def corpus_from_args(args):
         for option in dependent.keys() & args.given.keys():
             for name in dependent[option]:          # it suits only the option's own value
                 preset.pop(name, None)
+    if args.preset == "writer":
+        preset = {**preset, **writer_settings(count_bytes(text))}
     settings = {**preset, **args.given}
     kind = settings.get("tokenizer", "auto")
     for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
@@ -2662,8 +2675,8 @@ def finish_training(args, run, corpus, first_step):
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
     if run.train_config.keep_best:
-        best = min(run.history, key=lambda evaluation: evaluation.val_loss)
-        log(f"The weights are those of step {best.step}, which had the lowest validation loss.")
+        log(f"The weights are those of step {best_evaluation(run).step}, which had the lowest "
+            "validation loss.")
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
@@ -2776,8 +2789,8 @@ TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --
 PRESETS = {     # {name: the settings that differ from the defaults}; "auto": settings_for_size
     "auto": {}, "story": {},
     "writer": {"tokenizer": "story", "context_length": 64, "emb_dim": 256, "n_layers": 4,
-               "drop_rate": 0.1, "optimizer": "muon", "weight_decay": 0.1, "prompt_windows": 0.0,
-               "epochs": 6, "keep_best": True},
+               "position": "rotary", "tie_weights": True, "optimizer": "muon", "weight_decay": 0.1,
+               "prompt_windows": 0.0, "keep_best": True},     # and writer_settings
     "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
                    "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "learning_rate": 6e-4}}
 

@@ -161,7 +161,8 @@ MUTANTS = [
     ("if word.end() >= 80]", "if word.end() >= 60]", "step09"),
     ("rest[:min(ends, default=200)]", "rest[:80]", "step09"),
     ("return items[::math.ceil(len(items) / count) or 1]", "return items[:count]", "step09"),
-    ("in continuations.items() if len(found) == 1]", "in continuations.items()]", "step09"),
+    ("if len(found) == 1 and prompt in prompts]", "if prompt in prompts]", "step09"),
+    ("            if len(words) >= 8:\n", "            if True:\n", "step09"),
     ("loss / math.log(2) * len(token_ids)", "loss * len(token_ids)", "step09"),
     ("for i in token_ids.tolist() if i != tokenizer.end_of_text]", "for i in token_ids.tolist()]",
      "step09"),
@@ -208,8 +209,7 @@ MUTANTS = [
     ("in torch.randperm(len(items), generator=generator)",
      "in torch.randint(len(items), (len(items),), generator=generator)", "step10"),
     # prompt_window
-    ("corpus.train_text[start:start + 32 * (T + 1)]", "corpus.train_text[start:start + T + 1]",
-     "step10"),
+    ("end = start + 32 * (T + 1) ", "end = start + T + 1 ", "step10"),
     ("[IGNORE_INDEX] * (T + 1 - len(token_ids))", "[0] * (T + 1 - len(token_ids))", "step10"),
     # training_batches
     ("n_words = n_prompts // 5 ", "n_words = 0 ", "step10"),
@@ -219,8 +219,7 @@ MUTANTS = [
      "words = shuffled(sentence_starts(corpus.train_text),", "step10"),
     ("        if run.step >= run.total_steps:\n            return\n",
      "        if run.step > run.total_steps:\n            return\n", "step10"),
-    ("[*corpus.tokenizer.encode(text), corpus.tokenizer.end_of_text][:T + 1]",
-     "corpus.tokenizer.encode(text)[:T + 1]", "step10"),
+    ("        token_ids.append(corpus.tokenizer.end_of_text)\n", "        pass\n", "step10"),
     ("stream = islice(stream, size * skip, None)", "stream = islice(stream, 0, None)", "step10"),
     ("prompts[:, :-1].clamp(min=0)]", "prompts[:, :-1]]", "step10"),
     # train and evaluate

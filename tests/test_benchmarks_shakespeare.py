@@ -1,0 +1,91 @@
+"""benchmarks/shakespeare.py counts nats per character in the same way for any tokens, and as the definition says."""
+import argparse
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from helpers import ROOT, STORY, TEXT, lively_model, story_llm, tiny, train_to
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import shakespeare  # noqa: E402
+
+MODEL = lively_model(context_length=8, vocab_size=40)
+
+
+def surprise(model, context, token):
+    """-ln of the probability of a token after a context, in float64, from the definition of softmax."""
+    with torch.no_grad():
+        logits = model(torch.tensor([context]))[0, -1].double().tolist()
+    return math.log(sum(math.exp(x - logits[token]) for x in logits))
+
+
+@given(ids=st.lists(st.integers(0, 39), min_size=2, max_size=30), T=st.integers(1, 8), n_characters=st.integers(1, 90))
+def test_every_token_is_predicted_once_from_the_tokens_of_its_window_before_it(ids, T, n_characters):
+    losses = []
+    for i in range(1, len(ids)):
+        first = (i - 1) // T * T        # windows of T inputs: 0 to T - 1, T to 2 T - 1, ...
+        losses.append(surprise(MODEL, ids[first:i], ids[i]))
+    expected = sum(losses) / len(losses) * len(ids) / n_characters
+    measured = shakespeare.nats_per_character(MODEL, torch.tensor(ids), T, n_characters)
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_tokenizer_does_not_matter_if_the_predictions_are_the_same():
+    """Every pair of characters as one token is as uncertain as two characters, one after the other."""
+    def uniform(vocab_size):
+        return lambda token_ids: torch.zeros(*token_ids.shape, vocab_size)
+
+    by_character = shakespeare.nats_per_character(uniform(26), torch.zeros(200, dtype=torch.long), 16, 200)
+    by_pair = shakespeare.nats_per_character(uniform(26 ** 2), torch.zeros(100, dtype=torch.long), 7, 200)
+    assert by_character == pytest.approx(math.log(26), rel=1e-5)
+    assert by_pair == pytest.approx(by_character, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokenizer", ["word", "story"])
+def test_a_checkpoint_is_measured_on_the_whole_validation_part(tmp_path, tokenizer):
+    run, corpus = tiny(TEXT * 3, tokenizer, max_steps=30, val_fraction=0.3)
+    story_llm.save_checkpoint(tmp_path / "story_llm.pt", train_to(run, corpus))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 3, encoding="utf-8")
+    result = shakespeare.measure_story_llm(tmp_path, str(text), 40)
+    T, ids = run.config.context_length, corpus.val_ids.tolist()
+    losses = [surprise(run.model, ids[(i - 1) // T * T:i], ids[i]) for i in range(1, len(ids))]
+    characters = len(TEXT * 3) - len(corpus.train_text)
+    assert result["nats"] == pytest.approx(sum(losses) / len(losses) * len(ids) / characters, rel=1e-4)
+    assert result["steps"] == 30 and result["parameters"] == story_llm.count_parameters(run.model)
+    line = shakespeare.first_line(TEXT * 3)
+    assert result["sample"].endswith("\n") or len(result["sample"]) <= len(line) + 200
+
+
+def test_a_missing_peer_is_absent_with_a_reason(tmp_path):
+    none = argparse.Namespace(nanogpt="", text="")
+    assert "give --nanogpt PATH" in shakespeare.train_nanogpt(none, tmp_path)["absent"]
+    empty = argparse.Namespace(nanogpt=str(tmp_path), text="")
+    assert "model.py" in shakespeare.train_nanogpt(empty, tmp_path)["absent"]
+
+
+def test_the_table_lists_what_is_absent_and_compares_seconds_with_nanogpt(capsys):
+    measured = {"seconds": 30.0, "steps": 7, "parameters": 9, "context": "4 tokens", "nats": 1.5, "sample": "Once."}
+    titles = {"nanogpt": "nanoGPT", "3": "short", "9": "long"}
+    results = {"nanogpt": [{**measured, "seconds": 60.0}], "3": [measured],
+               "9": [{"absent": "failed: no text"}]}
+    shakespeare.print_trainings(results, titles)
+    printed = capsys.readouterr().out
+    row = [cell.strip() for line in printed.splitlines() if line.startswith("| short") for cell in line.split("|")]
+    assert row[2] == "30" and row[4] == "0.50" and "1.500" in row
+    assert "long: failed: no text" in printed and "short, at temperature 0.8:\n\nOnce." in printed
+
+
+def test_the_program_runs_from_training_to_the_table():
+    """With the short story and a single epoch, and without nanoGPT."""
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "shakespeare.py", "--text", STORY, "--epochs", "1",
+                           "--characters", "20"], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "give --nanogpt PATH" in done.stdout and "at temperature 0.8" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if line.startswith("| story_llm"))
+    nats = float(row.split("|")[-2])
+    assert 0.5 < nats < math.log(256)
