@@ -1428,8 +1428,8 @@ FILE_TYPES = {      # {the first bytes of a file: the kind of file}
 def decode(data, path, encoding=""):
     """Decode the bytes of a file. With an encoding, invalid bytes become �. Without one, they are
     UTF-8, but if they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and UTF-32
-    are tried as well, and the most plausible text is returned. Raises StoryError if the file is not
-    plain text, if the encoding is unknown, or if no encoding fits."""
+    are tried as well, and the most plausible text is returned. Raises StoryError if the file is
+    recognizably not plain text, if the encoding is unknown, or if no encoding fits."""
     for beginning, kind in FILE_TYPES.items():
         check(not data.startswith(beginning), f"{path} is {kind}, not plain text: convert it to "
               "plain text in UTF-8 first")
@@ -1446,16 +1446,14 @@ def decode(data, path, encoding=""):
             raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
                              ) from None
     if not texts:
-        check(len(names) == 1, f"{path} is damaged or not a text: --encoding utf-16 reads it if it "
-              "is UTF-16, and replaces what is wrong")
+        check(len(names) == 1, f"{path} is not in UTF-8, and not valid UTF-16 or UTF-32: if it "
+              "should be UTF-16, --encoding utf-16 reads it and replaces what is wrong")
         raise StoryError(
             f"{path} is not in UTF-8 (line {data.count(10, 0, position) + 1} contains the byte "
             f"0x{data[position]:02x}): name its encoding, such as --encoding cp1252 for Western "
             "European text from Windows; if only a few bytes are wrong, --encoding utf-8 replaces "
             "them")
     best = min(texts, key=lambda text: (text[:1] != "\ufeff", count_oddities(text)))
-    check(10 * best.count("\0") <= len(best), f"{path} is not plain text, because it consists "
-          "mostly of zeros: give a text file")
     return best.removeprefix("\ufeff")
 
 def count_oddities(text):
@@ -1989,8 +1987,8 @@ def record_evaluation(run, corpus):
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
-    check(run.history[-1].val_loss is not None, "--keep-best, which --preset writer sets, needs a "
-          "validation split: give a longer text or a larger --val-fraction")
+    check(run.history[-1].val_loss is not None, "--keep-best needs a validation split (--preset "
+          "writer sets it): give a longer text or a larger --val-fraction")
     best = best_evaluation(run)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()

@@ -401,7 +401,7 @@ MUTANTS = [
     ("check(corpus.fingerprint == run.fingerprint,", "check(True,", "interruption"),
     ("        run.train_config = replace(run.train_config, max_steps=0)\n", "        pass\n",
      "interruption"),
-    ("    run.total_steps = count_steps(run.steps_per_epoch, run.train_config)\n", "",
+    ("        run.total_steps = count_steps(run.steps_per_epoch, run.train_config)\n", "        pass\n",
      "interruption"),
     ('run.text_paths, run.encoding = list(args.given.get("text", ())), args.encoding',
      "run.text_paths, run.encoding = [], args.encoding", "interruption"),
