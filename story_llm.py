@@ -2293,14 +2293,15 @@ def attention_maps(model, token_ids):
 
 def plot_attention(maps, names, path=None):
     """Draw attention maps of T tokens with these names; return the figure."""
+    from matplotlib.colors import PowerNorm
     layers, heads = maps.shape[:2]
     side = max(1.6, min(len(names) * 0.16, 60 / max(layers, heads)))        # inches
     figure = new_figure(figsize=(heads * side + 2, layers * side + 2), layout="constrained")
     grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
     for layer, head in itertools.product(range(layers), range(heads)):
         axes = grid[layer, head]
-        weights = maps[layer, head].tolist()
-        image = axes.imshow(weights, vmin=0, vmax=maps.max().item(), cmap="Blues")
+        shades = PowerNorm(0.5, vmin=0, vmax=1)         # with many tokens, most weights are small
+        image = axes.imshow(maps[layer, head].tolist(), norm=shades, cmap="Blues")
         axes.set_title(f"block {layer + 1}, head {head + 1}", fontsize=9)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
