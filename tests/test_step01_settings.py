@@ -132,9 +132,8 @@ def test_the_presets_are_the_small_default_and_gpt2s_architecture():
 
 
 def test_the_preset_of_a_writer_is_one_that_generalizes():
-    _, training = of_preset("writer")
-    assert story_llm.writer_settings(100_000)["drop_rate"] >= story_llm.writer_settings(1_000_000)["drop_rate"] > 0
-    assert training.weight_decay > 0 and training.keep_best and training.prompt_windows == 0
+    config, training = of_preset("writer")
+    assert config.drop_rate > 0 and training.weight_decay > 0 and training.keep_best and training.prompt_windows == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)
