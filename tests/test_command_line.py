@@ -197,6 +197,9 @@ def test_every_preset_can_be_trained(folder, call, preset):
     run = load_checkpoint("story_llm.pt")
     settings = {**vars(run.config), **vars(run.train_config)}
     chosen = {name: value for name, value in story_llm.PRESETS[preset].items() if option(name)[0] not in options}
+    chosen.pop("vocab_size", None)      # the words are counted
+    if preset == "writer":
+        chosen["drop_rate"] = 0.3       # for a short text
     assert {name: settings[name] for name in chosen} == chosen and settings["emb_dim"] == 24
 
 
