@@ -1178,9 +1178,8 @@ def plot_losses(history, vocab_size, path=None):
         values = [getattr(evaluation, name) for evaluation in history]
         if None not in values:          # a short text may have no validation split
             axes.plot(epochs, values, style, label=label)
-    measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
-    if measured:
-        best = min(measured, key=lambda evaluation: evaluation.val_loss)
+    best = best_evaluation(history)     # workshop
+    if best is not None:
         losses.plot(best.epoch, best.val_loss, "*", color="black", markersize=11,
                     label=f"lowest validation loss, {best.val_loss:.2f}")
     losses.axhline(math.log(vocab_size), color="gray", linestyle=":",
@@ -1533,7 +1532,7 @@ def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=Fa
     training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set.
     Raises StoryError if "gpt2" is not available."""
     Options(tokenizer=kind)         # raises StoryError if there is no such kind
-    by_size = settings_for_size(count_bytes(train_text + val_text))
+    by_size = settings_for_size(count_bytes(train_text) + count_bytes(val_text))
     if vocab_size is None:
         vocab_size = by_size.get("vocab_size", 2048)
     if kind == "auto":
@@ -1839,7 +1838,7 @@ class Run:
         lines = [f"{'next token':<16}{'logit':>7}{'softmax':>9}{'sampled':>9}   (temperature "
                  f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g})"]
         for name, i in zip(token_names(self.tokenizer, best.tolist()), best):
-            bar = "█" * round(40 * sampled[i].item())
+            bar = "".ljust(round(40 * sampled[i].item()), "█")
             row = f"{name:<16}{logits[i]:>7.2f}{softmax[i]:>9.2%}{sampled[i]:>9.2%}   {bar}"
             lines.append(row.rstrip())
         return Table("\n".join(lines))
@@ -1894,7 +1893,7 @@ RECALL_SAMPLE = 25      # sentences that an evaluation tries
 def new_run(corpus, config=None, train_config=None, device="cpu"):
     """Return a run with an untrained model. By default, its settings suit the size of the text. If
     the text is too short for the context length, the context length is reduced. Raises StoryError
-    if the text has fewer than two tokens."""
+    if the text is a single token."""
     by_size = settings_for_size(corpus.n_bytes)
     config = config or override_settings(GPTConfig(), by_size)
     train_config = train_config or override_settings(TrainConfig(), by_size)
@@ -1969,8 +1968,10 @@ def describe_loss(loss, token_ids, tokenizer):
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()      # or inf
     return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
-def best_evaluation(run):
-    return min(run.history, key=lambda evaluation: evaluation.val_loss)
+def best_evaluation(history):
+    """Return the evaluation with the lowest validation loss, or None if it was never measured."""
+    measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
+    return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
 
 def record_evaluation(run, corpus):
     """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
@@ -1981,7 +1982,7 @@ def record_evaluation(run, corpus):
         return
     check(run.history[-1].val_loss is not None, "--keep-best needs a validation split (--preset "
           "writer sets it): give a longer text or a larger --val-fraction")
-    best = best_evaluation(run)
+    best = best_evaluation(run.history)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()
                             for name, weight in run.model.state_dict().items()}
@@ -2356,14 +2357,15 @@ def refuse_options(args, names, reason):
 def corpus_from_args(args):
     """Return (the corpus, the settings that the preset and the user have chosen)."""
     text = load_text(args.text, args.encoding)
+    n_bytes = count_bytes(text)
     preset = PRESETS[args.preset]
     if args.preset == "auto":
-        preset = settings_for_size(count_bytes(text))
+        preset = settings_for_size(n_bytes)
         dependent = {"emb_dim": ["n_heads"], "optimizer": ["epochs", "learning_rate"]}
         for option in dependent.keys() & args.given.keys():
             for name in dependent[option]:          # it suits only the option's own value
                 preset.pop(name, None)
-    if args.preset == "writer" and count_bytes(text) < 400_000:
+    if args.preset == "writer" and n_bytes < 400_000:
         preset = {**preset, "drop_rate": 0.3}       # a shorter text is overfitted sooner
     settings = {**preset, **args.given}
     kind = settings.get("tokenizer", "auto")
@@ -2375,7 +2377,7 @@ def corpus_from_args(args):
                               vocab_size=settings.get("vocab_size"), full_vocab=args.full_vocab)
     if kind == "auto" and corpus.tokenizer.kind == "story":
         reason = "the text is long"
-        if not settings_for_size(corpus.n_bytes):
+        if not settings_for_size(n_bytes):
             reason = reason_against_gpt2(corpus.train_text)
         note_once(f"note: {reason}, so merges are learned from the story (use --tokenizer story to "
                   "silence this note)")
@@ -2666,8 +2668,8 @@ def finish_training(args, run, corpus, first_step):
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
     if run.train_config.keep_best:
-        log(f"The weights are those of step {best_evaluation(run).step}, which had the lowest "
-            "validation loss.")
+        best = best_evaluation(run.history)
+        log(f"The weights are those of step {best.step}, which had the lowest validation loss.")
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
@@ -2697,11 +2699,12 @@ def check_prompt(prompt, run):
         if unknown:
             note(f"note: not in the vocabulary: {', '.join(unknown)}; the model sees {UNKNOWN} "
                  "instead")
-    if run.beginnings and not any(beginning.startswith(prompt.rstrip()) or
-                                  prompt.startswith(beginning) for beginning in run.beginnings):
+    known = [beginning for beginning in run.beginnings
+             if beginning.startswith(prompt.rstrip()) or prompt.startswith(beginning)]
+    if run.beginnings and not known:
         similar = {beginning[:len(prompt)]: beginning for beginning in run.beginnings}
-        nearest = "".join(f" (the most similar one begins with {similar[close]!r})" for close in
-                          difflib.get_close_matches(prompt, similar, n=1))
+        close = difflib.get_close_matches(prompt, similar, n=1)
+        nearest = f" (the most similar one begins with {similar[close[0]]!r})" if close else ""
         note(f"note: no sentence of the recall test begins like this prompt{nearest}, so the "
              "continuation may not be in the story")
     if len(token_ids) > T:
@@ -2918,10 +2921,7 @@ def parse(argv):
                                           f"{suggestion(unknown[0], options)}")
     if "text" in given:
         given["text"] = tuple(given["text"])
-    if "prompt" in given:
-        given["prompt"] = given["prompt"].replace("\\n", "\n")      # line breaks are hard to type
-    defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
-    args = argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
+    args = make_namespace(given, handler, command)
     override_settings(Options(), given)         # raises StoryError if an option is invalid
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
@@ -2933,6 +2933,14 @@ def parse(argv):
     else:
         refuse_options(args, ["model"], "cannot be combined with --untrained")
     return args
+
+def make_namespace(given, handler, command=None):
+    """Return a namespace of the options that were typed, `given`, and the defaults of all others.
+    It also has `given` itself and the handler of the command."""
+    if "prompt" in given:
+        given["prompt"] = given["prompt"].replace("\\n", "\n")      # line breaks are hard to type
+    defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
+    return argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
 
 def main(argv=None):
     """Run the program with these command-line arguments and return the exit status."""

@@ -367,10 +367,7 @@ def run_from_args(args):
 def command_load(args):
     story_llm.check_writable(args.model)
     run = run_from_args(args)
-    kept = story_llm.keep_previous_model(args.model, run)
-    if kept:
-        note(f"note: {args.model} held another model, which was renamed to {kept.name}")
-    story_llm.save_checkpoint(args.model, run)
+    story_llm.Progress(run, args.model).save(run, is_last=True)     # keeps another model beside
     log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, vocabulary "
         f"{run.config.vocab_size:,}, context length {run.config.context_length}")
     if run.text_paths:
@@ -408,8 +405,7 @@ def parse(argv):
 
     given = vars(parser.parse_args(argv))
     handler = {"load": command_load, "save": command_save}[given.pop("command")]
-    defaults = {name: f.default for name, f in story_llm.FIELDS.items()}
-    return argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
+    return story_llm.make_namespace(given, handler)
 
 def run_command(argv):
     args = parse(argv)

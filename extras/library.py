@@ -218,8 +218,7 @@ def parse(argv):
 
     given = vars(parser.parse_args(argv))
     handler = {"tokenize": command_tokenize, "train": command_train}[given.pop("command")]
-    defaults = {name: f.default for name, f in story_llm.FIELDS.items()}
-    return argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
+    return story_llm.make_namespace(given, handler)
 
 def run_command(argv):
     args = parse(argv)

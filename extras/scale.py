@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
-from story_llm import IGNORE_INDEX, StoryError, check, log, note
+from story_llm import IGNORE_INDEX, StoryError, check, log
 
 # torchrun tells each process its number and how many there are, in total and on this machine.
 RANK = int(os.environ.get("RANK", 0))

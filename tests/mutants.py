@@ -418,7 +418,7 @@ MUTANTS = [
     (r'given["prompt"] = given["prompt"].replace("\\n", "\n") ', "pass ", "command_line"),
     ('if argv[i - 1] == "--prompt" and', "if False and", "command_line"),
     ("    if len(token_ids) > T:\n", "    if False:\n", "command_line"),
-    ("prompt.startswith(beginning) for beginning in run.beginnings):", "False for beginning in run.beginnings):",
+    ("beginning.startswith(prompt.rstrip()) or prompt.startswith(beginning)]", "beginning.startswith(prompt.rstrip())]",
      "command_line"),
     ("difflib.get_close_matches(prompt, similar, n=1)", "[]", "command_line"),
     ('word.split("=")[0], possible, 1)', "word, possible, 1)", "command_line"),

@@ -11,8 +11,7 @@ import threading
 import zipfile
 
 import pytest
-import torch
-from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, tiny, train_to, weights_equal
+from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, train_to, weights_equal
 
 from story_llm import COMMANDS, FIELDS, LIMITS, NEW_MODEL, load_checkpoint, save_checkpoint
 

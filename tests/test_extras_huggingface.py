@@ -532,3 +532,8 @@ def test_the_commands_of_the_readme_work_as_they_are(make_folder, tmp_path, monk
             assert {"extras/huggingface.py": huggingface, "story_llm.py": story_llm}[program].main(arguments) == 0
     assert len(commands) >= 4 and printed[0][0]["generated_text"].startswith("Once")
     assert story_llm.load_checkpoint("my_story.pt").config.context_length == 128
+
+
+def test_a_line_break_can_be_typed_in_the_prompt():
+    args = huggingface.parse(["load", "folder", "--text", "my.txt", "--prompt", r"One\nTwo"])
+    assert args.prompt == args.given["prompt"] == "One\nTwo"

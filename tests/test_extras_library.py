@@ -412,3 +412,10 @@ def test_every_setting_has_an_effect_or_is_refused(tokenized, usual_outcome, f):
         assert outcome(["--learning-rate", "2", *option]) != outcome(["--learning-rate", "2"])
     else:
         assert outcome(option) != usual_outcome
+
+
+def test_a_line_break_can_be_typed_in_the_prompt_of_any_program():
+    """Their help says so, because it is that of story_llm.py."""
+    for args in (library.parse(["train", "--prompt", r"One\nTwo"]),
+                 story_llm.parse(["train", "--prompt", r"One\nTwo"])):
+        assert args.prompt == args.given["prompt"] == "One\nTwo"

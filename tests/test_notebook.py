@@ -1,5 +1,4 @@
 """A notebook: the code of the README's section "From Python", in a real kernel."""
-import os
 import re
 import shutil
 import sys
