@@ -29,7 +29,7 @@ from pathlib import Path
 
 if sys.version_info < (3, 11):
     sys.exit("error: story_llm needs Python 3.11 or later, but this is " + sys.version.split()[0])
-if "torch" not in sys.modules:      # too late once torch is loaded; see the end of this file
+if "torch" not in sys.modules:      # affects speed only; the end of this file explains it
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 try:
     import torch
@@ -79,6 +79,7 @@ def load_text(paths, encoding=""):
     # workshop: read_files also accepts folders; decode raises StoryError if a file is not text
     texts = [decode(data, path, encoding) for path, data in read_files(paths)]
     text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
+    # check(condition, message) raises StoryError unless the condition holds
     check(text.strip(), "the text is empty: give at least five words")
     return text
 
@@ -92,8 +93,9 @@ def split_text(text, val_fraction):
     ('They went upriver', ' by boat.')
     """
     cut = len(text) - int(len(text) * val_fraction)
+    # the last space or line end in the 50 characters before the cut
     space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")
-    if space > 0 and cut < len(text):       # if there is no space nearby, as in Chinese, cut anyway
+    if space > 0 and cut < len(text):       # if there is none, as in Chinese, cut anyway
         cut = space
     return text[:cut], text[cut:]
 
@@ -166,7 +168,7 @@ class WordTokenizer:
     def decode(self, token_ids):
         return "".join(self.tokens[token_id] for token_id in token_ids)
 
-    def decode_bytes(self, token_ids):
+    def decode_bytes(self, token_ids):      # all tokenizers have this; needed in step 4
         return self.decode(token_ids).encode(errors="replace")
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
@@ -184,9 +186,10 @@ class WordTokenizer:
 #
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
-# a large amount of English text from the web. What follows shows how such merges are found, and
-# `--tokenizer story` finds them in your own story. This is how three words are merged, with _ for
-# the space:
+# a large amount of English text from the web. Only if tiktoken cannot download them, because there
+# is no network connection, does the program learn merges from the story. What follows shows how
+# such merges are found, and `--tokenizer story` finds them in your own story in any case. This is
+# how three words are merged, with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -249,8 +252,8 @@ def merge_pair(word, pair):
 # so the program calls `train_bpe_fast` (workshop). It finds the same tokens by updating the counts.
 #
 # To encode a text, the merges are applied again in the same order. tiktoken, OpenAI's library, does
-# this fast. We give it the rank of every token, which is its place in the order of merging. Among
-# the pairs in a word, tiktoken always merges the one with the lowest rank.
+# this fast. We give it the rank of every token, which is its place in the order of merging. In a
+# word, tiktoken always merges the pair whose merged token has the lowest rank.
 class BPETokenizer:
     """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. The id
     of a token is its index in this list, which is also its rank. `kind`, "gpt2" or "story", says
@@ -369,7 +372,7 @@ class SlidingWindowDataset:
         return len(self.windows)
 
     def __getitem__(self, index):
-        window = self.windows[index].long()
+        window = self.windows[index].long()     # 64-bit integers, as cross_entropy requires
         return window[..., :-1], window[..., 1:]        # all but the last token, all but the first
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
@@ -377,9 +380,9 @@ class SlidingWindowDataset:
 # vector of C numbers, its embedding, which is a row of an nn.Embedding. These vectors are
 # parameters, random at first, and training turns them into whatever helps the model to predict.
 #
-# Now we build the model. It is a decoder-only transformer. The original transformer (Vaswani et al.
-# 2017) has two halves, an encoder and a decoder. GPT-2 (Radford et al. 2019) and nearly every large
-# language model since consist of a decoder alone. It reads token ids, and for every position it
+# Now we build the model. It is a decoder-only transformer, like GPT-2 and nearly every large
+# language model since. (The original transformer, by Vaswani et al. 2017, had a second half, the
+# encoder, which read the sentence to be translated.) It reads token ids, and for every position it
 # returns one number per token of the vocabulary, the logit. A higher logit means that the model
 # considers the token more likely to come next. A batch consists of B windows of T tokens, and the
 # values on the right are those of our story model:
@@ -394,9 +397,9 @@ class SlidingWindowDataset:
 #     logits        (B, T, V)    V = 2,079, the size of the vocabulary
 #
 # Numbers that we choose, and that training does not change, are called hyperparameters. These are
-# the ones that define the model. (`setting` stores a default together with its meaning, which
-# --help shows; the workshop's Settings checks the values. "Frozen" means that they cannot be
-# changed later.)
+# the ones that define the model, and the rest of this step explains them. (`setting` stores a
+# default together with its meaning, which --help shows; the workshop's Settings checks the values.
+# "Frozen" means that they cannot be changed later.)
 def setting(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 
@@ -417,14 +420,6 @@ class GPTConfig(Settings):
     tie_weights: bool = setting(False, "tie the output head to the token embedding, as in GPT-2")
     gelu: str = setting("exact", "GELU variant: exact, or GPT-2's tanh approximation")
     position: str = setting("learned", "kind of position encoding")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(self.emb_dim % self.n_heads == 0, f"emb_dim ({self.emb_dim}) must be divisible by "
-              f"n_heads ({self.n_heads}), because every head gets an equal part")
-        check(self.position == "learned" or self.emb_dim // self.n_heads % 2 == 0,
-              f"{self.position} positions need an even number of dimensions per head, not "
-              f"{self.emb_dim // self.n_heads}: change --emb-dim or --n-heads")
 
 # ─── Attention ─────────────────────────────────────────────────────────────────────────────────
 # What follows "Once Aadhan renounced his"? In the story it is "kingdom". But this cannot be read
@@ -457,7 +452,7 @@ class GPTConfig(Settings):
 #
 # Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
 # products. If these are independent and each has mean 0 and variance 1, their sum has a variance of
-# D, and a standard deviation of sqrt(D), which is 7 for our D of 48 (see the heads below). So two
+# D, and a standard deviation of sqrt(D), which is 7 for D = 48, the value in our model. So two
 # scores often differ by 7. But softmax([7, 0]) is [0.999, 0.001], and with a 6 in place of the 7 it
 # is still [0.998, 0.002]. Softmax is saturated. Its output hardly reacts to the scores. In other
 # words, its derivative is almost 0, and by the chain rule, hardly any gradient reaches the query
@@ -468,8 +463,8 @@ class GPTConfig(Settings):
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
     weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
-    reason explained below. (In the model, S is T for now. In this example there is one query, so T
-    is 1, and there are four keys, so S is 4.)
+    reason explained below. (In the model, S is T until step 13. In this example there is one query,
+    so T is 1, and there are four keys, so S is 4.)
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -596,21 +591,21 @@ class FeedForward(nn.Module):
 #
 # The `x +` is the residual connection (He et al. 2016). Without it, a token would lose everything
 # in its vector that f does not pass on. Attention would leave only an average over the tokens so
-# far, which is almost the same for a token and its neighbour. We tried this. The loss was still 4.6
-# after 180 steps, where it should be 0.2, and the model could not recite a single sentence. In deep
-# models there is a second reason. By the chain rule, the gradient is multiplied by one factor f'
-# per layer on its way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less
-# than a ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient
-# on undiminished. (Nor does it explode, because f' is small at first, as we shall see.) (Try it:
-# python extras/experiments.py no-residual)
+# far. As long as its weights are still nearly equal, this average is almost the same for a token
+# and its neighbour. We tried this. The loss was still 4.6 after 180 steps, where it should be 0.2,
+# and the model could not recite a single sentence. In deep models there is a second reason. By the
+# chain rule, the gradient is multiplied by one factor f' per layer on its way back. With factors of
+# 0.5, only 0.5^24 of it is left after 24 layers, less than a ten-millionth. But the derivative of x
+# + f(x) is 1 + f'(x), and the 1 passes the gradient on undiminished. (Nor does it explode, because
+# the initial weights are small, and so is f'.) (Try it: python extras/experiments.py no-residual)
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
 # subtracts their mean, divides them by their standard deviation, and applies a scale and a shift
-# that it learns. The original transformer used norm(x + f(x)) instead. That puts a norm into the
-# way of the 1 that we have just praised, and makes deep models hard to train. x + f(norm(x)) is
-# called pre-norm, and leaves that way free (Xiong et al. 2020). (Try it: python
-# extras/experiments.py no-norm, or post-norm)
+# that it learns. The original transformer used norm(x + f(x)) instead. There, every norm rescales
+# the gradient once more on its way back, in spite of the 1 that we have just praised, and deep
+# models are hard to train. x + f(norm(x)) is called pre-norm, and leaves that way free (Xiong et
+# al. 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
@@ -669,14 +664,13 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # positional embedding, and the input of the first block is the sum of the token embedding and the
 # positional embedding. The workshop has two other kinds of position encoding.
 #
-# (Our short story can be memorized without them. The causal mask gives later blocks a hint about
-# positions, because the first token sees one token and the tenth sees ten. So the model still
-# recites 99 % of the sentences. Try it: python extras/experiments.py no-positions)
+# (Our short story can be memorized even without positions. The model still recites 99 % of the
+# sentences. Try it: python extras/experiments.py no-positions)
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
-# matrix of the same shape, so the two can share one matrix. This is called weight tying, and GPT-2
-# does it.
+# matrix of the same shape, so the two can share one matrix. This is called weight tying. GPT-2 does
+# it, and ours does with `--tie-weights`.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -695,6 +689,7 @@ class GPTModel(nn.Module):
         if config.position != "learned":
             self.pos_emb = make_fixed_positions(config)             # workshop
         self.dropout = nn.Dropout(config.drop_rate)
+        # a list whose modules are registered, like those assigned to attributes
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config)
         self.out_head = make_linear(C, V, config, bias=False)
@@ -779,11 +774,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # the probability p that the model gave to the token that really came next. The cross-entropy loss
 # is -ln(p). It is 0 if the model was certain and right, and it grows the more the right token
 # surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
-# mean over all its examples. (e raised to the power of the loss is called perplexity: the number of
-# equally likely tokens among which the model would be just as uncertain. Both are computed per
-# token, so they cannot be used to compare models whose tokenizers differ. The loss per character
-# can be used for that: add up the losses of all tokens, and divide by the number of characters.
-# `evaluate` prints it in bits, that is, divided by ln(2) as well.)
+# mean over all its examples.
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
@@ -795,7 +786,7 @@ def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
     >>> def model(inputs):      # prefers token 1 at every position, whatever the input
-    ...     return torch.tensor([0.0, 2.0, 0.0]).expand(*inputs.shape, 3)
+    ...     return torch.tensor([0.0, 2.0, 0.0]).repeat(*inputs.shape, 1)       # (B, T, 3)
     >>> batch_loss(model, torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     tensor(1.2395)
     >>> p = math.e ** 2 / (math.e ** 2 + 1 + 1)                     # probability of token 1: 0.79
@@ -827,16 +818,13 @@ def recall_tests(text):
     prompts = set()
     for start, end in pairwise([*sentence_starts(text), len(text)]):        # workshop
         words = find_words(text[start:end])
-        if len(words) >= 5:
+        if len(words) >= 5:     # a shorter sentence, too, can begin with the words of another one
             fifth_word_end = start + words[4].end()
-            # The continuation ends with the first word that brings it to 80 characters or more.
-            rest = text[fifth_word_end:fifth_word_end + 200]
-            ends = [word.end() for word in find_words(rest) if word.end() >= 80]
             prompt = text[start:fifth_word_end]
-            continuations[prompt].add(rest[:min(ends, default=200)])
+            continuations[prompt].add(whole_words(text, fifth_word_end, length=80))     # workshop
             if len(words) >= 8:
                 prompts.add(prompt)
-    return [(prompt, *found) for prompt, found in continuations.items()
+    return [(prompt, found.pop()) for prompt, found in continuations.items()
             if len(found) == 1 and prompt in prompts]
 
 # To check a sentence we need not generate token by token. We show the model the prompt together
@@ -848,27 +836,13 @@ def recites(model, tokenizer, prompt, continuation):
     """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
     token_ids = torch.tensor(prompt_ids + tokenizer.encode(continuation))
-    T = min(model.config.context_length, len(token_ids) - 1)
-    # Usually one window holds everything. Otherwise there are several, which start one token apart,
-    # and in all but the first, only the last prediction is new.
-    windows = token_ids[:-1].unfold(0, T, 1)
-    with torch.no_grad():
-        predictions = model(windows).argmax(dim=-1).cpu()
-    predictions = torch.cat([predictions[0], predictions[1:, -1]])
-    targets = token_ids[1:]                 # predictions[i] is the prediction of targets[i]
-    start = len(prompt_ids) - 1             # predicts the first token after the prompt
-    return torch.equal(predictions[start:], targets[start:])
-
-def evenly_spaced(items, count):
-    """Return at most `count` of the items."""
-    return items[::math.ceil(len(items) / count) or 1]
-
-def measure_recall(model, tokenizer, text, max_sentences=1000):
-    """Return the recall of a model on a text, from 0 to 1, measured on at most `max_sentences`
-    sentences. It is 0 if no sentence has at least eight words."""
-    return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
+    # predictions[i] is what the model predicts after token i; workshop: argmax, in one pass
+    predictions = greedy_predictions(model, token_ids[:-1])
+    n = len(prompt_ids)
+    return torch.equal(predictions[n - 1:], token_ids[n:])
 
 def share_recited(model, tokenizer, tests):
+    """Return the share of the tests that the model passes, from 0 to 1."""
     hits = [recites(model, tokenizer, prompt, continuation) for prompt, continuation in tests]
     return sum(hits) / max(len(tests), 1)
 
@@ -881,6 +855,12 @@ def share_recited(model, tokenizer, tests):
 #       Val loss                   7.803 (perplexity 2,448.14; 2.787 bits per character)
 #       ln(2079), uniform guess    7.640
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
+#
+# The figures in parentheses are two other forms of the loss. Perplexity is e raised to the power of
+# the loss, the number of equally likely tokens among which the model would be just as uncertain.
+# Both depend on how the text is split into tokens, so they cannot be used to compare models whose
+# tokenizers differ. Bits per character can be used for that: the losses of all tokens added up,
+# divided by the number of characters, and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
@@ -896,11 +876,11 @@ def share_recited(model, tokenizer, tests):
 # gradient-descent)
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
-# step, separately from these averages. Like dropout, it is a form of regularization, which limits a
-# model to help it generalize, that is, do well on unseen text. Ours is meant to memorize, so its
-# weight decay is 0, and with 0, AdamW is Adam.
+# step. Like dropout, it is a form of regularization, which limits a model to help it generalize,
+# that is, do well on unseen text. Ours is meant to memorize, so its weight decay is 0, and with 0,
+# AdamW is Adam.
 def make_optimizer(model, config):
-    """Return an optimizer in which only matrices decay, not biases and norms."""
+    """Return an optimizer in which only matrices decay, because a norm needs its scale."""
     if config.optimizer == "muon":
         return Muon(model, config)      # workshop
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2],
@@ -926,8 +906,8 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
-# These are the hyperparameters of training. The rest of this step explains the ones we have not met
-# yet, and the workshop explains Muon and bf16.
+# These are the hyperparameters of training. The rest of this step explains most of those that we
+# have not met yet, and the workshop explains Muon and bf16.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """How the model is trained."""
@@ -960,7 +940,7 @@ def training_step(run, inputs, targets):
     with mixed_precision(run), dropout_seed(run):       # workshop: faster, and reproducible
         loss = batch_loss(run.model, inputs, targets)
     run.model.eval()                    # evaluation mode: dropout is off again
-    loss.backward()
+    loss.backward()                     # goes back through what was recorded in training mode
     # A single unusual batch can have a gradient many times longer than the others and spoil
     # Adam's averages for many steps. The gradient of all parameters is one long vector, and the
     # length of this vector is its norm. Gradient clipping scales a gradient that is too long down
@@ -973,9 +953,10 @@ def training_step(run, inputs, targets):
     run.optimizer.step()
 
 # A batch contains two kinds of windows. The first kind is the sliding windows of step 5. If they
-# always started at the same positions, the model would see each passage of the story at one set of
-# positions only, and would recognize it poorly at others. So in every epoch, that is, in every pass
-# over the text, the text is cut into windows from a different random offset.
+# always started at the same places in the story, each token would always stand at the same position
+# in its window, and the model would recognize a passage poorly at other positions. So in every
+# epoch, that is, in every pass over the text, the text is cut into windows from a different random
+# offset.
 def window_starts(n_starts, T, seed):
     """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
     any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4,
@@ -1005,6 +986,15 @@ def shuffled(items, seed):
         for index in torch.randperm(len(items), generator=generator).tolist():
             yield items[index]
 
+def prompt_starts(text, n_prompts, seed):
+    """Yield at which characters to start prompt windows, `n_prompts` of them for every step."""
+    n_words = n_prompts // 5                                        # 3 of 16
+    sentences = shuffled(sentence_starts(text), seed + 1)
+    words = shuffled(word_starts(text), seed + 2)
+    while True:
+        yield from islice(sentences, n_prompts - n_words)
+        yield from islice(words, n_words)
+
 IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 
 def prompt_window(corpus, start, T):
@@ -1017,32 +1007,27 @@ def prompt_window(corpus, start, T):
     token_ids = token_ids[:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
+# A batch of our story model consists of 16 sliding windows and 16 prompt windows. `in_batches` in
+# the workshop cuts an endless stream into lists, one for each step, and skips those of the steps
+# that a resumed run has already done.
 def training_batches(run, corpus):
     """Yield (inputs, targets), each of shape (B, T), for every step that `run` still has to do. The
     batch of a step depends on the text, the settings and the seed, but not on earlier steps, so a
     resumed run sees the same batches as an uninterrupted one."""
     config, T = run.train_config, run.config.context_length
-    n_prompts = int(config.prompt_windows * config.batch_size)      # 16 of 32
-    n_words = n_prompts // 5                                        # 3 of these 16
+    n_prompts = int(config.prompt_windows * config.batch_size)
     windows = SlidingWindowDataset(corpus.train_ids, T)
     starts = window_starts(len(windows), T, config.seed)
-    sentences = shuffled(sentence_starts(corpus.train_text), config.seed + 1)
-    words = shuffled(word_starts(corpus.train_text), config.seed + 2)
-    # Take 16 sliding windows, 13 at sentences and 3 at words, and stack them into (32, T + 1).
-    # in_batches (workshop) cuts each stream into lists, one for each step, and skips those of the
-    # steps that a resumed run has already done.
-    batches = zip(in_batches(starts, config.batch_size - n_prompts, run.step),
-                  in_batches(sentences, n_prompts - n_words, run.step),
-                  in_batches(words, n_words, run.step))
-    for window_list, *prompt_lists in batches:
-        if run.step >= run.total_steps:
-            return
-        inputs, targets = windows[torch.tensor(window_list, dtype=torch.long)]
-        prompts = [prompt_window(corpus, start, T) for start in sum(prompt_lists, [])]
-        prompts = torch.tensor(prompts, dtype=torch.long).view(-1, T + 1)
+    sliding = in_batches(starts, config.batch_size - n_prompts, skip=run.step)
+    starts = prompt_starts(corpus.train_text, n_prompts, config.seed)
+    prompts = in_batches(starts, n_prompts, skip=run.step)
+    while run.step < run.total_steps:
+        inputs, targets = windows[torch.tensor(next(sliding), dtype=torch.long)]
+        rows = [prompt_window(corpus, start, T) for start in next(prompts)]
+        rows = torch.tensor(rows, dtype=torch.long).reshape(-1, T + 1)      # even if it is empty
         # As an input, padding can be any token. It comes last, so no real token attends to it.
-        inputs = torch.cat([inputs, prompts[:, :-1].clamp(min=0)])
-        yield inputs, torch.cat([targets, prompts[:, 1:]])
+        inputs = torch.cat([inputs, rows[:, :-1].clamp(min=0)])
+        yield inputs, torch.cat([targets, rows[:, 1:]])
 
 # Now all the parts are in place. From time to time the run is evaluated. An evaluation contains the
 # losses on some windows of both splits, recall on some sentences, and a sample of what the model
@@ -1079,7 +1064,8 @@ def train(run, corpus):
 # Here is the log of training on our story. (Some of its evaluations and the ends of its lines are
 # left out.) Nine steps make an epoch, in which the sliding windows cover the text once and the
 # prompt windows show about as many tokens again. The second line of each evaluation is the sample:
-# the prompt, three dots, and what the model writes, with \n for a line break.
+# the prompt, three dots, and what the model writes, with \n for a line break. (The first sample
+# begins with a full stop.)
 #
 #     $ python story_llm.py train
 #     ...
@@ -1129,8 +1115,8 @@ def save_checkpoint(path, run):
         "train_config": asdict(run.train_config),
         "tokenizer": {"kind": run.tokenizer.kind, "tokens": run.tokenizer.tokens},
         "weights": run.model.state_dict(),                      # {name: tensor}
-        "best_weights": run.best_weights,
-        "optimizer": optimizer_state(run),
+        "best_weights": run.best_weights,                       # with --keep-best
+        "optimizer": optimizer_state(run),                      # its moving averages
         "history": [asdict(evaluation) for evaluation in run.history],
         "test_loss": loss_on_test_window(run.model),
         **{name: getattr(run, name) for name in PLAIN_FIELDS}})     # the step, the prompt, ...
@@ -1162,8 +1148,8 @@ def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
     .svg or .pdf). Return the figure.
 
-    >>> history = [Evaluation(0, 0.0, 7.8, 7.8, 0.0, "", ""),
-    ...            Evaluation(9, 1.0, 6.1, 6.2, 0.0, "", "")]
+    >>> history = [     # step, epoch, training loss, validation loss, recall, prompt, sample
+    ...     Evaluation(0, 0.0, 7.8, 7.8, 0.0, "", ""), Evaluation(9, 1.0, 6.1, 6.2, 0.0, "", "")]
     >>> [curve.get_label() for curve in plot_losses(history, vocab_size=2079).axes[0].lines]
     ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
     """
@@ -1195,7 +1181,8 @@ def plot_losses(history, vocab_size, path=None):
 # wasteful. Because of the causal mask, a token's vectors depend only on itself and the tokens
 # before it, so they do not change when another token is appended. Only the vectors of the new token
 # have to be computed, and all that this requires from the earlier tokens is their keys and values.
-# The key-value cache keeps them.
+# The key-value cache keeps them. So the queries of T new tokens meet the keys of S tokens, the old
+# and the new.
 #
 # This works until the window is full. After that, each new token pushes the first token out of the
 # window. The other tokens had attended to it, and they move to other positions, so their vectors
@@ -1279,7 +1266,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
         probabilities = predict_next(model, window, sampling, cache)
-        new = torch.multinomial(probabilities, 1, generator=generator)      # (B, 1)
+        new = torch.multinomial(probabilities, 1, generator=generator)      # draw ids, (B, 1)
         yield new[:, 0]
         if window.shape[1] == context_length:       # full: the window slides
             window = window[:, 1:]
@@ -1297,8 +1284,9 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # You have built a decoder-only transformer with pre-norm, learned positions and causal multi-head
 # self-attention. It was trained by next-token prediction, with cross-entropy as the loss, AdamW as
 # the optimizer, warm-up and linear decay as the schedule, and gradient clipping. It is
-# autoregressive and generates with a key-value cache. You can now read nanoGPT's model, or how the
-# GPT-2 paper describes its own, and find hardly anything new.
+# autoregressive and generates with a key-value cache. You can now read the model of nanoGPT, a
+# well-known small implementation of GPT-2, or the description in the GPT-2 paper, and find hardly
+# anything new.
 #
 # To get new text in the manner of a story, rather than the story itself, give the model more text
 # than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
@@ -1311,8 +1299,8 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # to learn the patterns of language, facts and arguments. This is called pre-training. The result is
 # a model that continues any text. To turn it into one that answers, as ChatGPT does, it is
 # fine-tuned on dialogues, which is the loop of step 10 with other texts. Then comes reinforcement
-# learning. The model writes answers itself, and a score that reflects what people prefer takes the
-# place of the targets.
+# learning. The model writes answers itself, each is given a score that reflects what people prefer,
+# and training makes answers with a high score more probable.
 #
 # Further reading
 #   Gage 1994, A new algorithm for data compression
@@ -1391,6 +1379,13 @@ def check_settings(settings):
             if bound < math.inf:
                 allowed += f" and below {bound}"
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
+    if isinstance(settings, GPTConfig):
+        per_head, rest = divmod(settings.emb_dim, settings.n_heads)
+        check(rest == 0, f"emb_dim ({settings.emb_dim}) must be divisible by n_heads "
+              f"({settings.n_heads}), because every head gets an equal part")
+        check(settings.position == "learned" or per_head % 2 == 0, f"{settings.position} positions "
+              f"need an even number of dimensions per head, not {per_head}: change --emb-dim or "
+              "--n-heads")
 
 def override_settings(settings, values):
     """Return a copy of `settings` with these `values`, {name: value}; unknown names are ignored."""
@@ -1516,6 +1511,13 @@ def find_words(text):
 
 def word_starts(text):
     return [word.start() for word in find_words(text)] or [0]
+
+def whole_words(text, start, length):
+    """Return the text from `start` on, to the end of the first word that brings it to `length`
+    characters. A word that is longer than 120 characters is cut."""
+    rest = text[start:start + length + 120]
+    ends = [word.end() for word in find_words(rest) if word.end() >= length]
+    return rest[:min(ends, default=len(rest))]
 
 def first_words(text, count=5):
     beginning = text.lstrip()[:1000]
@@ -1928,18 +1930,38 @@ def in_batches(stream, size, skip):
     while True:
         yield list(islice(stream, size))
 
+def greedy_predictions(model, token_ids):
+    """Return the most likely token after every one of the token ids (N,), on the CPU."""
+    T = min(model.config.context_length, len(token_ids))
+    # Usually one window holds everything. Otherwise there are several, which start one token apart,
+    # and in all but the first, only the last prediction is new.
+    windows = token_ids.unfold(0, T, 1)
+    with torch.no_grad():
+        predictions = model(windows).argmax(dim=-1).cpu()
+    return torch.cat([predictions[0], predictions[1:, -1]])
+
+def evenly_spaced(items, count):
+    """Return at most `count` of the items."""
+    return items[::math.ceil(len(items) / count) or 1]
+
+def measure_recall(model, tokenizer, text, max_sentences=1000):
+    """Return the recall of a model on a text, from 0 to 1, measured on at most `max_sentences`
+    sentences. It is 0 if no sentence has at least eight words."""
+    return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
+
 def start_optimizer(run):
     """Create the optimizer of a run, and restore its saved state if the run was loaded."""
     if run.optimizer is None:
         run.optimizer = make_optimizer(run.model, run.train_config)
-        if run.saved_optimizer is not None:
-            run.optimizer.load_state_dict(run.saved_optimizer)
-            run.saved_optimizer = None
-        for parameter, state in run.optimizer.state.items():        # a file may hold wrong shapes
-            for name, value in state.items():
-                shape = () if name == "step" else parameter.shape
-                check(value.shape == shape, "the optimizer state of the checkpoint does not fit "
-                      "its model: train again")
+        saved, run.saved_optimizer = run.saved_optimizer, None
+        if saved is not None:           # it may be of another version, and a file may hold anything
+            fits = len(saved["param_groups"]) == len(run.optimizer.param_groups)
+            if fits:
+                run.optimizer.load_state_dict(saved)
+            fits = fits and all(value.shape == (() if name == "step" else parameter.shape)
+                                for parameter, state in run.optimizer.state.items()
+                                for name, value in state.items())
+            check(fits, "the optimizer state of the checkpoint does not fit its model: train again")
 
 def optimizer_state(run):
     return run.saved_optimizer if run.optimizer is None else run.optimizer.state_dict()
@@ -2048,45 +2070,34 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
 # same pace in every direction. Our story then needs half as many steps, but each takes about 50 %
 # longer.
 class Muon(torch.optim.AdamW):
-    """AdamW, except that Muon updates the weight matrices of the blocks, the first group."""
+    """AdamW, except that Muon updates the weight matrices of the blocks."""
     def __init__(self, model, config):
-        matrices = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-        for group in make_optimizer(model, replace(config, optimizer="adamw")).param_groups:
-            others = [p for p in group["params"] if p not in set(matrices)]
-            groups.append({"params": others, "weight_decay": group["weight_decay"]})
-        super().__init__(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
-        self.bf16 = use_bf16(matrices[0].device, config.precision)
+        super().__init__(make_optimizer(model, replace(config, optimizer="adamw")).param_groups)
+        self.matrices = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
+        self.bf16 = use_bf16(self.matrices[0].device, config.precision)
 
     @torch.no_grad()
     def step(self):
-        lrs = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
             group["lr"] *= 4            # with Muon, training is stable at higher learning rates
-        matrices = self.param_groups[0]
-        for weight in matrices["params"]:
-            self.step_matrix(weight, matrices["lr"], matrices["weight_decay"])
+        lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        for weight in self.matrices:
+            if weight not in self.state:        # AdamW expects a step in every state
+                self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
+            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.1)   # a moving average
+            update = weight.grad.lerp(momentum, 0.9)                            # Nesterov momentum
+            update = newton_schulz(update.bfloat16() if self.bf16 else update)
+            scale = 0.2 * math.sqrt(max(weight.shape))                  # as in Liu et al. 2025
+            weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * scale)
             weight.grad = None          # so AdamW leaves this weight alone
         super().step()
-        for group, lr in zip(self.param_groups, lrs):
-            group["lr"] = lr
-
-    def step_matrix(self, weight, lr, weight_decay):
-        state = self.state[weight]
-        if not state:
-            state["step"] = torch.zeros(())         # AdamW expects one in every state
-            state["momentum"] = torch.zeros_like(weight)
-        momentum = state["momentum"].lerp_(weight.grad, 0.1)        # a moving average
-        update = weight.grad.lerp(momentum, 0.9)                    # Nesterov momentum
-        update = newton_schulz(update.bfloat16() if self.bf16 else update)
-        scale = 0.2 * math.sqrt(max(weight.shape))                  # as in Liu et al. 2025
-        weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * scale)
+        for group in self.param_groups:
+            group["lr"] /= 4
 
 def newton_schulz(X):
-    """Divide X by a bound on its singular values, then map those between 0.02 and 1 into the range
-    0.48 to 1.52. Each of two polynomials a X + b X X^T X + c X X^T X X^T X turns a singular value x
-    into a x + b x^3 + c x^5. (The coefficients are close to optimal for two polynomials, see Amsel
-    et al. 2025.)
+    """Divide X by a bound on its singular values, and apply two polynomials, which turn a singular
+    value x into a x + b x^3 + c x^5. Values between 0.02 and 1 end up between 0.48 and 1.52. (The
+    coefficients are close to optimal, see Amsel et al. 2025.)
 
     >>> newton_schulz(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]))
     tensor([[0.5304, 0.0000, 0.0000],
@@ -2449,7 +2460,8 @@ def load_or_create_run(args):
     return load_checkpoint(args.model, args.device)
 
 def log_recall(run, corpus):
-    tests = evenly_spaced(corpus.recall_tests, 1000)
+    memorizes = not run.train_config.keep_best
+    tests = evenly_spaced(corpus.recall_tests, 1000 if memorizes else 200)
     if not tests:
         log("Recall: not measured, because no sentence of at least 8 words has a beginning of "
             "its own")
@@ -2521,10 +2533,12 @@ def command_evaluate(args):
     log_recall(run, corpus)
 
 def log_losses(run, corpus):
-    """Print the losses on all windows of both splits."""
-    for name, token_ids in (("Train loss", corpus.train_ids), ("Val loss", corpus.val_ids)):
+    """Print the losses on at most 1,000 windows of the training split, and on all of the validation
+    split."""
+    for name, token_ids, max_windows in (("Train loss", corpus.train_ids, 1000),
+                                         ("Val loss", corpus.val_ids, len(corpus.val_ids))):
         with mixed_precision(run):
-            loss = mean_loss(run.model, token_ids, max_windows=len(token_ids))
+            loss = mean_loss(run.model, token_ids, max_windows)
         if loss is not None:
             log(f"  {name:<27}{describe_loss(loss, token_ids, run.tokenizer)}")
 

@@ -186,7 +186,7 @@ def test_every_learned_weight_is_in_the_optimizer_once():
         held = sum(groups, [])
         learned = {id(p) for p in run.model.parameters() if p.requires_grad}
         assert {id(p) for p in held if p.requires_grad} == learned and len(held) == len({id(p) for p in held})
-        assert {id(p) for p in groups[0]} == {id(p) for p in matrices(run.model).values()}
+        assert {id(p) for p in run.optimizer.matrices} == {id(p) for p in matrices(run.model).values()}
 
 
 def test_fixed_positions_stay_fixed():
