@@ -4,18 +4,18 @@
     python benchmarks/generation.py --device cuda --nanogpt PATH
 
 After a short warm-up, each contender continues a prompt of 8 tokens by --tokens more, within its
-context length of 256, with the project's own function. story_llm runs under `keep_memory`, as the
-program does. "Early" and "late" are the median times per token in the first and the last quarter.
-With a key-value cache they are about equal, and without one they grow. All figures are medians of
-the rounds.
+context length of 256, with the project's own function. story_llm runs under `keep_memory` and after
+`prepare_inference`, as `generate` does. "Early" and "late" are the median times per token in the
+first and the last quarter. With a key-value cache they are about equal, and without one they grow.
+All figures are medians of the rounds. The column "/ Hugging Face" compares with the same precision.
 
 The ceiling: every token needs all weights that it is multiplied by, so it takes at least the time
 of reading them from memory. The bandwidth of the memory is the higher one of reading and copying a
 large tensor.
 
-Below the table stands a check: does story_llm choose the same tokens with its cache as
-`generate_text_simple` does without one, even beyond the context length? It is made with the same
-model, but with a context length of 64, and with --check-tokens tokens.
+Below the table stands a check: does story_llm choose the same tokens with its cache and packed
+layers as `generate_text_simple` does without them, even beyond the context length? It is made with
+the same model, but with a context length of 64, and with --check-tokens tokens.
 """
 import argparse
 import math
@@ -75,6 +75,9 @@ def generation_speed(contender, shape, count, options):
     torch.manual_seed(0)
     model = common.make_model(project, shape, options).eval()
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if project == "story_llm":
+        from story_llm import prepare_inference
+        prepare_inference(model, precision)
     generate = generation_function(project, model, shape.context_length)
     prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS)).to(options.device)
     generate(prompt, 4)
@@ -102,6 +105,7 @@ def compare_tokens(shape, count):
     prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
     expected = story_llm.generate_text_simple(model, prompt, count, shape.context_length)
     expected = expected[0, PROMPT_TOKENS:].tolist()
+    story_llm.prepare_inference(model)
     cached = [token.item() for token in story_llm.generate(model, prompt, count)]
     equal = [a == b for a, b in zip(cached, expected)]
     return {"equal": equal.index(False) if False in equal else len(equal),
@@ -113,21 +117,23 @@ def print_results(results, shape, count):
     speeds = {name: common.median(results[name], "tokens")
               for name, title in CONTENDERS.items() if title not in absent}
     reference = speeds.get("reference:fp32", math.nan)
-    hugging_face = speeds.get("huggingface:bf16", math.nan)
+    hugging_face = {precision: speeds.get(f"huggingface:{precision}", math.nan)
+                    for precision in ("fp32", "bf16")}
     rows = []
     for name, speed in speeds.items():
-        bytes_per_weight = 2 if name.endswith("bf16") else 4
+        precision = name.partition(":")[2]
+        bytes_per_weight = 2 if precision == "bf16" else 4
         used = speed * common.matmul_weights(shape) * bytes_per_weight / 1e9        # GB/s
         early, late = (f"{common.median(results[name], part):.1f}" for part in ("early", "late"))
         rows.append([CONTENDERS[name], f"{speed:.1f}",
                      common.format_range(results[name], "tokens", "{:.1f}"),
-                     f"{speed / reference:.2f}", f"{speed / hugging_face:.2f}", early, late,
-                     f"{used / bandwidth:.0%}"])
+                     f"{speed / reference:.2f}", f"{speed / hugging_face[precision]:.2f}",
+                     early, late, f"{used / bandwidth:.0%}"])
     for name, bytes_per_weight in (("float32", 4), ("bfloat16", 2)):
         ceiling = bandwidth * 1e9 / common.matmul_weights(shape) / bytes_per_weight
         rows.append([f"ceiling at {bandwidth:.1f} GB/s, {name}", f"{ceiling:.1f}"])
     print(f"\nGreedy generation of {count} tokens after {PROMPT_TOKENS}: {shape}\n")
-    common.print_table(["", "tokens/s", "range of rounds", "/ reference", "/ Hugging Face bf16",
+    common.print_table(["", "tokens/s", "range of rounds", "/ reference", "/ Hugging Face",
                         "ms early", "ms late", "of the ceiling"], rows, absent)
 
 def print_check(check, count):
