@@ -10,10 +10,10 @@
 
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
-in an evening. Most steps have a command that runs them, and examples to try in an interactive
-session: start `python`, enter `from story_llm import *`, and type what follows `>>>`. Python prints
-the lines below it. After the lesson, the workshop makes the same code robust and fast, and the
-command line comes last.
+ideally in one evening. Most steps have a command that runs them, and examples to try in an
+interactive session: start `python`, enter `from story_llm import *`, and type what follows `>>>`.
+Python prints the lines below it. After the lesson, the workshop makes the same code robust and
+fast, and the command line comes last.
 
 Every figure in the lesson was measured. Yours will differ a little, because processors round
 differently. Without a network connection, the program builds a different vocabulary (step 4), and
@@ -47,16 +47,16 @@ from torch.nn import functional as F
 # each possible token the probability that this token comes next. (A token is a word or a piece of a
 # word.) To write, the program appends the most likely token, or one drawn at random according to
 # the probabilities, and repeats. Models that predict each token from the ones before it are called
-# autoregressive. ChatGPT is built around such a model. Ours is far smaller, and all it will ever
-# have read is one story.
+# autoregressive. ChatGPT is built around such a model. Ours is far smaller, and one story is all it
+# reads.
 #
 # Nobody tells the model any rules. It consists of 1.7 million numbers, its parameters, which are
 # random at first, so its predictions are noise. Then it is trained. It reads passages of the story,
 # predicts every next token, and compares its predictions with what really came next. All parameters
 # are then moved a little in the direction that makes the right tokens more probable. That is one
 # training step. After 180 of them, some ten seconds on a laptop, the model has memorized the text.
-# Give it the first five words of any sentence of eight words or more that it was trained on, and it
-# continues word for word for at least 80 characters.
+# Give it the first five words of any training sentence of eight words or more, and it continues
+# word for word for at least 80 characters.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -99,9 +99,9 @@ def split_text(text, val_fraction):
         cut = space
     return text[:cut], text[cut:]
 
-# Now to the words. The simplest way to turn a text into numbers is to split it into words and
-# punctuation marks, to list all the different ones, and to use each one's position in the list as
-# its number. The list is called the vocabulary.
+# The simplest way to turn a text into numbers is to split it into words and punctuation marks, to
+# list all the different ones, and to use each one's position in the list as its number. The list is
+# called the vocabulary.
 #
 # A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do. It
 # matches a word, a punctuation mark, or white space. (WORD_OR_MARK in the workshop does much the
@@ -133,9 +133,9 @@ def build_vocabulary(text):
 #
 # What happens to a word that is not in the vocabulary? It becomes the special token `<|unk|>`, for
 # "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
-# token in training, because there every word is known. So the model never learns what the token
-# stands for. The other special token, `<|endoftext|>`, follows the last word of the training text.
-# So the model learns where this text ends, and generation stops when it predicts this token.
+# token in training, where every word is known. So the model never learns what the token stands for.
+# The other special token, `<|endoftext|>`, follows the last word of the training text. So the model
+# learns where this text ends, and generation stops when it predicts this token.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -172,13 +172,13 @@ class WordTokenizer:
         return self.decode(token_ids).encode(errors="replace")
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
-# Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
-# "kingdom" are as different to the model as any three words; and every new word is `<|unk|>`.
+# Words make poor tokens. A language has hundreds of thousands of them. To the model, "king",
+# "kings" and "kingdom" are as different as any three words, and every new word is `<|unk|>`.
 # Characters are no better. Every word can be spelled with them, but the text becomes long and each
 # token says little.
 #
 # Byte-pair encoding lies in between. It begins with the 256 possible bytes as tokens, so no text is
-# unknown to it. Then it finds the two neighbouring tokens that occur together most often in some
+# unknown to it. Then it finds the pair of neighbouring tokens that occurs most often in some
 # training text, and merges them into a new token. It repeats this until the vocabulary has the size
 # we want. Frequent words end up as one token, rare words as several. The method comes from data
 # compression (Gage 1994), and Sennrich et al. (2016) brought it to machine translation. Language
@@ -186,10 +186,9 @@ class WordTokenizer:
 #
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
-# a large amount of English text from the web. Only if tiktoken cannot download them, because there
-# is no network connection, does the program learn merges from the story. What follows shows how
-# such merges are found, and `--tokenizer story` finds them in your own story in any case. This is
-# how three words are merged, with _ for the space:
+# a large amount of English text from the web. If tiktoken cannot download them because there is no
+# network connection, the program learns merges from the story. It also does so with `--tokenizer
+# story`. This is how merges are found in three words, with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -252,8 +251,8 @@ def merge_pair(word, pair):
 # so the program calls `train_bpe_fast` (workshop). It finds the same tokens by updating the counts.
 #
 # To encode a text, the merges are applied again in the same order. tiktoken, OpenAI's library, does
-# this fast. We give it the rank of every token, which is its place in the order of merging. In a
-# word, tiktoken always merges the pair whose merged token has the lowest rank.
+# this fast. We give it the rank of every token, which is its place in the order of merging. Within
+# a word, tiktoken always merges the pair whose merged token has the lowest rank.
 class BPETokenizer:
     """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. The id
     of a token is its index in this list, which is also its rank. `kind`, "gpt2" or "story", says
@@ -292,9 +291,9 @@ class BPETokenizer:
 
 # Our story needs only a few of GPT-2's tokens. `make_tokenizer` in the workshop keeps those that
 # occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
-# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. So our tokenizer splits the story exactly
-# as GPT-2 does. (A word that the story does not contain may be split into smaller tokens.) We leave
-# tokens out because every one of them makes the model larger and slower (step 6).
+# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. Our tokenizer still splits the story
+# exactly as GPT-2 does. (A word that the story does not contain may be split into smaller tokens.)
+# We leave tokens out because every one of them makes the model larger and slower (step 6).
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
@@ -398,8 +397,8 @@ class SlidingWindowDataset:
 #
 # Numbers that we choose, and that training does not change, are called hyperparameters. These are
 # the ones that define the model, and the rest of this step explains them. (`setting` stores a
-# default together with its meaning, which --help shows; the workshop's Settings checks the values.
-# "Frozen" means that they cannot be changed later.)
+# default together with its meaning, which --help shows; `Settings` has the workshop check the
+# values. "Frozen" means that they cannot be changed later.)
 def setting(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 
@@ -428,7 +427,7 @@ class GPTConfig(Settings):
 # but an average treats "Once" and "Aadhan" alike, and "Once" is of no use here. Attention is an
 # average as well, but a weighted one, and each token chooses its own weights.
 #
-# To choose, three linear layers turn the vector of each token into three other vectors:
+# For this choice, three linear layers turn the vector of each token into three other vectors:
 #
 #     query    what this token is looking for
 #     key      what this token can be found by
@@ -458,13 +457,13 @@ class GPTConfig(Settings):
 # words, its derivative is almost 0, and by the chain rule, hardly any gradient reaches the query
 # and key layers. Dividing all scores by sqrt(D) brings their standard deviation back to 1, and
 # softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled dot-product attention
-# (Vaswani et al. 2017, section 3.2.1). This division matters. Trained without it, our model recites
-# only a third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
+# (Vaswani et al. 2017, section 3.2.1). Trained without this division, our model recites only a
+# third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
     weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
-    reason explained below. (In the model, S is T until step 13. In this example there is one query,
-    so T is 1, and there are four keys, so S is 4.)
+    reason explained below. (In the model, S equals T until step 13. In this example there is one
+    query, so T is 1, and there are four keys, so S is 4.)
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -486,11 +485,11 @@ def attention_weights(queries, keys, mask):
 
 # In training, the model reads a whole window at once and predicts the next token at every position.
 # But for every position except the last, the next token is already in the window. If the model
-# could attend to it, it would just copy it. We tried this. Without the mask introduced below, the
-# loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low figure looks
-# splendid, but the model is useless, because during generation there is no next token to copy. This
-# model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad
-# Aad". (Try it: python extras/experiments.py no-mask)
+# could attend to that token, it would just copy it. We tried this. Without the mask introduced
+# below, the loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low
+# figure looks splendid, but the model is useless, because during generation there is no next token
+# to copy. This model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan
+# Aadhan Aad Aad Aad Aad". (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -591,21 +590,22 @@ class FeedForward(nn.Module):
 #
 # The `x +` is the residual connection (He et al. 2016). Without it, a token would lose everything
 # in its vector that f does not pass on. Attention would leave only an average over the tokens so
-# far. As long as its weights are still nearly equal, this average is almost the same for a token
-# and its neighbour. We tried this. The loss was still 4.6 after 180 steps, where it should be 0.2,
-# and the model could not recite a single sentence. In deep models there is a second reason. By the
-# chain rule, the gradient is multiplied by one factor f' per layer on its way back. With factors of
-# 0.5, only 0.5^24 of it is left after 24 layers, less than a ten-millionth. But the derivative of x
-# + f(x) is 1 + f'(x), and the 1 passes the gradient on undiminished. (Nor does it explode, because
-# the initial weights are small, and so is f'.) (Try it: python extras/experiments.py no-residual)
+# far. Early in training, its weights are nearly equal, and this average is almost the same for a
+# token and its neighbour. Without residual connections, the loss was still 4.6 after 180 steps,
+# where it should be 0.2, and the model could not recite a single sentence. In deep models there is
+# a second reason. By the chain rule, the gradient is multiplied by one factor f' per layer on its
+# way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less than a
+# ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient on
+# undiminished. (It does not explode either, because the initial weights are small and keep f'
+# small.) (Try it: python extras/experiments.py no-residual)
 #
 # The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
 # inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
 # subtracts their mean, divides them by their standard deviation, and applies a scale and a shift
 # that it learns. The original transformer used norm(x + f(x)) instead. There, every norm rescales
-# the gradient once more on its way back, in spite of the 1 that we have just praised, and deep
-# models are hard to train. x + f(norm(x)) is called pre-norm, and leaves that way free (Xiong et
-# al. 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
+# the gradient once more on its way back, in spite of the 1 in the derivative, and deep models are
+# hard to train. x + f(norm(x)) is called pre-norm, and puts no norm on that way back (Xiong et al.
+# 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
@@ -635,10 +635,10 @@ class TransformerBlock(nn.Module):
 
 # Training changes the parameters, but where do they start? If all were equal, all heads would
 # compute the same result and receive the same gradient, and they would stay equal forever.
-# Therefore the initialization is random. The initial weights are also small, to keep the first
-# logits close to 0, where no token is preferred. GPT-2 draws them from a normal distribution with a
-# standard deviation of 0.02. Our vectors are shorter (192 numbers instead of 768), so dot products
-# have fewer terms, and we use larger weights to make up for it.
+# Therefore the initialization is random. The initial weights are also small, so that the first
+# logits are close to 0 and no token is preferred. GPT-2 draws them from a normal distribution with
+# a standard deviation of 0.02. Our vectors are shorter (192 numbers instead of 768), so dot
+# products have fewer terms, and we use larger weights to make up for it.
 #
 # As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
 # such layers, so x becomes a sum of n = 2 n_layers outputs. The standard deviation of a sum of n
@@ -670,7 +670,7 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
 # matrix of the same shape, so the two can share one matrix. This is called weight tying. GPT-2 does
-# it, and ours does with `--tie-weights`.
+# this, and our model does so with `--tie-weights`.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -742,7 +742,7 @@ def count_parameters(module):
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
 # Now we let the model write. Greedy decoding takes the token with the highest logit each time. The
-# untrained model answers with noise, but it answers:
+# untrained model writes only noise:
 #
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
 #     Once Aadhan renounced his kingdom keeps reached keeps reachedum mor wrote mor
@@ -772,9 +772,8 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
 # How wrong are the predictions? Softmax turns the logits into probabilities. For each example, take
 # the probability p that the model gave to the token that really came next. The cross-entropy loss
-# is -ln(p). It is 0 if the model was certain and right, and it grows the more the right token
-# surprises the model: 0.69 for p = 1/2, 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the
-# mean over all its examples.
+# is -ln(p). It is 0 if the model was certain and right, and it grows as p falls: 0.69 for p = 1/2,
+# 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the mean over all its examples.
 #
 # An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
 # whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
@@ -801,10 +800,11 @@ def batch_loss(model, inputs, targets):
 
 # The loss does not tell us what we most want to know. Can the model continue the story? So we test
 # it. Recall is the share of sentences that the model continues word for word from their first five
-# words alone, for at least 80 characters (fewer at the end of the text), which may reach into the
-# next sentence. (Research papers call this verbatim memorization, Carlini et al. 2023.) The test is
-# hard, because nothing before those five words tells the model where in the story it is. The test
-# uses the training split, because no model could guess the sentences of the validation split.
+# words alone. The continuation must match for at least 80 characters (fewer at the end of the
+# text), and may reach into the next sentence. (Research papers call this verbatim memorization,
+# Carlini et al. 2023.) The test is hard, because nothing before those five words tells the model
+# where in the story it is. The test uses the training split, because no model could guess the
+# sentences of the validation split.
 def recall_tests(text):
     """Return [(prompt, continuation)] for every sentence of at least eight words. The prompt is its
     first five words. The continuation is what follows in the text, at least 80 characters (fewer at
@@ -858,9 +858,9 @@ def share_recited(model, tokenizer, tests):
 #
 # The figures in parentheses are two other forms of the loss. Perplexity is e raised to the power of
 # the loss, the number of equally likely tokens among which the model would be just as uncertain.
-# Both depend on how the text is split into tokens, so they cannot be used to compare models whose
-# tokenizers differ. Bits per character can be used for that: the losses of all tokens added up,
-# divided by the number of characters, and by ln(2).
+# Loss and perplexity depend on how the text is split into tokens, so they cannot be used to compare
+# models whose tokenizers differ. Bits per character can be used for that. They are the losses of
+# all tokens added up, divided by the number of characters, and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
@@ -877,10 +877,11 @@ def share_recited(model, tokenizer, tests):
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
 # step. Like dropout, it is a form of regularization, which limits a model to help it generalize,
-# that is, do well on unseen text. Ours is meant to memorize, so its weight decay is 0, and with 0,
-# AdamW is Adam.
+# that is, do well on unseen text. Ours is meant to memorize, so its weight decay is 0, which makes
+# AdamW the same as Adam.
 def make_optimizer(model, config):
-    """Return an optimizer in which only matrices decay, because a norm needs its scale."""
+    """Return an optimizer that decays only matrices, because a norm would suffer if its scale
+    shrank."""
     if config.optimizer == "muon":
         return Muon(model, config)      # workshop
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2],
@@ -941,10 +942,10 @@ def training_step(run, inputs, targets):
         loss = batch_loss(run.model, inputs, targets)
     run.model.eval()                    # evaluation mode: dropout is off again
     loss.backward()                     # goes back through what was recorded in training mode
-    # A single unusual batch can have a gradient many times longer than the others and spoil
-    # Adam's averages for many steps. The gradient of all parameters is one long vector, and the
-    # length of this vector is its norm. Gradient clipping scales a gradient that is too long down
-    # to a norm of grad_clip.
+    # A single unusual batch can have a gradient many times longer than the others and spoil Adam's
+    # averages for many steps. The gradient of all parameters is one long vector, and the length of
+    # this vector is its norm. Gradient clipping scales the gradient down to a norm of grad_clip if
+    # it is longer.
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
     run.loss = loss.item()              # a Python number
     check_finite(run, run.loss + norm.item())       # workshop: stops if one is NaN or infinite
@@ -973,7 +974,7 @@ def window_starts(n_starts, T, seed):
         yield from ((pieces * T + offset) % n_starts).tolist()
 
 # The second kind is prompt windows. During generation, a prompt starts at position 0. Its first
-# word has no space before it, so it is split into other tokens than in the middle of the text.
+# word has no space before it, so it is tokenized differently than in the middle of the text.
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
 # where a prompt would, and are tokenized like a prompt. Most start at the beginning of a sentence,
 # as in the recall test, and one in five starts at a random word. Without prompt windows, recall is
@@ -987,7 +988,7 @@ def shuffled(items, seed):
             yield items[index]
 
 def prompt_starts(text, n_prompts, seed):
-    """Yield at which characters to start prompt windows, `n_prompts` of them for every step."""
+    """Yield the characters at which prompt windows start, `n_prompts` of them for every step."""
     n_words = n_prompts // 5                                        # 3 of 16
     sentences = shuffled(sentence_starts(text), seed + 1)
     words = shuffled(word_starts(text), seed + 2)
@@ -1000,7 +1001,7 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    end = start + 32 * (T + 1)      # so many characters nearly always contain T + 1 tokens
+    end = start + 32 * (T + 1)      # this many characters nearly always contain T + 1 tokens
     token_ids = corpus.tokenizer.encode(corpus.train_text[start:end])
     if end >= len(corpus.train_text):
         token_ids.append(corpus.tokenizer.end_of_text)
@@ -1079,16 +1080,15 @@ def train(run, corpus):
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # The training loss and recall say that the model has learned the story. The loss is not 0, because
-# at the start of a window the model sees a single token, such as " the", and nothing tells which
-# word follows. It is 2.8 at the first position, 0.4 at the fourth and 0.06 from the eleventh on.
-# The validation loss tells another tale. It falls at first, as the model learns patterns that hold
-# in both splits, such as that a comma is often followed by "and". Then it rises again. This is
-# overfitting: what the model learns from here on is true of the training split alone. It memorizes.
-# In the training split, for example, "A ferry goes back and forth" is followed by "and", while the
-# validation split has "going back and forth with the rope". After 45 steps the model gives this
-# "with" a probability of about 1/36. In the end it is certain of "and", and "with" gets about
-# 1/10,000. The loss of this token has risen from 3.6 to 9.3. Being certain and wrong costs far more
-# than being uncertain.
+# at the start of a window the model sees a single token, such as " the", and nothing tells it which
+# word follows. The loss is 2.8 at the first position, 0.4 at the fourth and 0.06 from the eleventh
+# on. The validation loss falls at first, as the model learns patterns that hold in both splits,
+# such as that a comma is often followed by "and". Then it rises again. This is overfitting: what
+# the model learns from here on is true of the training split alone. It memorizes. In the training
+# split, for example, "A ferry goes back and forth" is followed by "and", while the validation split
+# has "going back and forth with the rope". After 45 steps the model gives this "with" a probability
+# of about 1/36. In the end it is certain of "and", and "with" gets about 1/10,000. The loss of this
+# token has risen from 3.6 to 9.3. Being certain and wrong costs far more than being uncertain.
 #
 # With a single short story, a model can do little but memorize, and that is what we wanted. To
 # generalize, a model needs far more text. The validation loss tells us how well our model does on
@@ -1180,13 +1180,13 @@ def plot_losses(history, vocab_size, path=None):
 # `generate_text_simple` runs the whole window through the model for every new token. That is
 # wasteful. Because of the causal mask, a token's vectors depend only on itself and the tokens
 # before it, so they do not change when another token is appended. Only the vectors of the new token
-# have to be computed, and all that this requires from the earlier tokens is their keys and values.
-# The key-value cache keeps them. So the queries of T new tokens meet the keys of S tokens, the old
-# and the new.
+# have to be computed, and this requires only the keys and values of the earlier tokens. The
+# key-value cache keeps them. So the queries of T new tokens meet the keys of S tokens, the old and
+# the new.
 #
 # This works until the window is full. After that, each new token pushes the first token out of the
 # window. The other tokens had attended to it, and they move to other positions, so their vectors
-# change and must be computed again. The cache is emptied, and from then on it saves nothing.
+# change and must be computed again. The cache is emptied, and from then on it saves no time.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1203,13 +1203,14 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a story that is known by heart. Elsewhere it soon repeats itself, and we get
+# Greedy decoding suits a story that is known by heart. Otherwise it soon repeats itself, and we get
 # better text by sampling, where the next token is drawn at random according to its probability.
 # Three settings change these probabilities. The temperature divides the logits before softmax.
 # Since softmax exponentiates, that raises every probability to the power 1/temperature and then
-# rescales the results so that they add up to 1. Below 1, the most likely tokens gain; above 1, the
-# others do. Top-k keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al.
-# 2020), keeps the most likely tokens until their probabilities add up to p.
+# rescales the results so that they add up to 1. Values below 1 favour the most likely tokens, and
+# values above 1 the others. Top-k keeps the k most likely tokens. Top-p, or nucleus sampling
+# (Holtzman et al. 2020), takes the most likely tokens one by one until their probabilities add up
+# to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
     """How the next token is chosen."""
@@ -1275,7 +1276,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 
 # (`generate_text` in the workshop turns these ids into text, and stops at `<|endoftext|>`.)
 #
-# That completes the journey. The model that began with noise now recites:
+# The model that began with noise now recites:
 #
 #     $ python story_llm.py generate --prompt "Once Aadhan renounced" --max-new-tokens 14
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
@@ -1421,9 +1422,9 @@ FILE_TYPES = {      # {the first bytes of a file: the kind of file}
 
 def decode(data, path, encoding=""):
     """Decode the bytes of a file. With an encoding, invalid bytes become �. Without one, they are
-    UTF-8, but if they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and UTF-32
-    are tried as well, and the most plausible text is returned. Raises StoryError if the file is
-    recognizably not plain text, if the encoding is unknown, or if no encoding fits."""
+    read as UTF-8. If they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and
+    UTF-32 are tried as well, and the most plausible text is returned. Raises StoryError if the file
+    is recognizably not plain text, if the encoding is unknown, or if no encoding fits."""
     for beginning, kind in FILE_TYPES.items():
         check(not data.startswith(beginning), f"{path} is {kind}, not plain text: convert it to "
               "plain text in UTF-8 first")
@@ -1750,9 +1751,9 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 def prepare_inference(model, precision="fp32"):
-    """Make a model faster at generating, in place. It can no longer be trained or saved. In bf16,
-    its weights are rounded, so it may write other tokens. On a CPU, the linear layers are packed,
-    unless the model is so small that this would make it slower."""
+    """Change a model in place so that it generates faster. It can no longer be trained or saved. In
+    bf16, its weights are rounded, so it may write different tokens. On a CPU, the linear layers are
+    packed, unless the model is so small that this would make it slower."""
     device = model.tok_emb.weight.device
     in_bf16 = use_bf16(device, precision)
     if in_bf16:
@@ -2046,14 +2047,14 @@ def best_evaluation(history):
     return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
 
 def record_evaluation(run, corpus):
-    """Evaluate a run, and append the result to its history. With keep_best, remember the weights of
+    """Evaluate a run, and append the result to its history. With keep_best, keep the weights with
     the lowest validation loss, and return to them at the end. Training ends early if this loss has
     not fallen for a fifth of all steps."""
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
-    check(run.history[-1].val_loss is not None, "--keep-best needs a validation split (--preset "
-          "writer sets it): give a longer text or a larger --val-fraction")
+    check(run.history[-1].val_loss is not None, "--keep-best, which --preset writer sets, "
+          "needs a validation split: give a longer text or a larger --val-fraction")
     best = best_evaluation(run.history)
     if best is run.history[-1]:
         run.best_weights = {name: weight.detach().cpu().clone()
@@ -2095,7 +2096,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
     check(max_new_tokens >= 0, f"max_new_tokens must be at least 0, not {max_new_tokens}")
     token_ids = torch.tensor([encode_prompt(tokenizer, prompt)])
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    superfluous = " " if prompt.endswith(" ") else ""       # the next word brings this space again
+    superfluous = " " if prompt.endswith(" ") else ""       # the next token begins with this space
     text, shown = prompt, len(prompt)
     for new_ids in generate(model, token_ids, max_new_tokens, sampling):
         if new_ids.item() == tokenizer.end_of_text:
@@ -2147,7 +2148,7 @@ class Muon(torch.optim.AdamW):
 def newton_schulz(X):
     """Divide X by a bound on its singular values, and apply two polynomials, which turn a singular
     value x into a x + b x^3 + c x^5. Values between 0.02 and 1 end up between 0.48 and 1.52. (The
-    coefficients are close to optimal, see Amsel et al. 2025.)
+    coefficients are close to optimal. See Amsel et al. 2025.)
 
     >>> newton_schulz(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]))
     tensor([[0.5304, 0.0000, 0.0000],
@@ -2424,7 +2425,7 @@ def corpus_from_args(args):
         preset = settings_for_size(n_bytes)
         dependent = {"emb_dim": ["n_heads"], "optimizer": ["epochs", "learning_rate"]}
         for option in dependent.keys() & args.given.keys():
-            for name in dependent[option]:          # it suits only the option's own value
+            for name in dependent[option]:          # it suits only the preset's value of the option
                 preset.pop(name, None)
     if args.preset == "writer" and n_bytes < 400_000:
         preset = {**preset, "drop_rate": 0.3}       # a shorter text is overfitted sooner
@@ -2478,7 +2479,7 @@ def load_run(args):
                                  run.train_config.val_fraction, context_length=0)
 
 def change_length(run, args):
-    """Apply the options that decide how long a resumed training goes on."""
+    """Apply the options that decide how long a resumed run trains."""
     if "epochs" in args.given:
         run.train_config = replace(run.train_config, max_steps=0)
     run.train_config = override_settings(run.train_config, args.given)
@@ -2513,8 +2514,8 @@ def log_recall(run, corpus):
     memorizes = not run.train_config.keep_best
     tests = evenly_spaced(corpus.recall_tests, 1000 if memorizes else 200)
     if not tests:
-        log("Recall: not measured, because no sentence of at least 8 words has a beginning of "
-            "its own")
+        log("Recall: not measured, because no sentence of at least 8 words has a "
+            "unique beginning")
         return None
     recall = share_recited(run.model, run.tokenizer, tests)
     sample = ""
@@ -2662,13 +2663,13 @@ class Progress:
         if None not in (signature, self.written) and signature != self.written:
             other = unused_path(self.path)
             save_checkpoint(other, run)
-            raise StoryError(f"another program has written to {self.path}, so this training stops, "
-                             f"and its model is saved as {other}: give each training its own "
+            raise StoryError(f"another program has written to {self.path}, so this run stops, "
+                             f"and its model is saved as {other}: give each run its own "
                              "--model")
         if self.written is None:
             kept = keep_previous_model(self.path, run)
             if kept:
-                note(f"note: the file at {self.path} was not an earlier state of this training, so "
+                note(f"note: the file at {self.path} was not an earlier state of this run, so "
                      f"it is kept as {kept.name}")
         try:
             save_checkpoint(self.path, run)
@@ -2880,7 +2881,7 @@ class Options(Settings):
                              "(0: no limit)")
     stride: int = setting(0, "tokens between the starts of two windows (0: the context length)")
     plot: str = setting("", "where to save the picture: .png, .svg or .pdf (default: loss.png or "
-                        "attention.png, after the name of --model if that is given)")
+                        "attention.png, preceded by the name of --model if that is given)")
 
 FIELDS, GROUPS = {}, {}     # {setting: its field}, {setting: where --help lists it}; later ones win
 for title, settings in (("sampling", Sampling), ("training", TrainConfig), ("the model", GPTConfig),

@@ -249,6 +249,18 @@ MUTANTS = [
     ('with torch.random.fork_rng([device] if device.type == "cuda" else []):',
      "with contextlib.nullcontext():", "step06 step10"),
 
+    # prepare_inference, allow_tf32, seeded_rng
+    ("if packable and count_parameters(model) > 4_000_000:", "if packable:", "workshop_inference"),
+    ("if packable and count_parameters(model) > 4_000_000:", "if False:", "workshop_inference"),
+    ("    if in_bf16:\n        model.bfloat16()\n", "", "workshop_inference"),
+    ("torch.backends.mkldnn.is_available()\n", "True\n", "workshop_inference"),
+    ('hasattr(ops, "_linear_pointwise")', "True", "workshop_inference"),
+    ("        settings.allow_tf32 = before\n", "        pass\n", "workshop_inference"),
+    ("    with allow_tf32():\n", "    with contextlib.nullcontext():\n", "workshop_inference"),
+    ("                torch.mps.set_rng_state(state)\n", "                pass\n", "workshop_inference"),
+    ("            torch.mps.manual_seed(seed)\n", "            pass\n", "workshop_inference"),
+    ('else "mps" if mps else "cpu"', 'else "cpu"', "workshop_inference"),
+    ('("generate", "precision"): "fp32"}', "}", "workshop_inference"),
     # Muon
     ('"muon": (10, 75)}', '"muon": (20, 150)}', "workshop_muon"),
     ("matrices = [p for p in model.trf_blocks.parameters()",
