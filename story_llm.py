@@ -158,8 +158,8 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            # The first word of a text has no space before it. If the vocabulary contains this word
-            # only with a space, use that token. (decode will then return the space as well.)
+            # A word without a space before it, such as the first of a text, may be in the
+            # vocabulary only with a space. Then use that token. (decode returns the space as well.)
             if piece not in self.ids:
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
@@ -187,8 +187,9 @@ class WordTokenizer:
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
 # a large amount of English text from the web. If tiktoken cannot download them because there is no
-# network connection, the program learns merges from the story. It also does so with `--tokenizer
-# story`. This is how merges are found in three words, with _ for the space:
+# network connection, the program learns merges from the story. It also does so if the text is long
+# or in another language, and with `--tokenizer story`. This is how merges are found in three words,
+# with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -552,7 +553,7 @@ class MultiHeadAttention(nn.Module):
             keys, values = cache.append(self, keys, values)         # (B, H, S, D)
         if self.config.position == "rotary":
             queries, keys = rotate(queries, keys)
-        if fused_is_faster(queries):        # workshop: on a GPU, torch does all of this in one call
+        if fused_is_faster(queries):        # workshop: on a GPU, one call of torch does all this
             contexts = fused_attention(queries, keys, values, self.dropout)
         else:
             mask = causal_mask(queries.shape[2], keys.shape[2], x.device)
@@ -599,13 +600,15 @@ class FeedForward(nn.Module):
 # undiminished. (It does not explode either, because the initial weights are small and keep f'
 # small.) (Try it: python extras/experiments.py no-residual)
 #
-# The `norm` is LayerNorm (Ba et al. 2016). The blocks keep adding to x, so x grows, and large
-# inputs give large scores, which saturate softmax. LayerNorm takes the C numbers of a token,
-# subtracts their mean, divides them by their standard deviation, and applies a scale and a shift
-# that it learns. The original transformer used norm(x + f(x)) instead. There, every norm rescales
-# the gradient once more on its way back, in spite of the 1 in the derivative, and deep models are
-# hard to train. x + f(norm(x)) is called pre-norm, and puts no norm on that way back (Xiong et al.
-# 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
+# The `norm` is LayerNorm (Ba et al. 2016). It takes the C numbers of a token, subtracts their mean,
+# divides them by their standard deviation, and applies a scale and a shift that it learns. So every
+# layer receives inputs of the same size, whatever the size of x. Without it, our x would start so
+# small (its standard deviation is 0.06) that all scores would be almost 0 and attention would be a
+# plain average. In deep models x grows with every block, and large inputs would give large scores,
+# which saturate softmax. The original transformer used norm(x + f(x)) instead. There, every norm
+# rescales the gradient once more on its way back, in spite of the 1 in the derivative, and deep
+# models are hard to train. x + f(norm(x)) is called pre-norm, and puts no norm on that way back
+# (Xiong et al. 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
@@ -867,13 +870,13 @@ def share_recited(model, tokenizer, tests):
 # all parameters a little so that the loss falls.
 #
 # Plain gradient descent moves every parameter by -lr times its gradient, where lr is the learning
-# rate. That works badly here, because gradients differ by orders of magnitude between parameters,
-# and because they fluctuate from batch to batch. Adam (Kingma & Ba 2015) deals with both. For each
-# parameter it keeps two moving averages, one of its gradients, in which noise cancels, and one of
-# their squares. It moves the parameter by -lr times the first average divided by the square root of
-# the second. So gradients of 3, 1, 2 and of 0.03, 0.01, 0.02 have the same effect, and a gradient
-# that keeps flipping between 3 and -3 has hardly any. (Try it: python extras/experiments.py
-# gradient-descent)
+# rate. That works badly here, because gradients differ by orders of magnitude between parameters.
+# Adam (Kingma & Ba 2015) makes their steps comparable. For each parameter it keeps two moving
+# averages, one of its gradients, in which the noise of single batches cancels, and one of their
+# squares. (Both are corrected for having started at 0.) It moves the parameter by -lr times the
+# first average divided by the square root of the second. So gradients of 3, 1, 2 and of 0.03, 0.01,
+# 0.02 have the same effect, and a gradient that keeps flipping between 3 and -3 has hardly any.
+# (Try it: python extras/experiments.py gradient-descent)
 #
 # AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
 # step. Like dropout, it is a form of regularization, which limits a model to help it generalize,
@@ -920,13 +923,15 @@ class TrainConfig(Settings):
     warmup_steps: int = setting(20, "learning-rate warm-up steps, at most a tenth of all steps")
     weight_decay: float = setting(0.0, "weight decay")
     grad_clip: float = setting(1.0, "clip the gradient norm to this")
-    prompt_windows: float = setting(0.5, "share of windows that start where a prompt would")
+    prompt_windows: float = setting(0.5, "share of windows that start where a prompt would, "
+                                  "rounded down")
     val_fraction: float = setting(0.1, "share of the text kept for validation")
     eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5 % of all "
                             "steps, at least 45)")
     keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
                               "falls, and keep the best weights")
-    precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32")
+    precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else "
+                            "fp32, which is TF32 on an NVIDIA GPU in training")
     seed: int = setting(42, "random seed")
 
 # From here on, a `corpus` (class Corpus in the workshop) holds both splits of the text, their token
@@ -1012,9 +1017,9 @@ def prompt_window(corpus, start, T):
 # the workshop cuts an endless stream into lists, one for each step, and skips those of the steps
 # that a resumed run has already done.
 def training_batches(run, corpus):
-    """Yield (inputs, targets), each of shape (B, T), for every step that `run` still has to do. The
-    batch of a step depends on the text, the settings and the seed, but not on earlier steps, so a
-    resumed run sees the same batches as an uninterrupted one."""
+    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
+    is the last step. The batch of a step depends on the text, the settings and the seed, but not on
+    earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
     config, T = run.train_config, run.config.context_length
     n_prompts = int(config.prompt_windows * config.batch_size)
     windows = SlidingWindowDataset(corpus.train_ids, T)
@@ -1356,7 +1361,7 @@ LIMITS = {      # {setting: (minimum, exclusive maximum)}; many are there only t
     "epochs": (0, 1 << 22), "max_steps": (0, 1 << 22), "batch_size": (1, 1 << 16),
     "learning_rate": (1e-9, 1e9), "warmup_steps": (0, 1 << 22), "weight_decay": (0, 1e9),
     "grad_clip": (1e-9, math.inf), "prompt_windows": (0, 1), "val_fraction": (0, 1),
-    "eval_every": (0, 1 << 22), "seed": (0, 1 << 63), "temperature": (0, math.inf),
+    "eval_every": (0, 1 << 22), "seed": (0, 1 << 32), "temperature": (0, math.inf),
     "top_k": (0, 1 << 24), "top_p": (1e-9, math.inf),
     "max_new_tokens": (0, 1 << 24), "sentences": (0, 1 << 24), "stride": (0, 1 << 24)}
 CHOICES = {
@@ -1384,9 +1389,8 @@ def check_settings(settings):
         per_head, rest = divmod(settings.emb_dim, settings.n_heads)
         check(rest == 0, f"emb_dim ({settings.emb_dim}) must be divisible by n_heads "
               f"({settings.n_heads}), because every head gets an equal part")
-        check(settings.position == "learned" or per_head % 2 == 0, f"{settings.position} positions "
-              f"need an even number of dimensions per head, not {per_head}: change --emb-dim or "
-              "--n-heads")
+        check(settings.position != "rotary" or per_head % 2 == 0, "rotary positions need an even "
+              f"number of dimensions per head, not {per_head}: change --emb-dim or --n-heads")
 
 def override_settings(settings, values):
     """Return a copy of `settings` with these `values`, {name: value}; unknown names are ignored."""
@@ -1670,8 +1674,8 @@ def rotate(queries, keys):
     return rotate_by(queries, angles[-queries.shape[2]:]), rotate_by(keys, angles)
 
 def fused_is_faster(queries):
-    """Return whether to use torch's fused attention. On a GPU it saves time and memory. On a CPU it
-    is not used, because it is slower in bf16."""
+    """Return whether to use torch's fused attention. On an NVIDIA GPU it saves time and memory. On
+    a CPU it is not used, because it is slower in bf16."""
     return queries.is_cuda
 
 def fused_attention(queries, keys, values, dropout):
@@ -1716,8 +1720,9 @@ def use_bf16(device, precision):
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # torch 2.6 lacks it
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # older torch lacks it
     capabilities = get_capabilities() if device.type == "cpu" else {}
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -1733,11 +1738,15 @@ def allow_tf32():
     """Let GPUs compute fp32 matrix products in TF32 within the block. TF32 has 11 significant bits
     instead of 24 and is several times as fast."""
     settings = torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, True
+    name, value = "allow_tf32", True
+    if hasattr(settings, "fp32_precision"):     # since torch 2.9, which refuses a mix of both
+        name, value = "fp32_precision", "tf32"
+    before = getattr(settings, name)
+    setattr(settings, name, value)
     try:
         yield
     finally:
-        settings.allow_tf32 = before
+        setattr(settings, name, before)
 
 class PackedLinear(nn.Module):
     """A linear layer for inference, with its weights in the memory layout that oneDNN, torch's
@@ -1747,13 +1756,16 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
         self.bias = linear.bias
 
+    def _save_to_state_dict(self, *_):
+        raise RuntimeError("a model that was prepared for inference cannot be saved")
+
     def forward(self, x):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 def prepare_inference(model, precision="fp32"):
-    """Change a model in place so that it generates faster. It can no longer be trained or saved. In
-    bf16, its weights are rounded, so it may write different tokens. On a CPU, the linear layers are
-    packed, unless the model is so small that this would make it slower."""
+    """Change a model in place so that it generates faster. Do not train or save it afterwards. In
+    bf16, weights and activations are rounded, so it may write different tokens. On a CPU, the
+    linear layers are packed, unless the model is so small that this would make it slower."""
     device = model.tok_emb.weight.device
     in_bf16 = use_bf16(device, precision)
     if in_bf16:
@@ -1778,7 +1790,8 @@ def seeded_rng(*names, device=torch.device("cpu")):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):         # `manual_seed` seeds the current GPU
+                torch.cuda.manual_seed(seed)
         if on_mps:
             torch.mps.manual_seed(seed)
         try:
@@ -2006,9 +2019,11 @@ def start_optimizer(run):
         run.optimizer = make_optimizer(run.model, run.train_config)
         saved, run.saved_optimizer = run.saved_optimizer, None
         if saved is not None:           # it may be of another version, and a file may hold anything
-            fits = len(saved["param_groups"]) == len(run.optimizer.param_groups)
-            if fits:
-                run.optimizer.load_state_dict(saved)
+            own_groups = run.optimizer.state_dict()["param_groups"]
+            fits = ([group["params"] for group in saved["param_groups"]]
+                    == [group["params"] for group in own_groups])
+            if fits:        # the averages are loaded, but not options such as betas
+                run.optimizer.load_state_dict({**saved, "param_groups": own_groups})
             fits = fits and all(value.shape == (() if name == "step" else parameter.shape)
                                 for parameter, state in run.optimizer.state.items()
                                 for name, value in state.items())
@@ -2117,9 +2132,9 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
 
 # ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
 # The average gradient of a weight matrix usually has a few large singular values and many small
-# ones. Muon (Jordan et al. 2024) makes all of them about equal, so that the matrix changes at the
-# same pace in every direction. Our story then needs half as many steps, but each takes about 50 %
-# longer.
+# ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
+# that the matrix changes in many more directions. Our story then needs half as many steps, but each
+# takes about 50 % longer.
 class Muon(torch.optim.AdamW):
     """AdamW, except that Muon updates the weight matrices of the blocks."""
     def __init__(self, model, config):
@@ -2133,6 +2148,8 @@ class Muon(torch.optim.AdamW):
             group["lr"] *= 4            # with Muon, training is stable at higher learning rates
         lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         for weight in self.matrices:
+            if weight.grad is None:     # as AdamW does
+                continue
             if weight not in self.state:        # AdamW expects a step in every state
                 self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
             momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.1)   # a moving average
@@ -2218,8 +2235,11 @@ def read_checkpoint(path):
         saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
         saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
         weights, best_weights = saved["weights"], saved["best_weights"] or saved["weights"]
-        states = saved["optimizer"]["state"].values() if saved["optimizer"] else ()
-        tensors = itertools.chain(*(group.values() for group in (weights, best_weights, *states)))
+        optimizer = saved["optimizer"] or {"state": {}, "param_groups": ()}
+        states = (weights, best_weights, *optimizer["state"].values())
+        tensors = itertools.chain(*(state.values() for state in states))
+        check(all("params" in group for group in optimizer["param_groups"]),
+              "its optimizer state is invalid")
         check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
         check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
         strings = [*saved["text_paths"], *saved["beginnings"]]
@@ -2574,7 +2594,8 @@ def command_model(args):
 def command_evaluate(args):
     run, corpus = new_run_from_args(args) if args.untrained else load_run(args)
     run.train_config = override_settings(run.train_config, args.given)
-    log("an untrained model:" if args.untrained else f"{args.model}, after {run.step} steps:")
+    step = best_evaluation(run.history).step if run.best_weights else run.step
+    log("an untrained model:" if args.untrained else f"{args.model}, after {step} steps:")
     if corpus.fingerprint != run.fingerprint:
         note(f"note: {args.model} was not trained on {', '.join(args.text)}, but on a different "
              "text")
@@ -2692,7 +2713,7 @@ def train_with_progress(run, corpus, path=None, resumed=False):
     """Train a run, print its evaluations, and save it to `path` if one is given. After Ctrl-C,
     training stops at the end of the step, and calling this again continues it."""
     progress = Progress(run, path, resumed)
-    with collect_signals() as received:
+    with allow_tf32(), collect_signals() as received:
         for _ in train(run, corpus):
             stop = len(received) > 0        # read once, because it may change at any moment
             progress.update(run, is_last=stop or run.step >= run.total_steps)
@@ -2720,8 +2741,7 @@ def command_train(args):
     if first_step >= run.total_steps:
         note(f"note: {args.model} has already been trained for {run.step} steps, so nothing is "
              "left to do: set a larger --epochs or --max-steps")
-    with allow_tf32():
-        train_with_progress(run, corpus, args.model, args.resume)
+    train_with_progress(run, corpus, args.model, args.resume)
     finish_training(args, run, corpus, first_step)
 
 def finish_training(args, run, corpus, first_step):
@@ -3060,11 +3080,12 @@ def prepare_streams():
 # of this file, makes them sleep after 2,000 spins.
 
 def keep_memory():
-    """Let glibc keep freed memory for the next step. Otherwise, allocating it again would take a
-    third of the training time."""
+    """Let glibc keep freed memory for the next step. Otherwise, allocating it again would take
+    about a sixth of the training time."""
     with contextlib.suppress(OSError, AttributeError):      # not Linux, or another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap
+        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap (32 MB in an older glibc)
+        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
 if __name__ == "__main__":

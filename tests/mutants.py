@@ -29,7 +29,7 @@ MUTANTS = [
     ("for name in values if name in names})", "for name in values})", "step01"),
     ("    if n_bytes < 60_000:\n", "    if n_bytes < 6_000:\n", "step01"),
     ("check(rest == 0,", "check(True,", "step01"),
-    ("check(settings.position == \"learned\" or per_head % 2 == 0,", "check(True,", "step01"),
+    ("check(settings.position != \"rotary\" or per_head % 2 == 0,", "check(True,", "step01"),
 
     # step 2: text, words and sentences
     ('return best.removeprefix("\\ufeff")', "return best", "step02"),
@@ -255,8 +255,10 @@ MUTANTS = [
     ("    if in_bf16:\n        model.bfloat16()\n", "", "workshop_inference"),
     ("torch.backends.mkldnn.is_available()\n", "True\n", "workshop_inference"),
     ('hasattr(ops, "_linear_pointwise")', "True", "workshop_inference"),
-    ("        settings.allow_tf32 = before\n", "        pass\n", "workshop_inference"),
-    ("    with allow_tf32():\n", "    with contextlib.nullcontext():\n", "workshop_inference"),
+    ("        setattr(settings, name, before)\n", "        pass\n", "workshop_inference"),
+    ("    with allow_tf32(), collect_signals()", "    with collect_signals()", "workshop_inference"),
+    ("            with torch.cuda.device(device):         #", "            if True:         #", "workshop_inference"),
+    ('        raise RuntimeError("a model that was', '        print("a model that was', "workshop_inference"),
     ("                torch.mps.set_rng_state(state)\n", "                pass\n", "workshop_inference"),
     ("            torch.mps.manual_seed(seed)\n", "            pass\n", "workshop_inference"),
     ('else "mps" if mps else "cpu"', 'else "cpu"', "workshop_inference"),
@@ -289,7 +291,8 @@ MUTANTS = [
     ("path = Path(os.path.realpath(path))\n    temporary", "path = Path(path)\n    temporary", "step11"),
     ("return run.saved_optimizer if run.optimizer is None",
      "return None if run.optimizer is None", "step10 step11"),
-    ("                run.optimizer.load_state_dict(saved)\n", "                pass\n",
+    ('                run.optimizer.load_state_dict({**saved, "param_groups": own_groups})\n',
+     "                pass\n",
      "step10 interruption"),
     # read_checkpoint
     ('check(sum(entry.file_size for entry in entries) <= size, "it is compressed")', "pass",

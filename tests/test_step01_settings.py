@@ -65,10 +65,10 @@ def test_the_error_about_a_wrong_setting_names_the_values_that_are_allowed():
     (TrainConfig, "grad_clip", [0, 0.0, -1.0], [1e-3, 1, 1e9]),
     (TrainConfig, "prompt_windows", [1, 1.0, -0.1], [0, 0.5, 0.999]),
     (TrainConfig, "val_fraction", [1, 1.0, 10, -0.1], [0, 0.999]),
-    (TrainConfig, "eval_every", [-1, -45], [0, 10**6]), (TrainConfig, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
+    (TrainConfig, "eval_every", [-1, -45], [0, 10**6]), (TrainConfig, "seed", [-1, 1 << 32], [0, (1 << 32) - 1]),
     (TrainConfig, "precision", ["fp8", "BF16"], ["auto", "bf16", "fp32"]),
     (Sampling, "temperature", [-0.1], [0, 0.0, 1, 100.0]), (Sampling, "top_k", [-1], [0, 1, 10**6]),
-    (Sampling, "top_p", [-0.1, 0], [1e-9, 0.5, 1.0]), (Sampling, "seed", [-1, 1 << 63], [0, (1 << 63) - 1]),
+    (Sampling, "top_p", [-0.1, 0], [1e-9, 0.5, 1.0]), (Sampling, "seed", [-1, 1 << 32], [0, (1 << 32) - 1]),
     (Options, "vocab_size", [0, -1, 1 << 24], [1, 257, 50000]), (Options, "max_new_tokens", [-1], [0, 1000]),
     (Options, "stride", [-1], [0, 1])])
 def test_numbers_are_accepted_up_to_their_limits_and_refused_beyond(settings, name, refused, accepted):
@@ -84,9 +84,9 @@ def test_the_number_of_heads_must_divide_the_embedding_dimension():
         GPTConfig(emb_dim=30, n_heads=4)
 
 
-@pytest.mark.parametrize("position, works", [("learned", True), ("sinusoidal", False), ("rotary", False)])
-def test_heads_of_odd_dimension_work_only_with_learned_positions(position, works):
-    """The other kinds of positions consist of pairs, of a sine and a cosine or of two rotated numbers."""
+@pytest.mark.parametrize("position, works", [("learned", True), ("sinusoidal", True), ("rotary", False)])
+def test_heads_of_odd_dimension_work_except_with_rotary_positions(position, works):
+    """Rotary positions rotate pairs of numbers."""
     config = dict(vocab_size=9, context_length=4, emb_dim=15, n_heads=3, n_layers=1, position=position)
     if works:
         assert GPTModel(GPTConfig(**config))(torch.zeros(1, 4, dtype=torch.long)).shape == (1, 4, 9)

@@ -196,7 +196,7 @@ def test_the_logits_may_be_half_precision_and_far_from_0():
 @pytest.mark.parametrize("wrong", [
     {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "1"},
     {"top_k": -1}, {"top_k": 1.5}, {"top_p": -0.1}, {"top_p": 0.0}, {"top_p": float("nan")}, {"seed": -1},
-    {"seed": 1 << 63}], ids=str)
+    {"seed": 1 << 32}], ids=str)
 def test_a_wrong_sampling_setting_is_refused_with_its_name_and_value(wrong):
     with pytest.raises(StoryError) as refusal:
         Sampling(**wrong)
@@ -249,7 +249,7 @@ BYTES = BPETokenizer([bytes([byte]) for byte in range(256)], "story")
 
 def test_sampled_text_depends_on_the_seed_alone():
     model, texts = lively_model(vocab_size=257), []
-    for seed in (1, 1, 2, (1 << 63) - 1):
+    for seed in (1, 1, 2, (1 << 32) - 1):
         torch.manual_seed(len(texts))       # torch's own random state must not matter
         sampling = Sampling(temperature=1.0, top_k=50, seed=seed)
         texts.append("".join(generate_text(model, BYTES, "A", 40, sampling)))

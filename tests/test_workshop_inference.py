@@ -1,4 +1,5 @@
 """The workshop's inference: linear layers packed for a CPU, weights in bf16; and what a GPU gets."""
+import contextlib
 import subprocess
 import sys
 import types
@@ -47,6 +48,9 @@ def test_models_are_packed_from_four_million_parameters_on():
     for model in (small, large):
         prepare_inference(model)
     assert not layers_of(small, PackedLinear) and not layers_of(large, nn.Linear)
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        large.state_dict()          # it would lack the weights of these layers
+    small.state_dict()
 
 
 @pytest.mark.parametrize("lacking", ["is_available", "_reorder_linear_weight", "_linear_pointwise"])
@@ -98,30 +102,65 @@ def test_the_command_writes_the_same_with_packed_layers_and_can_use_bf16(tmp_pat
 
 # what a GPU gets, as far as a CPU can tell
 
-def test_tf32_is_allowed_within_the_block_only():
+def tf32_is_allowed():
     settings = torch.backends.cuda.matmul
-    for before in (False, True):
-        settings.allow_tf32 = before
+    return settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32
+
+
+def test_tf32_is_allowed_within_the_block_only():
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt), allow_tf32():
-            assert settings.allow_tf32
+            assert tf32_is_allowed()
+            with allow_tf32():
+                assert tf32_is_allowed()
+            assert tf32_is_allowed()
             raise KeyboardInterrupt
-        assert settings.allow_tf32 == before
-    settings.allow_tf32 = False
+        assert not tf32_is_allowed()
 
 
-def test_the_command_trains_with_tf32_and_ends_without(tmp_path, monkeypatch):
+def test_the_program_trains_with_tf32_and_ends_without(tmp_path, monkeypatch):
     seen = []
     original = story_llm.training_step
 
     def training_step(run, *batch):
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        seen.append(tf32_is_allowed())
         original(run, *batch)
 
     monkeypatch.setattr(story_llm, "training_step", training_step)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "story.txt").write_text("The old ferryman tied his boat to the broken post. " * 5)
     assert story_llm.main("train --text story.txt --tokenizer word --max-steps 2 --emb-dim 8".split()) == 0
-    assert seen == [True, True] and not torch.backends.cuda.matmul.allow_tf32
+    assert seen == [True, True] and not tf32_is_allowed()
+
+
+class Current:
+    """Stands for torch.cuda: which device is current, and on which the seed was set."""
+    def __init__(self):
+        self.device, self.seeded = 0, []
+
+    @contextlib.contextmanager
+    def on(self, device):
+        before, self.device = self.device, device.index or 0
+        yield
+        self.device = before
+
+
+def test_the_seed_is_set_on_the_gpu_that_is_used(monkeypatch):
+    """torch.cuda.manual_seed seeds the current GPU, which is another one if the model is on cuda:1."""
+    current = Current()
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", current.on)
+    monkeypatch.setattr(torch.cuda, "manual_seed", lambda seed: current.seeded.append((current.device, seed)))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current.device == 1)
+    state = torch.get_rng_state()
+    for index in (1, 0):
+        device = torch.device("cuda", index)
+        with seeded_rng("dropout", device=device):
+            pass
+        assert story_llm.use_bf16(device, "auto") == (index == 1)
+    torch.set_rng_state(state)
+    (first, seed), (second, same_seed) = current.seeded
+    assert (first, second) == (1, 0) and seed == same_seed and current.device == 0
 
 
 @pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"),
@@ -150,4 +189,4 @@ def test_on_an_apple_gpu_its_random_state_is_seeded_and_restored(monkeypatch):
 def test_generate_offers_precision_and_is_exact_by_default():
     shown = subprocess.run([sys.executable, PROGRAM, "generate", "--help"], capture_output=True, text=True).stdout
     text = " ".join(shown.split())
-    assert "--precision {auto,bf16,fp32}" in text and "else fp32 (default: fp32)" in text
+    assert "--precision {auto,bf16,fp32}" in text and "in training (default: fp32)" in text
