@@ -1295,10 +1295,10 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # anything new.
 #
 # To get new text in the manner of a story, rather than the story itself, give the model more text
-# than it can memorize, turn on dropout and weight decay, keep the weights with the lowest
-# validation loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train
-# --preset writer` turns on dropout and weight decay and keeps the best weights, and `generate
-# --temperature 0.8` samples.
+# than it can memorize, turn on weight decay or dropout, keep the weights with the lowest validation
+# loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train --preset
+# writer` turns on weight decay and keeps the best weights, and `generate --temperature 0.8`
+# samples.
 #
 # GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
 # hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
@@ -2447,8 +2447,9 @@ def corpus_from_args(args):
         for option in dependent.keys() & args.given.keys():
             for name in dependent[option]:          # it suits only the preset's value of the option
                 preset.pop(name, None)
-    if args.preset == "writer" and n_bytes < 400_000:
-        preset = {**preset, "drop_rate": 0.3}       # a shorter text is overfitted sooner
+    if args.preset == "writer":         # a shorter text is overfitted sooner
+        weight_decay = 5 / math.sqrt(max(n_bytes / 100_000, 1))
+        preset = {**preset, "weight_decay": round(weight_decay, 2)}
     settings = {**preset, **args.given}
     kind = settings.get("tokenizer", "auto")
     for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
@@ -2869,10 +2870,9 @@ TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --
         "plot", f'generate --prompt "{DEFAULT_PROMPT}"', "attention", "next --temperature 2")
 PRESETS = {     # {name: the settings that differ from the defaults}; "auto": settings_for_size
     "auto": {}, "story": {},
-    "writer": {"tokenizer": "story", "vocab_size": 2048, "context_length": 64, "emb_dim": 256,
-               "n_layers": 4, "drop_rate": 0.2, "position": "rotary", "tie_weights": True,
-               "optimizer": "muon", "epochs": 6, "weight_decay": 0.1, "prompt_windows": 0.0,
-               "keep_best": True},
+    "writer": {"tokenizer": "story", "vocab_size": 2048, "context_length": 128, "emb_dim": 256,
+               "n_layers": 4, "position": "rotary", "tie_weights": True, "optimizer": "muon",
+               "batch_size": 16, "epochs": 9, "prompt_windows": 0.0, "keep_best": True},
     "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
                    "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "learning_rate": 6e-4}}
 

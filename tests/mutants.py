@@ -249,6 +249,10 @@ MUTANTS = [
     ('with torch.random.fork_rng([device] if device.type == "cuda" else []):',
      "with contextlib.nullcontext():", "step06 step10"),
 
+    # --preset writer
+    ('if args.preset == "writer": ', "if False: ", "workshop_presets"),
+    ("5 / math.sqrt(max(n_bytes / 100_000, 1))", "5 / math.sqrt(n_bytes / 100_000)", "workshop_presets"),
+    ("5 / math.sqrt(max(n_bytes / 100_000, 1))", "5", "workshop_presets"),
     # prepare_inference, allow_tf32, seeded_rng
     ("if packable and count_parameters(model) > 4_000_000:", "if packable:", "workshop_inference"),
     ("if packable and count_parameters(model) > 4_000_000:", "if False:", "workshop_inference"),

@@ -132,8 +132,8 @@ def test_the_presets_are_the_small_default_and_gpt2s_architecture():
 
 
 def test_the_preset_of_a_writer_is_one_that_generalizes():
-    config, training = of_preset("writer")
-    assert config.drop_rate > 0 and training.weight_decay > 0 and training.keep_best and training.prompt_windows == 0
+    config, training = of_preset("writer")      # its weight decay depends on the text, see test_workshop_presets
+    assert config.context_length > GPTConfig().context_length and training.keep_best and training.prompt_windows == 0
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,5 +1,6 @@
 """Step 10: the learning rate, the batches, the training steps, and what training must leave alone."""
 import copy
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -696,6 +697,7 @@ def test_auto_chooses_bf16_on_a_cpu_with_instructions_for_it(capabilities, expec
 
 @pytest.mark.parametrize("emulated, native", [(True, True), (True, False), (False, False)])
 def test_auto_chooses_bf16_on_a_gpu_that_does_not_only_emulate_it(emulated, native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: emulated if including_emulation else native)
     assert use_bf16(torch.device("cuda"), "auto") is native
