@@ -168,7 +168,7 @@ class WordTokenizer:
     def decode(self, token_ids):
         return "".join(self.tokens[token_id] for token_id in token_ids)
 
-    def decode_bytes(self, token_ids):      # all tokenizers have this; needed in step 4
+    def decode_bytes(self, token_ids):      # for generate_text (workshop)
         return self.decode(token_ids).encode(errors="replace")
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
@@ -187,9 +187,9 @@ class WordTokenizer:
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
 # a large amount of English text from the web. If tiktoken cannot download them because there is no
-# network connection, the program learns merges from the story. It also does so if the text is long
-# or in another language, and with `--tokenizer story`. This is how merges are found in three words,
-# with _ for the space:
+# network connection, the program learns merges from the story. It also does so for a long text,
+# whose own merges suit it better, for a text in another language, and with `--tokenizer story`.
+# This is how merges are found in three words, with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -301,7 +301,8 @@ def pytorch_in_one_page():
     """A tensor is what numpy calls an array, and most of numpy carries over: elementwise
     arithmetic, slicing, reshape, broadcasting, and `@` for the matrix product over the last two
     dimensions. What numpy calls `axis` is `dim` here, `x.transpose(1, 2)` swaps just these two
-    dimensions, and `x.flatten(0, 1)` merges the first two into one.
+    dimensions, `x.flatten(0, 1)` merges the first two into one, and `x.flatten(2)` merges all from
+    the third on.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> x.shape, x.sum(dim=-1)
@@ -398,8 +399,8 @@ class SlidingWindowDataset:
 #
 # Numbers that we choose, and that training does not change, are called hyperparameters. These are
 # the ones that define the model, and the rest of this step explains them. (`setting` stores a
-# default together with its meaning, which --help shows; `Settings` has the workshop check the
-# values. "Frozen" means that they cannot be changed later.)
+# default together with its meaning, which --help shows, and `Settings` checks the values. "Frozen"
+# means that they cannot be changed later.)
 def setting(default, meaning):
     return field(default=default, metadata={"meaning": meaning})
 
@@ -452,14 +453,15 @@ class GPTConfig(Settings):
 #
 # Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
 # products. If these are independent and each has mean 0 and variance 1, their sum has a variance of
-# D, and a standard deviation of sqrt(D), which is 7 for D = 48, the value in our model. So two
-# scores often differ by 7. But softmax([7, 0]) is [0.999, 0.001], and with a 6 in place of the 7 it
-# is still [0.998, 0.002]. Softmax is saturated. Its output hardly reacts to the scores. In other
-# words, its derivative is almost 0, and by the chain rule, hardly any gradient reaches the query
-# and key layers. Dividing all scores by sqrt(D) brings their standard deviation back to 1, and
-# softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled dot-product attention
-# (Vaswani et al. 2017, section 3.2.1). Trained without this division, our model recites only a
-# third of the story's sentences. (Try it: python extras/experiments.py no-scaling)
+# D, and a standard deviation of sqrt(D), which is 7 for D = 48, the length of a query in our model.
+# (The paragraph on heads says why it is not 192.) So two scores often differ by 7. But softmax([7,
+# 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
+# saturated. Its output hardly reacts to the scores. In other words, its derivative is almost 0, and
+# by the chain rule, hardly any gradient reaches the query and key layers. Dividing all scores by
+# sqrt(D) brings their standard deviation back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to
+# every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
+# Trained without this division, our model recites only a third of the story's sentences. (Try it:
+# python extras/experiments.py no-scaling)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
     weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
@@ -490,7 +492,7 @@ def attention_weights(queries, keys, mask):
 # below, the loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low
 # figure looks splendid, but the model is useless, because during generation there is no next token
 # to copy. This model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan
-# Aadhan Aad Aad Aad Aad". (Try it: python extras/experiments.py no-mask)
+# Aadhan Aad Aad Aad Aad". ("Aad" is a token.) (Try it: python extras/experiments.py no-mask)
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -602,13 +604,14 @@ class FeedForward(nn.Module):
 #
 # The `norm` is LayerNorm (Ba et al. 2016). It takes the C numbers of a token, subtracts their mean,
 # divides them by their standard deviation, and applies a scale and a shift that it learns. So every
-# layer receives inputs of the same size, whatever the size of x. Without it, our x would start so
-# small (its standard deviation is 0.06) that all scores would be almost 0 and attention would be a
-# plain average. In deep models x grows with every block, and large inputs would give large scores,
-# which saturate softmax. The original transformer used norm(x + f(x)) instead. There, every norm
-# rescales the gradient once more on its way back, in spite of the 1 in the derivative, and deep
-# models are hard to train. x + f(norm(x)) is called pre-norm, and puts no norm on that way back
-# (Xiong et al. 2020). (Try it: python extras/experiments.py no-norm, or post-norm)
+# layer receives inputs of the same size, whatever the size of x, and can still give some dimensions
+# more weight than others. Without it, our x would start so small (its standard deviation is 0.06)
+# that all scores would be almost 0, and attention would stay a plain average for long. In deep
+# models x grows with every block, and large inputs would give large scores, which saturate softmax.
+# The original transformer used norm(x + f(x)) instead. There, the gradient must pass through every
+# norm, and deep models are hard to train. In x + f(norm(x)), which is called pre-norm, it can
+# bypass f and its norm along the `x +` (Xiong et al. 2020). (Try it: python extras/experiments.py
+# no-norm, or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
@@ -646,7 +649,7 @@ class TransformerBlock(nn.Module):
 # As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
 # such layers, so x becomes a sum of n = 2 n_layers outputs. The standard deviation of a sum of n
 # independent numbers is sqrt(n) times that of each, so these layers get weights that are smaller by
-# this factor.
+# this factor, and x does not grow with the number of blocks.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -668,7 +671,8 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 # positional embedding. The workshop has two other kinds of position encoding.
 #
 # (Our short story can be memorized even without positions. The model still recites 99 % of the
-# sentences. Try it: python extras/experiments.py no-positions)
+# sentences. Because of the causal mask, each token has mixed in only the tokens before it, so later
+# blocks can infer some of the order. Try it: python extras/experiments.py no-positions)
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
@@ -734,7 +738,7 @@ class GPTModel(nn.Module):
 #
 # Three kinds of numbers should not be confused. Parameters are learned and stored. Activations,
 # such as the outputs listed above, are computed anew for every batch. Gradients exist only in
-# training, one for each parameter.
+# training, one number for each parameter.
 def count_parameters(module):
     """Count the parameters that training can change. Here they are 3 x 2 weights and 2 biases:
 
@@ -797,8 +801,8 @@ def batch_loss(model, inputs, targets):
     """
     logits = model(inputs).flatten(0, 1)                # one row per prediction, (B * T, V)
     targets = targets.flatten().to(logits.device)       # (B * T,)
-    # cross_entropy computes softmax, -ln(p) and the mean. Windows near the end of the text are
-    # filled up with padding (step 10), which is left out of the mean.
+    # cross_entropy computes softmax, -ln(p) and the mean. Prompt windows (step 10) near the end of
+    # the text are filled up with padding, which is left out of the mean.
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
 
 # The loss does not tell us what we most want to know. Can the model continue the story? So we test
@@ -821,7 +825,7 @@ def recall_tests(text):
     prompts = set()
     for start, end in pairwise([*sentence_starts(text), len(text)]):        # workshop
         words = find_words(text[start:end])
-        if len(words) >= 5:     # a shorter sentence, too, can begin with the words of another one
+        if len(words) >= 5:     # those below 8 are not tested, but may begin like one that is
             fifth_word_end = start + words[4].end()
             prompt = text[start:fifth_word_end]
             continuations[prompt].add(whole_words(text, fifth_word_end, length=80))     # workshop
@@ -863,7 +867,7 @@ def share_recited(model, tokenizer, tests):
 # the loss, the number of equally likely tokens among which the model would be just as uncertain.
 # Loss and perplexity depend on how the text is split into tokens, so they cannot be used to compare
 # models whose tokenizers differ. Bits per character can be used for that. They are the losses of
-# all tokens added up, divided by the number of characters, and by ln(2).
+# all tokens added up, divided by the number of characters, and by ln(2) to get bits.
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
@@ -994,7 +998,7 @@ def shuffled(items, seed):
 
 def prompt_starts(text, n_prompts, seed):
     """Yield the characters at which prompt windows start, `n_prompts` of them for every step."""
-    n_words = n_prompts // 5                                        # 3 of 16
+    n_words = n_prompts // 5                                        # 3 of 16, rounded down
     sentences = shuffled(sentence_starts(text), seed + 1)
     words = shuffled(word_starts(text), seed + 2)
     while True:
@@ -1006,7 +1010,7 @@ IGNORE_INDEX = -100     # the target of padding; the loss ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    end = start + 32 * (T + 1)      # this many characters nearly always contain T + 1 tokens
+    end = start + 32 * (T + 1)      # hardly any token has more than 32 characters
     token_ids = corpus.tokenizer.encode(corpus.train_text[start:end])
     if end >= len(corpus.train_text):
         token_ids.append(corpus.tokenizer.end_of_text)
@@ -1022,7 +1026,7 @@ def training_batches(run, corpus):
     earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
     config, T = run.train_config, run.config.context_length
     n_prompts = int(config.prompt_windows * config.batch_size)
-    windows = SlidingWindowDataset(corpus.train_ids, T)
+    windows = SlidingWindowDataset(corpus.train_ids, T)     # stride 1: one for every start
     starts = window_starts(len(windows), T, config.seed)
     sliding = in_batches(starts, config.batch_size - n_prompts, skip=run.step)
     starts = prompt_starts(corpus.train_text, n_prompts, config.seed)
@@ -1068,10 +1072,10 @@ def train(run, corpus):
         yield run
 
 # Here is the log of training on our story. (Some of its evaluations and the ends of its lines are
-# left out.) Nine steps make an epoch, in which the sliding windows cover the text once and the
-# prompt windows show about as many tokens again. The second line of each evaluation is the sample:
-# the prompt, three dots, and what the model writes, with \n for a line break. (The first sample
-# begins with a full stop.)
+# left out.) The training split has 4,579 tokens. Nine steps make an epoch, in which the sliding
+# windows cover them once and the prompt windows show about as many tokens again. The second line of
+# each evaluation is the sample: the prompt, three dots, and what the model writes, with \n for a
+# line break. (The first sample begins with a full stop.)
 #
 #     $ python story_llm.py train
 #     ...
@@ -1191,7 +1195,9 @@ def plot_losses(history, vocab_size, path=None):
 #
 # This works until the window is full. After that, each new token pushes the first token out of the
 # window. The other tokens had attended to it, and they move to other positions, so their vectors
-# change and must be computed again. The cache is emptied, and from then on it saves no time.
+# change and must be computed again. The cache is emptied, and from then on it saves no time. (Now
+# return to the lines with `cache` in the two `forward` methods of step 6. In GPTModel, `start` is
+# the position of the first new token.)
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):

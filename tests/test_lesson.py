@@ -191,11 +191,11 @@ def test_every_option_that_the_file_names_exists():
 
 def test_the_lesson_does_not_grow_unnoticed():
     """The bounds leave some slack. They are there to show growth, and a line that is worth it may raise them."""
-    assert WORKSHOP - 1 <= 1330
+    assert WORKSHOP - 1 <= 1340
 
 
 def test_the_file_does_not_grow_unnoticed():
-    assert len(LINES) <= 3090
+    assert len(LINES) <= 3110
 
 
 def test_no_line_has_more_than_100_columns():
