@@ -2140,7 +2140,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
 # The average gradient of a weight matrix usually has a few large singular values and many small
 # ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
 # that the matrix changes in many more directions. Our story then needs half as many steps, but each
-# takes about 50 % longer.
+# takes about 30 % longer.
 class Muon(torch.optim.AdamW):
     """AdamW, except that Muon updates the weight matrices of the blocks."""
     def __init__(self, model, config):
