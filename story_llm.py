@@ -2021,19 +2021,21 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
 
 def start_optimizer(run):
     """Create the optimizer of a run, and restore its saved state if the run was loaded."""
-    if run.optimizer is None:
-        run.optimizer = make_optimizer(run.model, run.train_config)
-        saved, run.saved_optimizer = run.saved_optimizer, None
-        if saved is not None:           # it may be of another version, and a file may hold anything
-            own_groups = run.optimizer.state_dict()["param_groups"]
-            fits = ([group["params"] for group in saved["param_groups"]]
-                    == [group["params"] for group in own_groups])
-            if fits:        # the averages are loaded, but not options such as betas
-                run.optimizer.load_state_dict({**saved, "param_groups": own_groups})
-            fits = fits and all(value.shape == (() if name == "step" else parameter.shape)
-                                for parameter, state in run.optimizer.state.items()
-                                for name, value in state.items())
-            check(fits, "the optimizer state of the checkpoint does not fit its model: train again")
+    if run.optimizer is not None:
+        return
+    run.optimizer = make_optimizer(run.model, run.train_config)
+    saved, run.saved_optimizer = run.saved_optimizer, None
+    if saved is None:
+        return
+    mistake = "the optimizer state of the checkpoint does not fit its model: train again"
+    groups, saved_groups = run.optimizer.state_dict()["param_groups"], saved["param_groups"]
+    check([group["params"] for group in groups] == [group["params"] for group in saved_groups],
+          mistake)                      # a file of another version
+    # Load the averages, but not options such as betas.
+    run.optimizer.load_state_dict({**saved, "param_groups": groups})
+    for parameter, state in run.optimizer.state.items():            # a file may hold wrong shapes
+        for name, value in state.items():
+            check(value.shape == (() if name == "step" else parameter.shape), mistake)
 
 def optimizer_state(run):
     return run.saved_optimizer if run.optimizer is None else run.optimizer.state_dict()
@@ -2066,6 +2068,13 @@ def best_evaluation(history):
     """Return the evaluation with the lowest validation loss, or None if it was never measured."""
     measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
     return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
+
+def step_of_weights(run):
+    """Return the step after which the model had its present weights. With keep_best, a complete run
+    has those of the lowest validation loss."""
+    if run.train_config.keep_best and run.step >= run.total_steps:
+        return best_evaluation(run.history).step
+    return run.step
 
 def record_evaluation(run, corpus):
     """Evaluate a run, and append the result to its history. With keep_best, keep the weights with
@@ -2601,8 +2610,8 @@ def command_model(args):
 def command_evaluate(args):
     run, corpus = new_run_from_args(args) if args.untrained else load_run(args)
     run.train_config = override_settings(run.train_config, args.given)
-    step = best_evaluation(run.history).step if run.best_weights else run.step
-    log("an untrained model:" if args.untrained else f"{args.model}, after {step} steps:")
+    trained = f"{args.model}, after {step_of_weights(run)} steps:"
+    log("an untrained model:" if args.untrained else trained)
     if corpus.fingerprint != run.fingerprint:
         note(f"note: {args.model} was not trained on {', '.join(args.text)}, but on a different "
              "text")
@@ -2761,8 +2770,8 @@ def finish_training(args, run, corpus, first_step):
              f"continue: {command_line('train', '--resume', *given)}")
         raise KeyboardInterrupt
     if run.train_config.keep_best:
-        best = best_evaluation(run.history)
-        log(f"The weights are those of step {best.step}, which had the lowest validation loss.")
+        log(f"The weights are those of step {step_of_weights(run)}, which had the lowest "
+            "validation loss.")
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not run.train_config.keep_best:
@@ -3090,8 +3099,9 @@ def keep_memory():
     about a sixth of the training time."""
     with contextlib.suppress(OSError, AttributeError):      # not Linux, or another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap (32 MB in an older glibc)
-        mallopt(-3, 1 << 30) or mallopt(-3, 32 << 20)
+        # M_MMAP_THRESHOLD: blocks of up to 1 GB come from the heap
+        if mallopt(-3, 1 << 30) == 0:
+            mallopt(-3, 32 << 20)   # as much as an older glibc allows
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ keep the last tenth of the text for validation. (story_llm cuts at the space bef
 characters earlier.)
 
 The seconds are those of the whole process of a training, from start to exit. story_llm also learns
-its tokenizer, evaluates its losses on the whole text, measures recall and draws a picture in this
-time. nanoGPT's prepare.py, which turns the text into token ids, is not timed.
+its tokenizer, evaluates its losses, measures recall and draws a picture in this time. nanoGPT's prepare.py, which turns the text into token ids, is not timed.
 
 Then each model is loaded from its checkpoint and measured in the same way, in fp32. The validation
 part is cut into windows that do not overlap, each as long as the model's context, so a model sees
@@ -120,8 +119,7 @@ def measure_story_llm(folder, text, n_characters):
     prompt = first_line(val_text)
     pieces = story_llm.generate_text(run.model, run.tokenizer, prompt, n_characters, sampling)
     sample = prompt + "".join(pieces)
-    best = min(run.history, key=lambda evaluation: evaluation.val_loss)
-    return {"nats": nats, "steps": run.step, "kept": best.step,
+    return {"nats": nats, "steps": run.step,
             "sample": sample[:len(prompt) + n_characters],
             "parameters": story_llm.count_parameters(run.model),
             "context": f"{run.config.context_length} tokens"}

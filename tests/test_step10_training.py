@@ -420,6 +420,15 @@ def test_a_training_that_keeps_the_best_weights_can_be_resumed(stop_at, tmp_path
     assert same(run.best_weights, whole.best_weights)
 
 
+def test_the_step_of_the_weights_is_the_best_one_only_once_training_is_complete():
+    run, corpus = tiny(**BEST)
+    for _ in train(run, corpus):
+        if run.step < run.total_steps:
+            assert story_llm.step_of_weights(run) == run.step
+    best = min(run.history, key=lambda evaluation: evaluation.val_loss)
+    assert story_llm.step_of_weights(run) == best.step < run.step and story_llm.evaluate(run, corpus).val_loss == best.val_loss
+
+
 def test_if_the_validation_loss_never_falls_the_untrained_weights_are_kept():
     run, corpus = tiny(**{**BEST, "learning_rate": 5.0, "warmup_steps": 0})
     untrained = copy.deepcopy(run.model)
@@ -439,6 +448,39 @@ def test_without_a_validation_split_keeping_the_best_weights_is_refused_before_t
     with pytest.raises(StoryError, match="--keep-best, .* needs a validation split"):
         train_to(run, corpus)
     assert run.step == 0
+
+
+# the optimizer of a resumed run
+
+def test_a_resumed_run_has_the_averages_of_the_file_but_the_options_of_the_program(monkeypatch):
+    """Whoever edits `make_optimizer` and resumes gets what is written there now."""
+    run, corpus = tiny(max_steps=9)
+    saved = train_to(run, corpus, 3).optimizer.state_dict()
+    averages = [state["exp_avg"].clone() for state in saved["state"].values()]
+
+    def edited(model, config):
+        optimizer = make_optimizer(model, config)
+        for group in optimizer.param_groups:
+            group["betas"] = (0.5, 0.6)
+        return optimizer
+
+    monkeypatch.setattr(story_llm, "make_optimizer", edited)
+    run.optimizer, run.saved_optimizer = None, saved
+    start_optimizer(run)
+    assert [group["betas"] for group in run.optimizer.param_groups] == [(0.5, 0.6)] * 2
+    loaded = [state["exp_avg"] for state in run.optimizer.state_dict()["state"].values()]
+    assert len(loaded) == len(averages) > 0 and all(map(torch.equal, loaded, averages))
+
+
+def test_an_optimizer_state_whose_parameters_are_grouped_otherwise_is_refused():
+    """Its averages could reach parameters that they do not belong to."""
+    run, corpus = tiny(max_steps=9)
+    saved = train_to(run, corpus, 3).optimizer.state_dict()
+    first, second = saved["param_groups"]
+    for groups in ([first], [second, first], [{**first, "params": first["params"] + second["params"]}]):
+        run.optimizer, run.saved_optimizer = None, {**saved, "param_groups": groups}
+        with pytest.raises(StoryError, match="optimizer state"):
+            start_optimizer(run)
 
 
 # one step, computed by hand
