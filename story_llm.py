@@ -10,7 +10,7 @@
 
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
-ideally in one evening. Most steps have a command that runs them, and examples to try in an
+ideally in one evening. Each step names the command that runs it, and has examples to try in an
 interactive session: start `python`, enter `from story_llm import *`, and type what follows `>>>`.
 Python prints the lines below it. After the lesson, the workshop makes the same code robust and
 fast, and the command line comes last.
@@ -19,6 +19,7 @@ Every figure in the lesson was measured. Yours will differ a little, because pro
 differently. Without a network connection, the program builds a different vocabulary (step 4), and
 your figures will differ more.
 """
+import functools
 import math
 import os
 import sys
@@ -29,14 +30,16 @@ from pathlib import Path
 
 if sys.version_info < (3, 11):
     sys.exit("error: story_llm needs Python 3.11 or later, but this is " + sys.version.split()[0])
-if "torch" not in sys.modules:      # affects speed only; the end of this file explains it
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if "torch" not in sys.modules:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")     # the end of this file says why
 try:
     import torch
     import regex    # comes with tiktoken; like re, with extra classes such as \p{L} (any letter)
-except ModuleNotFoundError as error:
+except (ModuleNotFoundError, KeyboardInterrupt) as error:
     if __name__ != "__main__":
         raise
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(130)
     sys.exit(f"error: the package {error.name} is not installed in this Python: activate the "
              "environment that has it, or run python -m pip install -r requirements.txt")
 from torch import nn
@@ -55,8 +58,7 @@ from torch.nn import functional as F
 # predicts every next token, and compares its predictions with what really came next. All parameters
 # are then moved a little in the direction that makes the right tokens more probable. That is one
 # training step. After 180 of them, some ten seconds on a laptop, the model has memorized the text.
-# Give it the first five words of any training sentence of eight words or more, and it continues
-# word for word for at least 80 characters.
+# Give it the first five words of a sentence that it was trained on, and it continues word for word.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -66,6 +68,8 @@ from torch.nn import functional as F
 #
 # Three packages are needed, and `pip install -r requirements.txt` installs them: torch does the
 # arithmetic, tiktoken applies byte-pair encodings (step 4), and matplotlib draws plots (step 12).
+#
+#     $ python story_llm.py tour      runs every step in order, and says what to look at
 
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
 # A file is a sequence of bytes, which are numbers from 0 to 255. An encoding says which characters
@@ -73,11 +77,12 @@ from torch.nn import functional as F
 # a Tamil or Chinese character in three. Line endings differ between operating systems, so all of
 # them are converted to "\n".
 def load_text(paths, encoding=""):
-    """Return the text of a file or of several files. They are read as UTF-8, unless they are
-    clearly UTF-16 or UTF-32, or `encoding` names another encoding. Raises StoryError if a file
-    cannot be read or is not plain text, or if the files contain no text."""
-    # workshop: read_files also accepts folders; decode raises StoryError if a file is not text
-    texts = [decode(data, path, encoding) for path, data in read_files(paths)]
+    """Return the text of a file, or of several files one after the other; "-" is standard input.
+    They are read as UTF-8, or as UTF-16 if they begin with its mark, or in the encoding that is
+    named. Raises StoryError if a file cannot be read, is not plain text, or contains none."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    texts = [decode(read_file(path), path, encoding) for path in paths]         # workshop
     text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
     # check(condition, message) raises StoryError unless the condition holds
     check(text.strip(), "the text is empty: give at least five words")
@@ -85,17 +90,25 @@ def load_text(paths, encoding=""):
 
 # The model will be trained on the first nine tenths of the story, the training split. The rest is
 # the validation split, which it never trains on. By comparing how well it predicts the two, we
-# shall see whether it has learned something that carries over to unseen text.
-def split_text(text, val_fraction):
+# shall see whether it has learned something that carries over to unseen text. (A few words would
+# tell us nothing, so a short text is used for training as a whole.)
+def split_text(text, config):
     """Split a text at a space into the training split and the validation split that follows it.
+    `config` is a TrainConfig (step 10), whose `val_fraction` is the share kept for validation. A
+    validation split of fewer than 100 characters is left out.
 
-    >>> split_text("They went upriver by boat.", 0.3)
-    ('They went upriver', ' by boat.')
+    >>> text = "They went upriver by boat. " * 50
+    >>> training, validation = split_text(text, TrainConfig(val_fraction=0.1))
+    >>> training[-17:], validation[:17], training + validation == text
+    (' upriver by boat.', ' They went uprive', True)
     """
-    cut = len(text) - int(len(text) * val_fraction)
-    # the last space or line end in the 50 characters before the cut
-    space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")
-    if space > 0 and cut < len(text):       # if there is none, as in Chinese, cut anyway
+    cut = len(text) - int(len(text) * config.val_fraction)
+    if len(text) - cut < 100:
+        return text, ""
+    # the last space or line end in the 50 characters before the cut; if there is none, as in
+    # Chinese, cut anyway
+    space = max(text.rfind(white, cut - 50, cut + 1) for white in " \n")
+    if space > 0:
         cut = space
     return text[:cut], text[cut:]
 
@@ -126,6 +139,13 @@ def build_vocabulary(text):
     [' and', ' ferryman', ' king', ' the', 'the', '<|endoftext|>', '<|unk|>']
     """
     return sorted(set(split_words(text))) + [END_OF_TEXT, UNKNOWN]
+
+# The command `words` shows what has been built so far, and what step 3 makes of it:
+#
+#     $ python story_llm.py words
+#     ...
+#       text:    Once Aadhan renounced his kingdom
+#       tokens:  [Once][␣Aadhan][␣renounced][␣his][␣kingdom]
 
 # ═══ Step 3: a simple tokenizer ════════════════════════════════════════════════════════════════
 # A tokenizer converts in both directions. `encode` turns a text into token ids, which are positions
@@ -187,8 +207,8 @@ class WordTokenizer:
 # By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
 # 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
 # a large amount of English text from the web. If tiktoken cannot download them because there is no
-# network connection, the program learns merges from the story. It also does so for a long text,
-# whose own merges suit it better, for a text in another language, and with `--tokenizer story`.
+# network connection, the program learns merges from the story. It also does so for a text in a
+# language that GPT-2's merges do not suit, and with `--tokenizer story`.
 # This is how merges are found in three words, with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
@@ -198,7 +218,9 @@ class WordTokenizer:
 #     low     _low e r      _low l y        every remaining pair occurs only once, so we stop
 #
 # Merges never cross a word boundary. The text is first split much as in step 2 (by STORY_SPLIT in
-# the workshop), and pairs are counted within each word.
+# the workshop), and pairs are counted within each word. A merge changes only the words that contain
+# the pair, so only their pairs are counted anew. Counting all of them again after every merge would
+# give the same tokens, but take minutes for a novel.
 def train_bpe(text, vocab_size):
     """Learn byte-pair tokens from a text. Return at most `vocab_size - 1` of them as byte strings,
     the 256 bytes first, then the merged tokens in the order of merging. (The remaining id is for
@@ -207,19 +229,28 @@ def train_bpe(text, vocab_size):
     >>> train_bpe("low lower lowly", 300)[256:]
     [b'lo', b'low', b' low']
     """
-    # {distinct word, as a tuple of tokens: how often it occurs}
-    words = Counter(split_bytes(word) for word in STORY_SPLIT.findall(text))
+    word_counts = Counter(STORY_SPLIT.findall(text))            # {word: how often it occurs}
+    splits = {word: split_bytes(word) for word in word_counts}  # {word: its tokens at present}
+    pair_counts = Counter()
+    words_with = defaultdict(set)       # {pair: the words that contain it, or once did}
+
+    def count_pairs(word, sign):
+        for pair in pairwise(splits[word]):
+            pair_counts[pair] += sign * word_counts[word]
+            words_with[pair].add(word)
+
+    for word in splits:
+        count_pairs(word, +1)
     tokens = [bytes([byte]) for byte in range(256)]
     while len(tokens) < vocab_size - 1:
-        pair_counts = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pair_counts[pair] += count
         best = most_frequent_pair(pair_counts)
         if best is None:
             break
         tokens.append(best[0] + best[1])
-        words = {merge_pair(word, best): count for word, count in words.items()}
+        for word in words_with.pop(best):
+            count_pairs(word, -1)
+            splits[word] = merge_pair(splits[word], best)
+            count_pairs(word, +1)
     return tokens
 
 def split_bytes(word):
@@ -248,9 +279,6 @@ def merge_pair(word, pair):
             merged.append(token)
     return tuple(merged)
 
-# Counting all pairs again for every merge takes 0.6 seconds for our story but minutes for a novel,
-# so the program calls `train_bpe_fast` (workshop). It finds the same tokens by updating the counts.
-#
 # To encode a text, the merges are applied again in the same order. tiktoken, OpenAI's library, does
 # this fast. We give it the rank of every token, which is its place in the order of merging. Within
 # a word, tiktoken always merges the pair whose merged token has the lowest rank.
@@ -294,7 +322,14 @@ class BPETokenizer:
 # occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
 # bytes and `<|endoftext|>`, that makes 2,079 of 50,257. Our tokenizer still splits the story
 # exactly as GPT-2 does. (A word that the story does not contain may be split into smaller tokens.)
-# We leave tokens out because every one of them makes the model larger and slower (step 6).
+# We leave tokens out because every one of them makes the model larger and slower (step 6). Some of
+# those that stay occur in the validation split alone. Training never has them as a target, so it
+# only ever lowers their probability, which adds a little to the validation loss of step 9.
+#
+#     $ python story_llm.py bpe
+#     ...
+#       text:    Once Aadhan renounced his kingdom
+#       tokens:  [Once][␣Aad][han][␣ren][ounced][␣his][␣kingdom]
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
@@ -376,6 +411,11 @@ class SlidingWindowDataset:
         window = self.windows[index].long()     # 64-bit integers, as cross_entropy requires
         return window[..., :-1], window[..., 1:]        # all but the last token, all but the first
 
+#     $ python story_llm.py windows
+#     ...
+#       input   Once         ␣Aad         han          ␣ren         ounced       ␣his
+#       target  ␣Aad         han          ␣ren         ounced       ␣his         ␣kingdom
+
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
 # A token id is only a name, and its size means nothing. So each token of the vocabulary gets a
 # vector of C numbers, its embedding, which is a row of an nn.Embedding. These vectors are
@@ -399,10 +439,10 @@ class SlidingWindowDataset:
 #
 # Numbers that we choose, and that training does not change, are called hyperparameters. These are
 # the ones that define the model, and the rest of this step explains them. (`setting` stores a
-# default together with its meaning, which --help shows, and `Settings` checks the values. "Frozen"
-# means that they cannot be changed later.)
-def setting(default, meaning):
-    return field(default=default, metadata={"meaning": meaning})
+# default, its meaning, which --help shows, and its limits, which `check_settings` in the workshop
+# checks. "Frozen" means that the values cannot be changed later.)
+def setting(default, meaning, **limits):
+    return field(default=default, metadata={"meaning": meaning, **limits})
 
 class Settings:
     def __post_init__(self):            # a dataclass calls this as soon as its fields are set
@@ -411,16 +451,17 @@ class Settings:
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(Settings):
     """The shape of the model. The defaults give a small one, which learns a story in seconds."""
-    vocab_size: int = setting(50257, "vocabulary size; the tokenizer determines it")
-    context_length: int = setting(32, "context length: maximum number of tokens the model sees")
-    emb_dim: int = setting(192, "embedding dimension: how many numbers represent a token")
-    n_heads: int = setting(4, "attention heads in each block")
-    n_layers: int = setting(2, "transformer blocks")
-    drop_rate: float = setting(0.0, "dropout probability in training")
+    vocab_size: int = setting(50257, "vocabulary size; the tokenizer determines it", minimum=1)
+    context_length: int = setting(32, "maximum number of tokens that the model sees", minimum=1)
+    emb_dim: int = setting(192, "embedding dimension: numbers that represent a token", minimum=1)
+    n_heads: int = setting(4, "attention heads in each block", minimum=1)
+    n_layers: int = setting(2, "transformer blocks", minimum=1)
+    drop_rate: float = setting(0.0, "dropout probability in training", below=1)
     qkv_bias: bool = setting(False, "add biases to the query, key and value layers, as in GPT-2")
     tie_weights: bool = setting(False, "tie the output head to the token embedding, as in GPT-2")
-    gelu: str = setting("exact", "GELU variant: exact, or GPT-2's tanh approximation")
-    position: str = setting("learned", "kind of position encoding")
+    gelu: str = setting("exact", "exact GELU, or GPT-2's approximation", choices=("exact", "tanh"))
+    position: str = setting("learned", "kind of position encoding",
+                            choices=("learned", "sinusoidal", "rotary"))
 
 # ─── Attention ─────────────────────────────────────────────────────────────────────────────────
 # What follows "Once Aadhan renounced his"? In the story it is "kingdom". But this cannot be read
@@ -454,14 +495,18 @@ class GPTConfig(Settings):
 # Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
 # products. If these are independent and each has mean 0 and variance 1, their sum has a variance of
 # D, and a standard deviation of sqrt(D), which is 7 for D = 48, the length of a query in our model.
-# (The paragraph on heads says why it is not 192.) So two scores often differ by 7. But softmax([7,
-# 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still [0.998, 0.002]. Softmax is
+# (The paragraph on heads says why it is not 192.) Ours start out smaller, so the standard deviation
+# of the scores begins at @@INIT@@, but training enlarges them, to @@TRAINED@@ in the end. So two scores
+# often differ by 7. But softmax([7, 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still
+# [0.998, 0.002]. Softmax is
 # saturated. Its output hardly reacts to the scores. In other words, its derivative is almost 0, and
 # by the chain rule, hardly any gradient reaches the query and key layers. Dividing all scores by
-# sqrt(D) brings their standard deviation back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to
-# every change. The result is scaled dot-product attention (Vaswani et al. 2017, section 3.2.1).
-# Trained without this division, our model recites only a third of the story's sentences. (Try it:
-# python extras/experiments.py no-scaling)
+# sqrt(D) takes the length of the vectors out of it. In the example it brings the standard deviation
+# back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled
+# dot-product attention (Vaswani et al. 2017, section 3.2.1). Trained without this division, our
+# model recites only a third of the story's sentences.
+#
+#     Try it: python extras/experiments.py no-scaling
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
     weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
@@ -491,8 +536,10 @@ def attention_weights(queries, keys, mask):
 # could attend to that token, it would just copy it. We tried this. Without the mask introduced
 # below, the loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low
 # figure looks splendid, but the model is useless, because during generation there is no next token
-# to copy. This model continues "Once Aadhan renounced his kingdom" with "Aadhan Aad Aad Aadhan
-# Aadhan Aad Aad Aad Aad". ("Aad" is a token.) (Try it: python extras/experiments.py no-mask)
+# to copy. The model without a mask continues "Once Aadhan renounced his kingdom" with "Aadhan Aad
+# Aad Aadhan Aadhan Aad Aad Aad Aad". ("Aad" is a token.)
+#
+#     Try it: python extras/experiments.py no-mask
 #
 # So no token may attend to a token after it. The causal mask enforces this, and the result is
 # called causal self-attention. ("Self", because queries, keys and values come from the same
@@ -520,8 +567,7 @@ def causal_mask(T, S, device=None):
 # H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
 # So the number of parameters does not depend on H. Each of the three layers has C^2 weights, and so
 # does out_proj, a linear layer that mixes what the heads have found. (`make_linear` and dropout are
-# explained below. You can skip rotary, an option that the workshop explains, and the cache until
-# step 13.)
+# explained below.)
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with H heads, (B, T, C) -> (B, T, C).
 
@@ -540,28 +586,29 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
 
     def split_heads(self, x):
-        """(B, T, C) -> (B, T, H, D): cut the C numbers of each token into H pieces. Then swap T and
-        H, -> (B, H, T, D): `@` works on the last two dimensions, so the heads must not be among
+        """(B, T, C) -> (B, T, H, D): cut the C numbers of each token into pieces of D. Then swap T
+        and H, -> (B, H, T, D): `@` works on the last two dimensions, so the heads must not be among
         them."""
-        B, T, C = x.shape
-        H = self.config.n_heads
-        return x.reshape(B, T, H, C // H).transpose(1, 2)
+        B, T, _ = x.shape
+        D = self.config.emb_dim // self.config.n_heads
+        return x.reshape(B, T, -1, D).transpose(1, 2)
 
     def forward(self, x, cache=None):
-        queries = self.split_heads(self.query(x))
+        queries = self.split_heads(self.query(x))                   # (B, H, T, D)
         keys = self.split_heads(self.key(x))
         values = self.split_heads(self.value(x))
-        if cache is not None:
+        if cache is not None:           # step 13 explains these two lines
             keys, values = cache.append(self, keys, values)         # (B, H, S, D)
-        if self.config.position == "rotary":
-            queries, keys = rotate(queries, keys)
-        if fused_is_faster(queries):        # workshop: on a GPU, one call of torch does all this
-            contexts = fused_attention(queries, keys, values, self.dropout)
-        else:
-            mask = causal_mask(queries.shape[2], keys.shape[2], x.device)
-            weights = self.dropout(attention_weights(queries, keys, mask))
-            contexts = weights @ values                             # (B, H, T, D)
+        contexts = self.average(queries, keys, values)              # (B, H, T, D)
         return self.out_proj(contexts.transpose(1, 2).flatten(2))   # (B, T, H, D), then (B, T, C)
+
+    def average(self, queries, keys, values):
+        """The context vectors (B, H, T, D): the values, averaged with the attention weights."""
+        if queries.is_cuda:     # On a GPU, one call of torch does what the three lines below do.
+            return fused_attention(queries, keys, values, self.dropout)     # Edit them? Drop this.
+        mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
+        weights = self.dropout(attention_weights(queries, keys, mask))
+        return weights @ values
 
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
 # Attention moves information between tokens. Then the feed-forward network processes each token on
@@ -577,8 +624,8 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with an activation function in between, (B, T, C) -> (B, T, C).
 
-    >>> F.gelu(torch.tensor([-15.0, -5.0, -1.0, 0.0, 1.0, 5.0])).round(decimals=2)
-    tensor([-0.0000, -0.0000, -0.1600,  0.0000,  0.8400,  5.0000])
+    >>> F.gelu(torch.tensor([-5.0, -1.0, 0.0, 1.0, 5.0])).round(decimals=2)
+    tensor([-0.0000, -0.1600,  0.0000,  0.8400,  5.0000])
     """
     def __init__(self, config):
         super().__init__()
@@ -600,7 +647,9 @@ class FeedForward(nn.Module):
 # way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less than a
 # ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient on
 # undiminished. (It does not explode either, because the initial weights are small and keep f'
-# small.) (Try it: python extras/experiments.py no-residual)
+# small.)
+#
+#     Try it: python extras/experiments.py no-residual
 #
 # The `norm` is LayerNorm (Ba et al. 2016). It takes the C numbers of a token, subtracts their mean,
 # divides them by their standard deviation, and applies a scale and a shift that it learns. So every
@@ -610,8 +659,9 @@ class FeedForward(nn.Module):
 # models x grows with every block, and large inputs would give large scores, which saturate softmax.
 # The original transformer used norm(x + f(x)) instead. There, the gradient must pass through every
 # norm, and deep models are hard to train. In x + f(norm(x)), which is called pre-norm, it can
-# bypass f and its norm along the `x +` (Xiong et al. 2020). (Try it: python extras/experiments.py
-# no-norm, or post-norm)
+# bypass f and its norm along the `x +` (Xiong et al. 2020).
+#
+#     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
@@ -629,7 +679,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm1 = make_norm(config)
-        self.att = MultiHeadAttention(config)
+        self.att = make_attention(config)       # MultiHeadAttention, unless positions are rotary
         self.norm2 = make_norm(config)
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.drop_rate)
@@ -649,7 +699,8 @@ class TransformerBlock(nn.Module):
 # As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
 # such layers, so x becomes a sum of n = 2 n_layers outputs. The standard deviation of a sum of n
 # independent numbers is sqrt(n) times that of each, so these layers get weights that are smaller by
-# this factor, and x does not grow with the number of blocks.
+# this factor. At the start, x is then about equally large in a deep model and in a shallow one.
+# (Training can still make it grow, which is why the norms are needed.)
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -663,6 +714,12 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
         nn.init.zeros_(layer.bias)
     return layer
 
+def make_embedding(n_vectors, config):
+    """Return an nn.Embedding of vectors with C small random numbers."""
+    embedding = nn.Embedding(n_vectors, config.emb_dim)
+    nn.init.normal_(embedding.weight, std=init_std(config))
+    return embedding
+
 # ─── The model ─────────────────────────────────────────────────────────────────────────────────
 # One thing is still missing. Scores depend on what the tokens are, not on where they stand. After
 # "dog bites man" and after "man bites dog", the next token would find the same three keys, and the
@@ -672,7 +729,9 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
 #
 # (Our short story can be memorized even without positions. The model still recites 99 % of the
 # sentences. Because of the causal mask, each token has mixed in only the tokens before it, so later
-# blocks can infer some of the order. Try it: python extras/experiments.py no-positions)
+# blocks can infer some of the order.)
+#
+#     Try it: python extras/experiments.py no-positions
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with that row. The embedding is a
@@ -682,30 +741,34 @@ class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
     >>> model = GPTModel(GPTConfig(vocab_size=50, context_length=8, emb_dim=32))
-    >>> model(torch.tensor([[4, 8, 15], [16, 23, 42]])).shape
-    torch.Size([2, 3, 50])
+    >>> logits = model(torch.tensor([[4, 8, 15, 16]]))
+    >>> logits.shape
+    torch.Size([1, 4, 50])
+
+    Change the last token, and the logits of the positions before it stay as they were:
+
+    >>> changed = model(torch.tensor([[4, 8, 15, 23]]))
+    >>> [torch.allclose(logits[0, t], changed[0, t]) for t in range(4)]
+    [True, True, True, False]
     """
     def __init__(self, config):
         super().__init__()
-        C, V = config.emb_dim, config.vocab_size
         self.config = config
-        self.tok_emb = nn.Embedding(V, C)
-        nn.init.normal_(self.tok_emb.weight, std=init_std(config))
-        self.pos_emb = nn.Embedding(config.context_length, C)
-        nn.init.normal_(self.pos_emb.weight, std=init_std(config))
-        if config.position != "learned":
-            self.pos_emb = make_fixed_positions(config)             # workshop
+        self.tok_emb = make_embedding(config.vocab_size, config)
+        if config.position == "learned":
+            self.pos_emb = make_embedding(config.context_length, config)
+        else:
+            self.pos_emb = fixed_positions(config)                  # workshop
         self.dropout = nn.Dropout(config.drop_rate)
         # a list whose modules are registered, like those assigned to attributes
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config)
-        self.out_head = make_linear(C, V, config, bias=False)
+        self.out_head = make_linear(config.emb_dim, config.vocab_size, config, bias=False)
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
 
     def forward(self, token_ids, cache=None):
-        token_ids = token_ids.to(self.tok_emb.weight.device)        # the CPU or a GPU
-        start = 0 if cache is None else cache.length                # step 13
+        start = 0 if cache is None else cache.length                # always 0 until step 13
         end = start + token_ids.shape[1]
         check(end <= self.config.context_length, f"{end} tokens are more than the context length "
               f"of {self.config.context_length}: pass only the last {self.config.context_length}")
@@ -714,8 +777,6 @@ class GPTModel(nn.Module):
         x = self.dropout(x)
         for block in self.trf_blocks:
             x = block(x, cache)                                     # (B, T, C)
-        if cache is not None:       # when generating, only the logits of the last token are needed
-            x = x[:, -1:]
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
@@ -773,7 +834,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
             logits = model(idx_cond)                                # (B, T, V)
         logits = logits[:, -1, :]                                   # the last position, (B, V)
         idx_next = torch.argmax(logits, dim=-1, keepdim=True)       # (B, 1)
-        idx = torch.cat([idx, idx_next.to(idx.device)], dim=1)      # (B, T + 1)
+        idx = torch.cat([idx, idx_next], dim=1)                     # (B, T + 1)
     return idx
 
 # ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
@@ -800,40 +861,37 @@ def batch_loss(model, inputs, targets):
     1.2395
     """
     logits = model(inputs).flatten(0, 1)                # one row per prediction, (B * T, V)
-    targets = targets.flatten().to(logits.device)       # (B * T,)
     # cross_entropy computes softmax, -ln(p) and the mean. Prompt windows (step 10) near the end of
-    # the text are filled up with padding, which is left out of the mean.
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+    # the text are filled up with padding, whose target is -100 and which is left out of the mean.
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+
+# The loss of a whole split is the mean over windows of it that do not overlap. To be quick, the
+# figures in the log come from at most 32 windows, which are spread evenly over the split.
+def mean_loss(model, token_ids, max_windows=32):
+    """Return the mean loss over token ids (N,), or None if N < 2."""
+    if len(token_ids) < 2:
+        return None
+    T = min(model.config.context_length, len(token_ids) - 1)
+    windows = SlidingWindowDataset(token_ids, T, stride=T)
+    count = min(len(windows), max_windows)
+    chosen = torch.arange(count) * len(windows) // count
+    total, device = 0.0, device_of(model)       # workshop: the CPU or a GPU
+    with torch.no_grad():
+        for part in chosen.split(max(1, 1024 // T)):        # in parts, to save memory
+            inputs, targets = windows[part]
+            total += batch_loss(model, inputs.to(device), targets.to(device)) * len(part)
+    return total.item() / count
 
 # The loss does not tell us what we most want to know. Can the model continue the story? So we test
-# it. Recall is the share of sentences that the model continues word for word from their first five
-# words alone. The continuation must match for at least 80 characters (fewer at the end of the
-# text), and may reach into the next sentence. (Research papers call this verbatim memorization,
-# Carlini et al. 2023.) The test is hard, because nothing before those five words tells the model
-# where in the story it is. The test uses the training split, because no model could guess the
-# sentences of the validation split.
-def recall_tests(text):
-    """Return [(prompt, continuation)] for every sentence of at least eight words. The prompt is its
-    first five words. The continuation is what follows in the text, at least 80 characters (fewer at
-    the end of the text). Sentences with the same five words and different continuations are left
-    out, because no model could tell them apart.
-
-    >>> recall_tests("They went upriver that same week, nine days by boat.")
-    [('They went upriver that same', ' week, nine days by boat.')]
-    """
-    continuations = defaultdict(set)        # {the first five words: what follows them}
-    prompts = set()
-    for start, end in pairwise([*sentence_starts(text), len(text)]):        # workshop
-        words = find_words(text[start:end])
-        if len(words) >= 5:     # those below 8 are not tested, but may begin like one that is
-            fifth_word_end = start + words[4].end()
-            prompt = text[start:fifth_word_end]
-            continuations[prompt].add(whole_words(text, fifth_word_end, length=80))     # workshop
-            if len(words) >= 8:
-                prompts.add(prompt)
-    return [(prompt, found.pop()) for prompt, found in continuations.items()
-            if len(found) == 1 and prompt in prompts]
-
+# it. Recall is the share of sentences of at least eight words that the model continues word for
+# word from their first five words alone. The continuation must match for at least 80 characters
+# (fewer at the end of the text), and may reach into the next sentence. (Research papers call this
+# verbatim memorization, Carlini et al. 2023.) The test is hard, because nothing before those five
+# words tells the model where in the story it is. The test uses the training split, because no model
+# could guess the sentences of the validation split. (`recall_tests` in the workshop collects the
+# prompts and their continuations. It leaves out sentences that begin alike and go on differently,
+# because no model could tell them apart, and in a poem or a chat it takes lines for sentences.)
+#
 # To check a sentence we need not generate token by token. We show the model the prompt together
 # with the right continuation, in one pass, and compare its prediction at each position with the
 # token that follows. As long as they agree, greedy decoding would have written exactly these
@@ -847,11 +905,6 @@ def recites(model, tokenizer, prompt, continuation):
     predictions = greedy_predictions(model, token_ids[:-1])
     n = len(prompt_ids)
     return torch.equal(predictions[n - 1:], token_ids[n:])
-
-def share_recited(model, tokenizer, tests):
-    """Return the share of the tests that the model passes, from 0 to 1."""
-    hits = [recites(model, tokenizer, prompt, continuation) for prompt, continuation in tests]
-    return sum(hits) / max(len(tests), 1)
 
 # Before training, loss and recall are as bad as expected. A hit takes some twenty right tokens in a
 # row, so a model that guesses has no chance.
@@ -871,37 +924,168 @@ def share_recited(model, tokenizer, tests):
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
-# all parameters a little so that the loss falls.
+# all parameters a little so that the loss falls. Two objects go through this step. A corpus is the
+# text, split and encoded. A run is the rest: the model, how it is trained, and how far it has come.
+@dataclass(repr=False)
+class Corpus:
+    """A text, split and encoded. (extras/library.py makes one of token ids alone, without text.)"""
+    text: str
+    tokenizer: WordTokenizer | BPETokenizer
+    train_text: str
+    train_ids: torch.Tensor     # (N,)
+    val_ids: torch.Tensor       # (M,), empty if there is no validation split
+    fingerprint: str            # identifies the text and where it was split
+
+    @functools.cached_property
+    def recall_tests(self):
+        return recall_tests(self.train_text)        # workshop: [(prompt, continuation)]
+
+def corpus_from_text(text, tokenizer="auto", config=None, vocab_size=2048):
+    """Split and encode a text. `tokenizer` is a tokenizer, or the kind of one to make. `config` is
+    the TrainConfig that says how to split. Raises StoryError if the text is the path of a file.
+
+    >>> corpus = corpus_from_text("They went upriver for nine days.", "word")
+    >>> corpus.train_ids
+    tensor([6, 4, 3, 1, 2, 0, 5, 7])
+    """
+    check_is_text(text)                                                         # workshop
+    train_text, val_text = split_text(text, config or TrainConfig())
+    if isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)     # workshop
+    # where the text ends, training shall predict `<|endoftext|>`
+    train_ids = torch.tensor([*tokenizer.encode(train_text), tokenizer.end_of_text])
+    val_ids = torch.tensor(tokenizer.encode(val_text), dtype=torch.long)
+    return Corpus(text, tokenizer, train_text, train_ids, val_ids,
+                  fingerprint=fingerprint(train_text, val_text))                # workshop
+
+@dataclass
+class Evaluation:
+    """How good a run was at some step. What could not be measured is None."""
+    step: int
+    epoch: float
+    train_loss: float
+    val_loss: float | None
+    recall: float | None
+    prompt: str
+    sample: str                 # how the model continued the prompt
+
+@dataclass(repr=False)
+class Run:
+    """A model with everything that belongs to its training. `new_run` (workshop) makes one."""
+    model: GPTModel
+    tokenizer: WordTokenizer | BPETokenizer
+    train_config: "TrainConfig"                         # below
+    fingerprint: str            # of the corpus
+    steps_per_epoch: int
+    total_steps: int
+    prompt: str                 # the prompt of the samples
+    step: int = 0               # steps done
+    history: list = field(default_factory=list)         # of Evaluations
+    loss: float | None = None   # of the last step
+    optimizer: "AdamW | None" = None                    # below
+
+    # The workshop needs these: where the text came from, and how its sentences begin ...
+    text_paths: list = field(default_factory=list)      # [] for Short_Story.txt
+    encoding: str = ""
+    beginnings: list = field(default_factory=list)
+    # ... and, to resume, the state of the optimizer, the best weights so far and the last ones
+    # (with keep_best), and the step at which this stretch of training began.
+    averages: dict | None = None
+    best_weights: dict | None = None
+    last_weights: dict | None = None
+    first_step: int = 0
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def write(self, prompt, max_new_tokens=100, sentences=0, **sampling):
+        """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
+        return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
+                                              Sampling(**sampling), sentences))     # workshop
+
+# ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
+# Gradient descent moves every parameter by -lr times its gradient, where lr is the learning rate.
+# That works badly here: even with the best learning rate that we found, the loss was still 3.07
+# after 180 steps. Gradients differ by orders of magnitude between parameters, and no single
+# learning rate suits them all. Besides, every batch pulls in a slightly different direction.
 #
-# Plain gradient descent moves every parameter by -lr times its gradient, where lr is the learning
-# rate. That works badly here, because gradients differ by orders of magnitude between parameters.
-# Adam (Kingma & Ba 2015) makes their steps comparable. For each parameter it keeps two moving
-# averages, one of its gradients, in which the noise of single batches cancels, and one of their
-# squares. (Both are corrected for having started at 0.) It moves the parameter by -lr times the
-# first average divided by the square root of the second. So gradients of 3, 1, 2 and of 0.03, 0.01,
-# 0.02 have the same effect, and a gradient that keeps flipping between 3 and -3 has hardly any.
-# (Try it: python extras/experiments.py gradient-descent)
+#     Try it: python extras/experiments.py gradient-descent
 #
-# AdamW (Loshchilov & Hutter 2019) adds weight decay, which shrinks all weights a little in each
-# step. Like dropout, it is a form of regularization, which limits a model to help it generalize,
-# that is, do well on unseen text. Ours is meant to memorize, so its weight decay is 0, which makes
-# AdamW the same as Adam.
+# Adam (Kingma & Ba 2015) keeps two moving averages for each parameter. One, m, follows its gradient
+# g, so the noise of single batches cancels. The other, v, follows the square of the gradient, so
+# its root says how large the gradients of this parameter usually are. The parameter moves by m
+# divided by that size:
+#
+#     m = 0.9 m + 0.1 g               a tenth of the new gradient, nine tenths of the old average
+#     v = 0.98 v + 0.02 g^2
+#     w = w - lr m / (sqrt(v) + 1e-8)
+#
+# The averages fade: a gradient of ten steps ago counts 0.9^10 = 0.35 times as much as the newest. So
+# m covers about the last 1 / (1 - 0.9) = 10 steps, and v the last 50. Gradients of 3, 1, 2 move a
+# parameter exactly as far as gradients of 0.03, 0.01, 0.02, while one whose gradient keeps flipping
+# between 3 and -3 hardly moves at all. One detail is missing. Both averages start at 0, so in the
+# first steps they are too small. After n steps, their weights add up to 1 - 0.9^n and 1 - 0.98^n,
+# and dividing by these sums corrects it.
+#
+# AdamW (Loshchilov & Hutter 2019) adds weight decay, which pulls the weights a little towards 0 in
+# every step, separately from the gradient and its averages. Like dropout, it is a form of
+# regularization, which limits a model to help it generalize, that is, do well on unseen text. Ours
+# is meant to memorize, so its weight decay is 0. Only matrices decay, because a norm would suffer
+# if its scale shrank.
+class AdamW:
+    """torch.optim.AdamW, written out, with the betas that suit short trainings. `parameters` are
+    pairs (name, parameter), as `model.named_parameters()` gives them.
+
+    >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
+    >>> optimizer = AdamW([("w", w)])
+    >>> for _ in range(3):
+    ...     w.grad = torch.tensor([100.0, 0.01])        # one gradient is 10,000 times the other,
+    ...     optimizer.step(lr=0.1)
+    >>> w.data                                          # and yet both parameters move equally far
+    tensor([2.7000, 2.7000])
+    """
+    def __init__(self, parameters, weight_decay=0.0, betas=(0.9, 0.98)):
+        self.parameters = {name: p for name, p in parameters if p.requires_grad}
+        self.weight_decay = weight_decay
+        self.betas = betas
+        self.n_steps = 0
+        self.averages = {name: (torch.zeros_like(p), torch.zeros_like(p))       # m and v
+                         for name, p in self.parameters.items()}
+
+    def zero_grad(self):
+        for p in self.parameters.values():
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, lr):
+        self.n_steps += 1
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self.update(p, self.averages[name], lr)
+
+    def update(self, p, averages, lr):
+        m, v = averages
+        beta1, beta2 = self.betas
+        m.lerp_(p.grad, 1 - beta1)              # m + (1 - beta1) (g - m), in place
+        v.lerp_(p.grad ** 2, 1 - beta2)
+        mean = m / (1 - beta1 ** self.n_steps)
+        usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt()
+        if p.dim() >= 2:
+            p.mul_(1 - lr * self.weight_decay)
+        p.sub_(lr * mean / (usual_size + 1e-8))
+
 def make_optimizer(model, config):
-    """Return an optimizer that decays only matrices, because a norm would suffer if its scale
-    shrank."""
     if config.optimizer == "muon":
-        return Muon(model, config)      # workshop
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2],
-               "weight_decay": config.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    # The averages cover about the last 1 / (1 - beta) steps: 10 gradients and 50 squares.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), fused=True)
+        return Muon(model, config)              # workshop
+    return AdamW(model.named_parameters(), config.weight_decay)
 
 # The learning rate changes during training. In the first steps, Adam's averages rest on a few
 # batches and are not reliable, so the learning rate rises from near 0. This is called warm-up.
 # Later, large steps would overshoot the minimum again and again, so after the warm-up the learning
-# rate falls linearly towards 0. (Try it: python extras/experiments.py no-warm-up, or
-# high-learning-rate)
+# rate falls linearly towards 0.
+#
+#     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
     """The learning rate of a step, counted from 0.
 
@@ -919,156 +1103,91 @@ def learning_rate(step, total_steps, config):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """How the model is trained."""
-    epochs: int = setting(0, "passes over the training text (0: enough to memorize it)")
-    max_steps: int = setting(0, "total training steps; overrides --epochs (0: use --epochs)")
-    batch_size: int = setting(32, "windows in a batch")
-    optimizer: str = setting("adamw", "AdamW or Muon")
-    learning_rate: float = setting(2.5e-3, "peak learning rate (Muon multiplies it by 4)")
+    epochs: int = setting(0, "passes over the training text (0: 20, and at least 150 steps)")
+    max_steps: int = setting(0, "total training steps, instead of --epochs (0: use --epochs)")
+    batch_size: int = setting(32, "windows in a batch", minimum=1)
+    optimizer: str = setting("adamw", "AdamW or Muon", choices=("adamw", "muon"))
+    learning_rate: float = setting(2.5e-3, "peak learning rate")
     warmup_steps: int = setting(20, "learning-rate warm-up steps, at most a tenth of all steps")
     weight_decay: float = setting(0.0, "weight decay")
-    grad_clip: float = setting(1.0, "clip the gradient norm to this")
-    prompt_windows: float = setting(0.5, "share of windows that start where a prompt would, "
-                                  "rounded down")
-    val_fraction: float = setting(0.1, "share of the text kept for validation")
+    grad_clip: float = setting(1.0, "clip the gradient norm to this", minimum=1e-9)
+    prompt_windows: float = setting(0.5, "share of windows that start as a prompt would", below=1)
+    val_fraction: float = setting(0.1, "share of the text, its end, kept for validation", below=1)
     eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5 % of all "
-                            "steps, at least 45)")
+                              "steps, at least 45)")
     keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
                               "falls, and keep the best weights")
-    precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else "
-                            "fp32, which is TF32 on an NVIDIA GPU in training")
+    precision: str = setting("auto", "auto: bf16 where the hardware makes it faster, else fp32, "
+                             "which is TF32 on an NVIDIA GPU", choices=("auto", "bf16", "fp32"))
     seed: int = setting(42, "random seed")
 
-# From here on, a `corpus` (class Corpus in the workshop) holds both splits of the text, their token
-# ids, and the tokenizer. A `run` (class Run) holds everything else that belongs to a training run:
-# the model, the configurations, the optimizer, the steps done so far, and the history.
-def training_step(run, inputs, targets):
-    """Train on one batch; inputs and targets are token ids of shape (B, T). Set `run.loss` to the
-    loss before the step."""
-    config = run.train_config
-    run.model.train()                   # training mode: dropout is on
-    run.optimizer.zero_grad()           # `backward` adds to the gradients, so clear the old ones
-    with mixed_precision(run), dropout_seed(run):       # workshop: faster, and reproducible
-        loss = batch_loss(run.model, inputs, targets)
-    run.model.eval()                    # evaluation mode: dropout is off again
-    loss.backward()                     # goes back through what was recorded in training mode
-    # A single unusual batch can have a gradient many times longer than the others and spoil Adam's
-    # averages for many steps. The gradient of all parameters is one long vector, and the length of
-    # this vector is its norm. Gradient clipping scales the gradient down to a norm of grad_clip if
-    # it is longer.
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
-    run.loss = loss.item()              # a Python number
-    check_finite(run, run.loss + norm.item())       # workshop: stops if one is NaN or infinite
-    for group in run.optimizer.param_groups:        # where torch keeps the learning rate
-        group["lr"] = learning_rate(run.step, run.total_steps, config)
-    run.optimizer.step()
-
-# A batch contains two kinds of windows. The first kind is the sliding windows of step 5. If they
-# always started at the same places in the story, each token would always stand at the same position
-# in its window, and the model would recognize a passage poorly at other positions. So in every
-# epoch, that is, in every pass over the text, the text is cut into windows from a different random
-# offset.
-def window_starts(n_starts, T, seed):
-    """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
-    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4,
-    an epoch has three windows, in random order. In the example, the offset is 2 in the first epoch
-    and 3 in the second. (A start beyond the last wraps around to the beginning.)
-
-    >>> list(islice(window_starts(n_starts=12, T=4, seed=3), 6))
-    [10, 2, 6, 7, 3, 11]
-    """
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        offset = torch.randint(T, (), generator=generator)
-        pieces = torch.randperm(math.ceil(n_starts / T), generator=generator)      # shuffled
-        yield from ((pieces * T + offset) % n_starts).tolist()
-
+# ─── The batches, and the loop ─────────────────────────────────────────────────────────────────
+# A batch contains two kinds of windows, which `training_batches` in the workshop puts together. The
+# first kind is the sliding windows of step 5. If they always started at the same places in the
+# story, each token would always stand at the same position in its window, and the model would
+# recognize a passage poorly at other positions. So in every epoch, that is, in every pass over the
+# text, the text is cut into windows from a different random offset.
+#
 # The second kind is prompt windows. During generation, a prompt starts at position 0. Its first
 # word has no space before it, so it is tokenized differently than in the middle of the text.
 # Sliding windows almost never look like this. Therefore half of the windows in each batch start
 # where a prompt would, and are tokenized like a prompt. Most start at the beginning of a sentence,
 # as in the recall test, and one in five starts at a random word. Without prompt windows, recall is
-# 94 % after the same number of steps (python extras/experiments.py no-prompt-windows).
-def shuffled(items, seed):
-    """Yield all items in random order, over and over, each time in a new order. (Sampling with
-    replacement would miss about a third of them in every pass.)"""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(items), generator=generator).tolist():
-            yield items[index]
+# 94 % after the same number of steps.
+#
+#     Try it: python extras/experiments.py no-prompt-windows
+#
+# From time to time the run is evaluated:
+def evaluate(run, corpus):
+    """Return the Evaluation of a run as it is now: the losses on some windows of both splits,
+    recall on some sentences, and a sample of what the model writes."""
+    with mixed_precision(run):          # workshop: bf16, where the processor makes it faster
+        train_loss = mean_loss(run.model, corpus.train_ids)
+        val_loss = mean_loss(run.model, corpus.val_ids)
+    tests = evenly_spaced(corpus.recall_tests, RECALL_SAMPLE)                   # workshop: 25
+    recall = share_recited(run.model, run.tokenizer, tests)                     # `recites` for each
+    sample = "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
+    epoch = run.step / run.steps_per_epoch
+    return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-def prompt_starts(text, n_prompts, seed):
-    """Yield the characters at which prompt windows start, `n_prompts` of them for every step."""
-    n_words = n_prompts // 5                                        # 3 of 16, rounded down
-    sentences = shuffled(sentence_starts(text), seed + 1)
-    words = shuffled(word_starts(text), seed + 2)
-    while True:
-        yield from islice(sentences, n_prompts - n_words)
-        yield from islice(words, n_words)
-
-IGNORE_INDEX = -100     # the target of padding; the loss ignores it
-
-def prompt_window(corpus, start, T):
-    """Return T + 1 token ids of the training text, starting at character `start`. Where the text
-    ends, `<|endoftext|>` follows, and then padding."""
-    end = start + 32 * (T + 1)      # hardly any token has more than 32 characters
-    token_ids = corpus.tokenizer.encode(corpus.train_text[start:end])
-    if end >= len(corpus.train_text):
-        token_ids.append(corpus.tokenizer.end_of_text)
-    token_ids = token_ids[:T + 1]
-    return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
-
-# A batch of our story model consists of 16 sliding windows and 16 prompt windows. `in_batches` in
-# the workshop cuts an endless stream into lists, one for each step, and skips those of the steps
-# that a resumed run has already done.
-def training_batches(run, corpus):
-    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
-    is the last step. The batch of a step depends on the text, the settings and the seed, but not on
-    earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
-    config, T = run.train_config, run.config.context_length
-    n_prompts = int(config.prompt_windows * config.batch_size)
-    windows = SlidingWindowDataset(corpus.train_ids, T)     # stride 1: one for every start
-    starts = window_starts(len(windows), T, config.seed)
-    sliding = in_batches(starts, config.batch_size - n_prompts, skip=run.step)
-    starts = prompt_starts(corpus.train_text, n_prompts, config.seed)
-    prompts = in_batches(starts, n_prompts, skip=run.step)
-    while run.step < run.total_steps:
-        inputs, targets = windows[torch.tensor(next(sliding), dtype=torch.long)]
-        rows = [prompt_window(corpus, start, T) for start in next(prompts)]
-        rows = torch.tensor(rows, dtype=torch.long).reshape(-1, T + 1)      # even if it is empty
-        # As an input, padding can be any token. It comes last, so no real token attends to it.
-        inputs = torch.cat([inputs, rows[:, :-1].clamp(min=0)])
-        yield inputs, torch.cat([targets, rows[:, 1:]])
-
-# Now all the parts are in place. From time to time the run is evaluated. An evaluation contains the
-# losses on some windows of both splits, recall on some sentences, and a sample of what the model
-# writes.
-def train(run, corpus):
-    """Train a run to its last step. This function is a generator: after every step it hands control
-    to the caller, who may print, draw or save, and who can stop the training by leaving the loop.
-    Raises StoryError if the loss becomes NaN or infinite.
+# Now all the parts are in place, and the loop itself is short. It is a generator: after every step
+# it hands control to its caller, who may print, draw or save, and who can end the training by
+# leaving the loop. (`train`, which the command line calls, does all of that.)
+def training_steps(run, corpus):
+    """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
+    becomes NaN or infinite.
 
     Here a tiny model learns to count, from a text of 27 words:
 
-    >>> corpus = corpus_from_text("one two three " * 9, "word", context_length=4)
+    >>> corpus = corpus_from_text("one two three " * 9, "word")
     >>> config = GPTConfig(context_length=4, emb_dim=16, n_layers=1)
     >>> run = new_run(corpus, config, TrainConfig(max_steps=40, learning_rate=0.01))
-    >>> for _ in train(run, corpus):
-    ...     if run.step == 1:
-    ...         first_loss = run.loss
-    >>> first_loss > 1.5 and run.loss < 0.1
+    >>> losses = [run.loss for _ in training_steps(run, corpus)]
+    >>> losses[0] > 1.5 and losses[-1] < 0.1
     True
-    >>> "".join(generate_text(run.model, run.tokenizer, "two three", 4))
-    ' one two three one'
+    >>> run.write("two three", max_new_tokens=4)
+    'two three one two three one'
     """
-    start_optimizer(run)        # workshop: make_optimizer, plus the saved state of a resumed run
-    if run.step == 0:
-        run.history = []
-        record_evaluation(run, corpus)
-    for inputs, targets in training_batches(run, corpus):
-        training_step(run, inputs, targets)
+    start_training(run, corpus)         # workshop: the optimizer; the first evaluation
+    config = run.train_config
+    for inputs, targets in training_batches(run, corpus):           # workshop: each (B, T)
+        with training_mode(run):        # workshop: dropout is on, with random numbers of its own
+            with mixed_precision(run):
+                loss = batch_loss(run.model, inputs, targets)
+            run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
+            loss.backward()
+            # A single unusual batch can have a gradient many times longer than the others and spoil
+            # Adam's averages for many steps. The gradient of all parameters is one long vector, and
+            # the length of this vector is its norm. Clipping shortens it to at most grad_clip.
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+            run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
-        if evaluation_due(run):
-            record_evaluation(run, corpus)      # in run.history
+        run.loss = loss.item()          # a Python number
+        check(math.isfinite(run.loss), f"the loss became {run.loss} at step {run.step}, so "
+              "training stops; the last checkpoint is kept. Try a smaller --learning-rate, or "
+              "--precision fp32")
+        if evaluation_due(run):         # workshop: at which steps
+            record_evaluation(run, corpus)          # evaluate, and append it to run.history
         yield run
 
 # Here is the log of training on our story. (Some of its evaluations and the ends of its lines are
@@ -1105,7 +1224,8 @@ def train(run, corpus):
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # Everything in a run goes into one file, a checkpoint. With it, the model can generate text even
-# without the story, and training can continue as if it had never stopped.
+# without the story, and training can continue as if it had never stopped. Resuming needs much more
+# than generating. The optimizer's two averages alone are twice as large as the weights.
 def save_checkpoint(path, run):
     """Save a run as a plain `torch.save` file. Raises StoryError if that fails; an old file is kept
     in that case.
@@ -1118,16 +1238,20 @@ def save_checkpoint(path, run):
     >>> loaded.config == run.config, loaded.tokenizer.encode("They went")
     (True, [6, 4])
     """
-    atomic_save(path, {         # workshop: torch.save to a temporary file, then rename it
-        "format": FORMAT,
+    weights, last_weights = weights_to_save(run)        # workshop: they differ with --keep-best
+    write_checkpoint(path, {    # workshop: torch.save under another name, then rename
+        # to generate, all that is needed is
         "config": asdict(run.config),
-        "train_config": asdict(run.train_config),
         "tokenizer": {"kind": run.tokenizer.kind, "tokens": run.tokenizer.tokens},
-        "weights": run.model.state_dict(),                      # {name: tensor}
-        "best_weights": run.best_weights,                       # with --keep-best
-        "optimizer": optimizer_state(run),                      # its moving averages
+        "weights": weights,                                     # {name: tensor}
+        # to check the file
+        "format": FORMAT,
+        "test_loss": loss_on_test_window(restore_model(run.config, weights)),
+        # to resume the training
+        "train_config": asdict(run.train_config),
+        "last_weights": last_weights,
+        "averages": optimizer_averages(run),                    # {name: (m, v)}
         "history": [asdict(evaluation) for evaluation in run.history],
-        "test_loss": loss_on_test_window(run.model),
         **{name: getattr(run, name) for name in PLAIN_FIELDS}})     # the step, the prompt, ...
 
 # Loading needs more care, because a file may come from anywhere. torch.save uses Python's pickle
@@ -1140,13 +1264,11 @@ def load_checkpoint(path, device="cpu"):
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
     program."""
     saved = read_checkpoint(path)           # workshop: torch.load(path, weights_only=True), checks
-    model = new_model(saved["config"])      # workshop: GPTModel
-    model.load_state_dict(saved["weights"])
+    model = restore_model(saved["config"], saved["weights"])        # workshop: load_state_dict
     check_test_loss(path, model, saved["test_loss"])
     return Run(model.to(choose_device(device)), saved["tokenizer"], saved["train_config"],
-               saved_optimizer=saved["optimizer"], history=saved["history"],
-               best_weights=saved["best_weights"],
-               **{name: saved[name] for name in PLAIN_FIELDS})
+               last_weights=saved["last_weights"], averages=saved["averages"],
+               history=saved["history"], **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture that `train` draws, loss.png, shows what the log has told us. While both losses fall,
@@ -1163,24 +1285,17 @@ def plot_losses(history, vocab_size, path=None):
     ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
     """
     check(history, "there is no history to draw: train first")
-    figure = new_figure(figsize=(8, 5.5), layout="constrained")     # workshop: a matplotlib Figure
+    figure = new_figure(figsize=(8, 5.5))           # workshop: a matplotlib Figure
     losses, recall = figure.subplots(2, height_ratios=(4, 1), sharex=True)
-
     epochs = [evaluation.epoch for evaluation in history]
-    for axes, name, style, label in ((losses, "train_loss", "o-", "training"),
-                                     (losses, "val_loss", "s--", "validation"),
-                                     (recall, "recall", "D-", "recall")):
-        values = [getattr(evaluation, name) for evaluation in history]
-        if None not in values:          # a short text may have no validation split
-            axes.plot(epochs, values, style, label=label)
-    best = best_evaluation(history)     # workshop
-    if best is not None:
-        losses.plot(best.epoch, best.val_loss, "*", color="black", markersize=11,
-                    label=f"lowest validation loss, {best.val_loss:.2f}")
+    losses.plot(epochs, [e.train_loss for e in history], "o-", label="training")
+    losses.plot(epochs, [e.val_loss for e in history], "s--", label="validation")
+    mark_lowest(losses, best_evaluation(history))   # workshop: a star
     losses.axhline(math.log(vocab_size), color="gray", linestyle=":",
                    label=f"uniform guess, ln({vocab_size:,})")
     losses.set(title="What the model learned", ylabel="loss per token", ylim=(0, None))
     losses.legend()
+    recall.plot(epochs, [e.recall for e in history], "D-")
     recall.set(xlabel="epochs", ylabel="recall", ylim=(-0.05, 1.05))
     recall.yaxis.set_major_formatter("{x:.0%}")
     return save_figure(figure, path)
@@ -1193,11 +1308,16 @@ def plot_losses(history, vocab_size, path=None):
 # key-value cache keeps them. So the queries of T new tokens meet the keys of S tokens, the old and
 # the new.
 #
+# Three lines of step 6 now make sense. Say that five tokens are in the cache, and a sixth arrives.
+# Then T is 1 and S is 6:
+#
+#     keys, values = cache.append(self, keys, values)     # (B, H, 6, D), not (B, H, 1, D)
+#     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
+#     start = cache.length                                 # 5, so positions is [5]
+#
 # This works until the window is full. After that, each new token pushes the first token out of the
 # window. The other tokens had attended to it, and they move to other positions, so their vectors
-# change and must be computed again. The cache is emptied, and from then on it saves no time. (Now
-# return to the lines with `cache` in the two `forward` methods of step 6. In GPTModel, `start` is
-# the position of the first new token.)
+# change and must be computed again. The cache is emptied, and from then on it saves no time.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1214,8 +1334,10 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a story that is known by heart. Otherwise it soon repeats itself, and we get
-# better text by sampling, where the next token is drawn at random according to its probability.
+# Greedy decoding suits a story that is known by heart. Elsewhere it soon runs in a circle, because a
+# phrase that has just been written makes its own continuation more likely, and greedy decoding
+# never takes another path. We get better text by sampling, where the next token is drawn at random
+# according to its probability.
 # Three settings change these probabilities. The temperature divides the logits before softmax.
 # Since softmax exponentiates, that raises every probability to the power 1/temperature and then
 # rescales the results so that they add up to 1. Values below 1 favour the most likely tokens, and
@@ -1224,14 +1346,18 @@ class KeyValueCache:
 # to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
-    """How the next token is chosen."""
-    temperature: float = setting(0.0, "0: greedy decoding; higher: more randomness")
-    top_k: int = setting(0, "sample from the k most likely tokens (0: all)")
-    top_p: float = setting(1.0, "sample from the most likely tokens with total probability p")
-    seed: int = setting(42, "random seed")
+    """How the next token is chosen. Those marked with `draws` have no effect on greedy decoding,
+    which draws nothing."""
+    temperature: float = setting(0.0, "0: greedy decoding; higher: more randomness, and another "
+                                 "text each time")
+    top_k: int = setting(0, "sample from the k most likely tokens (0: all)", draws=True)
+    top_p: float = setting(1.0, "sample from the most likely tokens with total probability p",
+                           minimum=1e-9, draws=True)
+    seed: int = setting(0, "random seed (0: another one each time)", draws=True)
 
-def next_token_probabilities(logits, sampling):
+def next_token_probabilities(logits, sampling, window=None):
     """From logits (..., V), compute the probabilities (..., V) with which the next token is chosen.
+    (A rule that looks at the tokens so far would find them in `window`, of shape (..., T).)
 
     >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0))
@@ -1246,26 +1372,28 @@ def next_token_probabilities(logits, sampling):
     In the last example, the probabilities before each token add up to 0, 0.64, 0.88 and 0.97. The
     first three of these sums are below 0.9, so three tokens are kept.
     """
+    V = logits.shape[-1]
     if sampling.temperature < 1e-4:     # as good as 0
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+        return F.one_hot(logits.argmax(dim=-1), V).float()
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
-    sorted_probs, token_ids = probabilities.sort(dim=-1, descending=True)
     if sampling.top_k > 0:
-        sorted_probs[..., sampling.top_k:] = 0
-        sorted_probs /= sorted_probs.sum(dim=-1, keepdim=True)
-    sum_before = sorted_probs.cumsum(dim=-1) - sorted_probs
+        kept, token_ids = probabilities.topk(min(sampling.top_k, V))
+        # scatter puts each of the kept probabilities back to the position of its token
+        probabilities = torch.zeros_like(probabilities).scatter(-1, token_ids, kept)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
-        sorted_probs[sum_before >= sampling.top_p] = 0
-    # scatter undoes the sorting: it moves each probability back to the position of its token.
-    kept = torch.zeros_like(probabilities).scatter(-1, token_ids, sorted_probs)
-    return kept / kept.sum(dim=-1, keepdim=True)
+        kept, token_ids = probabilities.sort(dim=-1, descending=True)
+        sum_before = kept.cumsum(dim=-1) - kept
+        kept[sum_before >= sampling.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, token_ids, kept)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 def predict_next(model, window, sampling, cache):
     """The probabilities (B, V) of the token after a window (B, T). If the cache already knows the
     first tokens of the window, only the others are computed."""
     with torch.no_grad():
         logits = model(window[:, cache.length:], cache)[:, -1, :]
-    return next_token_probabilities(logits.float().cpu(), sampling)
+    return next_token_probabilities(logits.float(), sampling, window)
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
     """Continue token ids (B, T). This generator yields a tensor (B,) of new ids at every step. With
@@ -1273,17 +1401,17 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     decides between two tokens), but computed faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
-    window = token_ids[:, -context_length:].cpu()
-    generator = torch.Generator().manual_seed(sampling.seed)     # CPU: same numbers on any device
+    window = token_ids[:, -context_length:].to(device_of(model))
+    generator = seeded_generator(sampling.seed)         # workshop: of the random numbers
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
-        probabilities = predict_next(model, window, sampling, cache)
+        probabilities = predict_next(model, window, sampling, cache).cpu()
         new = torch.multinomial(probabilities, 1, generator=generator)      # draw ids, (B, 1)
         yield new[:, 0]
         if window.shape[1] == context_length:       # full: the window slides
             window = window[:, 1:]
             cache = KeyValueCache()
-        window = torch.cat([window, new], dim=1)
+        window = torch.cat([window, new.to(window.device)], dim=1)
 
 # (`generate_text` in the workshop turns these ids into text, and stops at `<|endoftext|>`.)
 #
@@ -1291,6 +1419,11 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 #     $ python story_llm.py generate --prompt "Once Aadhan renounced" --max-new-tokens 14
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
+#
+# And here is what it considered at one of these steps:
+#
+#     $ python story_llm.py next --prompt "Once Aadhan renounced his"
+#     @@NEXT@@
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
 # You have built a decoder-only transformer with pre-norm, learned positions and causal multi-head
@@ -1333,22 +1466,23 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
-# and portable, in functions that the lesson calls.
+# and portable, in functions that the lesson calls, and it follows the lesson's order.
 import argparse
 import codecs
 import contextlib
+import copy
 import ctypes
-import difflib
-import functools
 import hashlib
 import io
 import itertools
+import random
 import reprlib
 import shlex
+import shutil
 import signal
-import subprocess
 import threading
 import time
+import unicodedata
 import zipfile
 
 class StoryError(ValueError):
@@ -1361,35 +1495,19 @@ def check(condition, message):
     if not condition:
         raise StoryError(message)
 
-LIMITS = {      # {setting: (minimum, exclusive maximum)}; many are there only to catch typos
-    "vocab_size": (1, 1 << 24), "context_length": (1, 1 << 20), "emb_dim": (1, 1 << 16),
-    "n_heads": (1, 1 << 16), "n_layers": (1, 1 << 10), "drop_rate": (0, 1),
-    "epochs": (0, 1 << 22), "max_steps": (0, 1 << 22), "batch_size": (1, 1 << 16),
-    "learning_rate": (1e-9, 1e9), "warmup_steps": (0, 1 << 22), "weight_decay": (0, 1e9),
-    "grad_clip": (1e-9, math.inf), "prompt_windows": (0, 1), "val_fraction": (0, 1),
-    "eval_every": (0, 1 << 22), "seed": (0, 1 << 32), "temperature": (0, math.inf),
-    "top_k": (0, 1 << 24), "top_p": (1e-9, math.inf),
-    "max_new_tokens": (0, 1 << 24), "sentences": (0, 1 << 24), "stride": (0, 1 << 24)}
-CHOICES = {
-    "gelu": ("exact", "tanh"), "position": ("learned", "sinusoidal", "rotary"),
-    "optimizer": ("adamw", "muon"), "precision": ("auto", "bf16", "fp32"),
-    "tokenizer": ("auto", "gpt2", "story", "word"),
-    "preset": ("auto", "story", "writer", "gpt2-small")}
-
 def check_settings(settings):
     """Compare every field of a settings class with its type and limits. Raises StoryError."""
     for f in fields(settings):
-        value = getattr(settings, f.name)
+        value, limits = getattr(settings, f.name), f.metadata
         valid, allowed = type(value) is f.type, f"of type {f.type.__name__}"
-        if f.name in CHOICES:
-            valid, allowed = value in CHOICES[f.name], "one of " + ", ".join(CHOICES[f.name])
+        if "choices" in limits:
+            valid = value in limits["choices"]
+            allowed = "one of " + ", ".join(limits["choices"])
         elif f.type in (int, float):
-            lowest, bound = LIMITS[f.name]
-            valid = type(value) in (int, f.type) and lowest <= value < bound
             kind = "an integer" if f.type is int else "a number"
-            allowed = f"{kind}, at least {lowest}"
-            if bound < math.inf:
-                allowed += f" and below {bound}"
+            lowest, bound = limits.get("minimum", 0), limits.get("below", 1 << 32)
+            valid = type(value) in (int, f.type) and lowest <= value < bound
+            allowed = f"{kind}, at least {lowest} and below {bound}"
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
     if isinstance(settings, GPTConfig):
         per_head, rest = divmod(settings.emb_dim, settings.n_heads)
@@ -1406,65 +1524,41 @@ def override_settings(settings, values):
 def names_of(settings):
     return tuple(f.name for f in fields(settings))
 
-# ═══ Workshop: text files, words and sentences ═════════════════════════════════════════════════
-def read_files(paths):
-    """Return [(path, bytes)]. A folder means all .txt files directly in it, and "-" means standard
-    input. Raises StoryError if a file cannot be read or a folder has no .txt file."""
-    files, found = [], []
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        inside = sorted(Path(path).glob("*.txt")) if os.path.isdir(path) else [path]
-        check(inside, f"the folder {path} contains no .txt file: give a text file with --text")
-        files += inside
-    for file in files:
-        try:
-            data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        except OSError as error:
-            raise StoryError(f"{file} cannot be read ({error.strerror}): give a text file with "
-                             "--text") from None
-        found.append((file, data))
-    return found
+# ═══ Workshop: step 2, text files, words and sentences ═════════════════════════════════════════
+def read_file(path):
+    """Return the bytes of a file, or of standard input for "-". Raises StoryError."""
+    check(not os.path.isdir(path), f"{path} is a folder: give a text file with --text")
+    try:
+        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise StoryError(f"{path} cannot be read ({error.strerror}): give a text file with --text"
+                         ) from None
 
-FILE_TYPES = {      # {the first bytes of a file: the kind of file}
-    b"PK\x03\x04": "a zip file (Word documents are zip files)",
-    b"\xd0\xcf\x11\xe0": "an old Office document, such as .doc", b"{\\rtf": "an RTF document",
-    b"%PDF": "a PDF file", b"\x1f\x8b": "compressed with gzip", b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture"}
+NOT_TEXT = {b"PK\x03\x04": "a zip file (Word documents are zip files)", b"%PDF": "a PDF file",
+            b"{\\rtf": "an RTF document", b"\x1f\x8b": "compressed with gzip"}
 
 def decode(data, path, encoding=""):
-    """Decode the bytes of a file. With an encoding, invalid bytes become �. Without one, they are
-    read as UTF-8. If they begin with a byte order mark of UTF-16 or contain zeros, UTF-16 and
-    UTF-32 are tried as well, and the most plausible text is returned. Raises StoryError if the file
-    is recognizably not plain text, if the encoding is unknown, or if no encoding fits."""
-    for beginning, kind in FILE_TYPES.items():
+    """Decode the bytes of a file. With an encoding, invalid bytes become �. Raises StoryError."""
+    for beginning, kind in NOT_TEXT.items():
         check(not data.startswith(beginning), f"{path} is {kind}, not plain text: convert it to "
               "plain text in UTF-8 first")
-    names = [encoding or "utf-8"]
-    if not encoding and (b"\0" in data or data[:2] in (b"\xff\xfe", b"\xfe\xff")):
-        names += ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"]
-    texts = []
-    for name in names:
-        try:
-            texts.append(data.decode(name, errors="replace" if encoding else "strict"))
-        except UnicodeDecodeError as error:
-            position = error.start
-        except (LookupError, UnicodeError):
-            raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
-                             ) from None
-    if not texts:
-        check(len(names) == 1, f"{path} is not in UTF-8, and not valid UTF-16 or UTF-32: if it "
-              "should be UTF-16, --encoding utf-16 reads it and replaces what is wrong")
-        raise StoryError(
-            f"{path} is not in UTF-8 (line {data.count(10, 0, position) + 1} contains the byte "
-            f"0x{data[position]:02x}): name its encoding, such as --encoding cp1252 for Western "
-            "European text from Windows; if only a few bytes are wrong, --encoding utf-8 replaces "
-            "them")
-    best = min(texts, key=lambda text: (text[:1] != "\ufeff", count_oddities(text)))
-    return best.removeprefix("\ufeff")
-
-def count_oddities(text):
-    """Return the number of control characters in a text, plus the number of blocks of 256 code
-    points that its characters come from. Both are large if the encoding is wrong."""
-    return len(CONTROL.findall(text)) + len({ord(character) >> 8 for character in set(text)})
+    has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode(encoding or ("utf-16" if has_mark else "utf-8"),
+                           errors="replace" if encoding else "strict")
+    except UnicodeDecodeError as error:
+        line, byte = data.count(10, 0, error.start) + 1, data[error.start]
+        raise StoryError(f"{path} is not in {error.encoding.upper()} (line {line} contains the "
+                         f"byte 0x{byte:02x}): name its encoding, such as --encoding cp1252 for "
+                         "Western European text from Windows; if only a few bytes are wrong, "
+                         "--encoding utf-8 replaces them") from None
+    except (LookupError, ValueError):
+        raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
+                         ) from None
+    check("\0" not in text, f"{path} contains zeros, so it is not plain text in "
+          f"{encoding or 'UTF-8'}: if it is text in another encoding, name it, such as --encoding "
+          "utf-16-le; otherwise convert the file to plain text first")
+    return text.removeprefix("\ufeff")
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
@@ -1485,35 +1579,7 @@ STORY_SPLIT = regex.compile(SPLIT_PATTERNS["story"])
 # Parts of at most 200,000 characters, which are encoded one by one. Each ends before a space that
 # begins a new word, if there is such a space.
 PART = regex.compile(r"(?s).{1,200000}(?:(?<=\S)(?= \S)|\Z)|.{1,200000}")
-# A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
-# pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
-# a word). After a quotation, a lower-case letter continues the sentence, as in "No!" she cried. In
-# a text whose sentences begin in upper case, a lower-case letter continues the sentence everywhere,
-# as in "Oh! how" and "5 p.m. in".
-GAP = r"(?=\s) [^\S\n]*+ \n?+ [^\S\n]*+ (?!\n)"        # white space without an empty line
-LOWER = r"[\p{P}\s]{0,9} \p{Ll}"                        # lower case, perhaps after quotes or dashes
-SENTENCE_START = regex.compile(rf"""
-    (?: \A | \n[^\S\n]*\n                   # the start of the text, an empty line
-      | [。！？]["'”’」』）]*                  # an end that needs no space after it
-      | (?: (?<! \b(?: (?i:mr|mrs|ms|dr|st|prof) | (?!I)\p{{Lu}} ) ) \. | [!?…।॥؟۔።။។] )
-        (?: (?: \s?» | ["'”’“‘«)\]_] )++ {GAP} (?! {LOWER} )    # after a closing quotation mark
-          | {GAP} (?!\.) (?P<plain>) )                          # without one
-    ) \s* (?P<lower> (?= {LOWER} ) )?""", regex.VERBOSE)
-LINE_START = regex.compile(r"(?:\A|\n)\s*")
 SPACED_WORD = regex.compile(rf"\p{{P}}*{UNSPACED}\p{{M}}*\p{{P}}*|[\S--{UNSPACED}]+", regex.V1)
-
-def sentence_starts(text):
-    """Return the positions at which sentences begin. If the text has hardly any sentences, like
-    some poems, return the positions at which lines begin."""
-    matches = list(SENTENCE_START.finditer(text))
-    lower = [match for match in matches if match["lower"] is not None]
-    if len(lower) <= len(matches) / 2:      # if most begin in lower case, as in a chat, keep all
-        matches = [match for match in matches if match["lower"] is None or match["plain"] is None]
-    starts = [match.end() for match in matches]
-    lines = [match.end() for match in LINE_START.finditer(text)]
-    if len(lines) > 10 * len(starts):
-        starts = lines
-    return [start for start in starts if start < len(text)] or [0]
 
 def find_words(text):
     """Return matches of all words: runs of characters without white space or, in a script that puts
@@ -1530,33 +1596,88 @@ def whole_words(text, start, length):
     ends = [word.end() for word in find_words(rest) if word.end() >= length]
     return rest[:min(ends, default=len(rest))]
 
-def first_words(text, count=5):
-    beginning = text.lstrip()[:1000]
-    words = find_words(beginning)[:count]
-    return beginning[:words[-1].end()][:200] if words else text[:200]
+def first_words(text, start=0):
+    """Return the first five words of a text, from the character at `start` on."""
+    beginning = text[start:start + 1000]
+    words = find_words(beginning)[:5]
+    return beginning[words[0].start():words[-1].end()][:200] if words else beginning[:200]
 
-# ═══ Workshop: tokenizers ══════════════════════════════════════════════════════════════════════
+# A text is cut into units, each of which a model should be able to recite from its first words. If
+# sentences often begin in the middle of a line, as in any prose, the units are the sentences; if
+# they hardly ever do, as in a chat, a poem or a program, the units are the lines, because their
+# full stops are too few or stand at the ends of the lines anyway. If sentences and lines both have
+# 600 characters or more on average, as in an endless line without punctuation, a unit begins at
+# every 20th word, because training needs more than a few beginnings.
+#
+# In most prose, a new line also begins a sentence, even after a heading without a full stop. Only
+# if the lines were wrapped, it means nothing. One sees that from the lines at whose end a sentence
+# goes on: they are so long that the next word would not have fit. Wrapped lines hold less than a
+# sentence, so "often" means in every tenth of them, but in every second line of other texts.
+#
+# A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
+# pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
+# a word), nor before a lower-case letter, as in "No!" she cried, or 5 p.m. in. (Georgian is
+# excepted, because it has no other letters.)
+SENTENCE_START = regex.compile(r"""
+    (?: \A | \n[^\S\n]*\n                   # the start of the text, an empty line
+      | [。！？]+ ["'”’」』）]*                # an end that needs no space after it
+      | (?<! ^\s*\d+ | \b(?: Mr | Mrs | Ms | Dr | St | Prof | (?!I)\p{Lu} ) ) [.!?…।॥؟۔።။។]
+        (?: \s?» | ["'”’“‘«)\]_*] )* (?=\s) (?! [\p{P}\s]{0,9} [\p{Ll}--\p{Georgian}] | \s*\. )
+    ) \s*""", regex.M | regex.X | regex.V1)
+# A line; group 1 is its first word or, if it begins with a mark, that mark.
+LINE = regex.compile(rf"^[^\S\n]*+({WORD}|\S).*", regex.M | regex.V1)
+
+def is_wrapped(lines, sentences):
+    """Return whether most lines at whose end a sentence goes on had no room for the next word."""
+    width = sorted(len(line[0]) for line in lines)[len(lines) * 4 // 5]     # one in five is longer
+    full = [len(line[0]) + len(following[1]) >= width
+            for line, following in pairwise(lines) if following.start(1) not in sentences]
+    return sum(full) > 0.7 * len(full)
+
+def find_units(text):
+    """Return what the units of a text are ("sentences", "lines" or "passages"), and the positions
+    at which they begin.
+
+    >>> find_units("It rained. Nobody came. The king slept.")
+    ('sentences', [0, 11, 24])
+    >>> find_units("[09:01] Meena: it rained\\n[09:02] Ravi: nobody came\\n[09:07] Meena: oh")
+    ('lines', [0, 25, 51])
+    """
+    lines = list(LINE.finditer(text))
+    line_starts = [line.start(1) for line in lines]
+    sentences = {match.end() for match in SENTENCE_START.finditer(text) if match.end() < len(text)}
+    both = sentences.union(line_starts)
+    if sum(len(line[0]) for line in lines) >= 600 * len(both):      # also if there are none
+        return "passages", word_starts(text)[::20]
+    wrapped = is_wrapped(lines, sentences)
+    within = len(both) - len(lines)         # sentences that begin in the middle of a line
+    if within < (len(lines) - 1) / (10 if wrapped else 2):
+        return "lines", line_starts
+    return "sentences", sorted(sentences if wrapped else both)
+
+# ═══ Workshop: steps 3 and 4, tokenizers ═══════════════════════════════════════════════════════
 MAX_BPE_CHARS = 1_000_000      # learn merges from this many characters; more would hardly matter
 ALL_BYTES = {bytes([byte]) for byte in range(256)}
+TOKENIZERS = ("auto", "gpt2", "story", "word")
 
-def make_tokenizer(kind, train_text, val_text="", vocab_size=None, full_vocab=False):
-    """Make a tokenizer for a text. "auto" means "gpt2" if the text is short and GPT-2's encoding
-    suits it and loads within 10 seconds, otherwise "story". "word" and "story" learn from the
-    training text. "gpt2" is reduced to the tokens that both texts need, unless `full_vocab` is set.
-    Raises StoryError if "gpt2" is not available."""
-    Options(tokenizer=kind)         # raises StoryError if there is no such kind
-    by_size = settings_for_size(count_bytes(train_text) + count_bytes(val_text))
-    if vocab_size is None:
-        vocab_size = by_size.get("vocab_size", 2048)
+def check_is_text(text):
+    is_path = len(text) < 1000 and os.path.isfile(text)
+    check(not is_path, f"{text!r} is the path of a file, not a text: pass load_text({text!r})")
+
+def make_tokenizer(kind, train_text, val_text="", vocab_size=2048):
+    """Make a tokenizer for a text. "auto" means "gpt2" if GPT-2's encoding suits the text and loads
+    within 10 seconds, otherwise "story". "word" and "story" learn from the training text. "gpt2"
+    is reduced to the tokens that both texts need. Raises StoryError if "gpt2" is not available."""
+    check(kind in TOKENIZERS, f"tokenizer must be one of {', '.join(TOKENIZERS)}, not {kind!r}")
     if kind == "auto":
-        kind = by_size.get("tokenizer") or ("story" if reason_against_gpt2(train_text) else "gpt2")
+        kind = "story" if reason_against_gpt2(train_text) else "gpt2"
     if kind == "word":
         return WordTokenizer(build_vocabulary(train_text))
-    if kind == "story":
-        check(vocab_size >= 257, f"vocab_size must be at least 257 (the 256 bytes and "
-              f"{END_OF_TEXT}), not {vocab_size}")
-        return BPETokenizer(train_bpe_fast(train_text[:MAX_BPE_CHARS], vocab_size), kind)
-    return BPETokenizer(gpt2_tokens([] if full_vocab else [train_text, val_text]), kind)
+    if kind == "gpt2":
+        return BPETokenizer(gpt2_tokens([train_text, val_text]), kind)
+    check(vocab_size >= 257, f"vocab_size must be at least 257 (the 256 bytes and {END_OF_TEXT}), "
+          f"not {vocab_size}")
+    return BPETokenizer(train_bpe(train_text[:MAX_BPE_CHARS], vocab_size), kind)
 
 def restore_tokenizer(kind, tokens):
     """Return a checkpoint's tokenizer. Raises StoryError if its kind or its tokens are invalid."""
@@ -1565,35 +1686,6 @@ def restore_tokenizer(kind, tokens):
     check(kind in ("word", *SPLIT_PATTERNS) and required <= known and len(known) == len(tokens)
           and len({type(token) for token in tokens}) == 1, "its tokenizer is invalid")
     return WordTokenizer(tokens) if kind == "word" else BPETokenizer(tokens, kind)
-
-def train_bpe_fast(text, vocab_size):
-    """Return the same tokens as `train_bpe`, but faster: after a merge, pairs are counted again
-    only in the words that contain the merged pair."""
-    counts = Counter(STORY_SPLIT.findall(text))
-    words = [split_bytes(word) for word in counts]
-    word_counts = list(counts.values())
-    pair_counts = Counter()
-    words_with = defaultdict(set)       # {pair: indices of words that contain it, or once did}
-
-    def count_pairs(index, sign):
-        for pair in pairwise(words[index]):
-            pair_counts[pair] += sign * word_counts[index]
-            words_with[pair].add(index)
-
-    for index in range(len(words)):
-        count_pairs(index, +1)
-    tokens = sorted(ALL_BYTES)
-    while len(tokens) < vocab_size - 1:
-        best = most_frequent_pair(pair_counts)
-        if best is None:
-            break
-        tokens.append(best[0] + best[1])
-        for index in list(words_with.pop(best)):
-            count_pairs(index, -1)
-            words[index] = merge_pair(words[index], best)
-            count_pairs(index, +1)
-        del pair_counts[best]
-    return tokens
 
 @functools.cache        # try only once, because tiktoken holds a lock while it waits
 def load_gpt2_encoding(seconds=10):
@@ -1628,8 +1720,8 @@ def reason_against_gpt2(text):
 
 def gpt2_tokens(texts=()):
     """GPT-2's tokens in GPT-2's order: all of them, or those needed to split the given texts
-    exactly as GPT-2 does. These are the tokens that occur, the intermediate tokens that lead to
-    them, and all bytes. With them, these texts are merged exactly as with all tokens."""
+    exactly as GPT-2 does. These are the tokens that occur, the intermediate tokens from which they
+    are merged, such as "lo" for "low", and all bytes."""
     encoding = load_gpt2_encoding()
     check(not isinstance(encoding, str), f"GPT-2's encoding could not be loaded ({encoding}): "
           "connect to the internet once, or use --tokenizer story; the README explains how to copy "
@@ -1649,7 +1741,21 @@ def gpt2_tokens(texts=()):
             needed.add(best)
     return sorted(needed, key=ranks.get)
 
-# ═══ Workshop: other positions, fused attention ════════════════════════════════════════════════
+CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters except \t, \n
+
+def token_names(tokenizer, token_ids):
+    """Return the text of each token for display on one line. White space becomes visible, and a
+    part of a character is shown as its bytes."""
+    names = []
+    for token_id in token_ids:
+        name = tokenizer.decode([token_id])
+        if "\ufffd" in name and tokenizer.kind != "word":
+            name = f"<{tokenizer.tokens[token_id].hex()}>"
+        name = name.replace("\n", "⏎").replace(" ", "␣").replace("\t", "→")
+        names.append(CONTROL.sub("\ufffd", name))
+    return names
+
+# ═══ Workshop: step 6, other positions, fused attention ════════════════════════════════════════
 # Sinusoidal: the vector of a position is not learned but consists of sines and cosines of different
 # frequencies (Vaswani et al. 2017, section 3.5). Rotary: nothing is added to the tokens. Queries
 # and keys are rotated by angles that grow with the position, so that a score depends on the
@@ -1659,51 +1765,39 @@ def position_angles(n_positions, dim, device=None):
     exponents = torch.arange(0, dim, 2, device=device) / dim
     return torch.arange(n_positions, device=device)[:, None] * 10000.0 ** -exponents
 
-def make_fixed_positions(config):
+def fixed_positions(config):
     """A position embedding that is not trained: sines and cosines, or zeros if rotary is used."""
     angles = position_angles(config.context_length, config.emb_dim)
     scale = init_std(config) if config.position == "sinusoidal" else 0.0
     vectors = scale * torch.cat([angles.sin(), angles.cos()], dim=-1)
     return nn.Embedding.from_pretrained(vectors[:, :config.emb_dim], freeze=True)
 
-def rotate(queries, keys):
-    """Rotate keys (B, H, S, D) at positions 0 to S - 1, and queries (B, H, T, D) at the last T of
-    these positions."""
-    angles = position_angles(keys.shape[2], keys.shape[3], keys.device)
+def make_attention(config):
+    return RotaryAttention(config) if config.position == "rotary" else MultiHeadAttention(config)
 
-    def rotate_by(x, angles):
-        first, second = x.chunk(2, dim=-1)          # the pairs are (x[i], x[i + D / 2])
-        cos, sin = angles.cos(), angles.sin()
-        rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
-        return rotated.to(x.dtype)
+class RotaryAttention(MultiHeadAttention):
+    def average(self, queries, keys, values):
+        angles = position_angles(keys.shape[2], keys.shape[3], keys.device)
+        queries = rotate(queries, angles[-queries.shape[2]:])       # at the last T of S positions
+        return super().average(queries, rotate(keys, angles), values)
 
-    return rotate_by(queries, angles[-queries.shape[2]:]), rotate_by(keys, angles)
-
-def fused_is_faster(queries):
-    """Return whether to use torch's fused attention. On an NVIDIA GPU it saves time and memory. On
-    a CPU it is not used, because it is slower in bf16."""
-    return queries.is_cuda
+def rotate(x, angles):
+    """Rotate the pairs (x[i], x[i + D / 2]) of x (B, H, T, D) by angles (T, D / 2)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    rotated = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    return rotated.to(x.dtype)
 
 def fused_attention(queries, keys, values, dropout):
-    """The same as `attention_weights` with the causal mask, dropout and the sum of the values, in
-    one call. Where it needs no explicit mask, torch can use its fastest kernel (FlashAttention)."""
-    mask, is_causal = fused_mask(queries.shape[2], keys.shape[2], queries.device)
+    """The same as `MultiHeadAttention.average`, in one call that saves time and memory on a GPU. On
+    a CPU it is slower in bf16."""
+    T, S = queries.shape[2], keys.shape[2]
+    mask = ~causal_mask(T, S, queries.device) if 1 < T < S else None    # True: may attend
     drop_rate = dropout.p if dropout.training else 0.0
-    return F.scaled_dot_product_attention(queries, keys, values, mask, drop_rate, is_causal)
+    return F.scaled_dot_product_attention(queries, keys, values, mask, drop_rate,
+                                          is_causal=T > 1 and T == S)
 
-@functools.cache
-def fused_mask(T, S, device):
-    """Return torch's mask and its flag `is_causal`, derived from `causal_mask`, so that a change
-    there takes effect here too. (A change to `attention_weights` does not. If you make one, let
-    `fused_is_faster` return False.) In torch's masks, True means that attending is allowed."""
-    mask = causal_mask(T, S, device)
-    if not mask.any():
-        return None, False
-    if T == S and torch.equal(mask, torch.ones_like(mask).triu(1)):
-        return None, True
-    return ~mask, False
-
-# ═══ Workshop: device, precision, randomness ═══════════════════════════════════════════════════
+# ═══ Workshop: steps 6 to 13, device, precision, randomness ════════════════════════════════════
 def choose_device(name="auto"):
     """Return a torch.device: "cpu", "cuda", "cuda:1" or "mps"; "auto" is an NVIDIA or Apple GPU if
     there is one, else the CPU. Raises StoryError if there is no such device."""
@@ -1711,13 +1805,15 @@ def choose_device(name="auto"):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise StoryError(f"device must be auto, cpu, cuda, cuda:1 or mps, not {name!r}") from None
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.mps.device_count()}
-    check((device.index or 0) < counts.get(device.type, 0),
-          f"this machine has no {name} device: leave out --device, or use --device cpu")
+        device = torch.empty(1, device=name).device     # fails where there is no such device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        device = torch.device("meta")
+    check(device.type in ("cpu", "cuda", "mps"), f"this machine has no device {name!r}: leave out "
+          "--device, or use cpu, cuda, cuda:1 or mps")
     return device
+
+def device_of(model):
+    return model.tok_emb.weight.device
 
 def use_bf16(device, precision):
     """Return whether to compute matrix products in bfloat16, which has 8 significant bits instead
@@ -1726,8 +1822,7 @@ def use_bf16(device, precision):
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)       # since Ampere, 2020
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # older torch lacks it
     capabilities = get_capabilities() if device.type == "cpu" else {}
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -1735,280 +1830,83 @@ def use_bf16(device, precision):
 def mixed_precision(run):
     """Return a context in which the model computes in bf16 if use_bf16 says so. Its weights stay
     fp32."""
-    device = run.model.tok_emb.weight.device
+    device = device_of(run.model)
     enabled = use_bf16(device, run.train_config.precision)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 @contextlib.contextmanager
-def allow_tf32():
-    """Let GPUs compute fp32 matrix products in TF32 within the block. TF32 has 11 significant bits
-    instead of 24 and is several times as fast."""
-    settings = torch.backends.cuda.matmul
-    name, value = "allow_tf32", True
-    if hasattr(settings, "fp32_precision"):     # since torch 2.9, which refuses a mix of both
-        name, value = "fp32_precision", "tf32"
-    before = getattr(settings, name)
-    setattr(settings, name, value)
-    try:
+def seeded_rng(seed, device):
+    """Run the block with this random seed, then restore the random state of CPU and CUDA."""
+    n_gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    with torch.random.fork_rng(range(n_gpus)):
+        # torch.manual_seed would seed the GPUs of a process that uses the CPU only
+        seed_all = torch.default_generator if device.type == "cpu" else torch
+        seed_all.manual_seed(seed)
         yield
-    finally:
-        setattr(settings, name, before)
-
-class PackedLinear(nn.Module):
-    """A linear layer for inference, with its weights in the memory layout that oneDNN, torch's
-    library for CPUs, prefers for a single token."""
-    def __init__(self, linear):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-        self.bias = linear.bias
-
-    def _save_to_state_dict(self, *_):
-        raise RuntimeError("a model that was prepared for inference cannot be saved")
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-def prepare_inference(model, precision="fp32"):
-    """Change a model in place so that it generates faster. Do not train or save it afterwards. In
-    bf16, weights and activations are rounded, so it may write different tokens. On a CPU, the
-    linear layers are packed, unless the model is so small that this would make it slower."""
-    device = model.tok_emb.weight.device
-    in_bf16 = use_bf16(device, precision)
-    if in_bf16:
-        model.bfloat16()
-    ops = torch.ops.mkldnn      # private functions of torch, which another version may lack
-    packable = (device.type == "cpu" and torch.backends.mkldnn.is_available()
-                and hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-                and (not in_bf16 or ops._is_mkldnn_bf16_supported()))
-    if packable and count_parameters(model) > 4_000_000:
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child))
 
 @contextlib.contextmanager
-def seeded_rng(*names, device=torch.device("cpu")):
-    """Run the block with a seed derived from `names`, then restore the random state of the CPU and
-    of the device."""
-    seed = int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
-    on_mps = device.type == "mps"
-    state = torch.mps.get_rng_state() if on_mps else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):         # `manual_seed` seeds the current GPU
-                torch.cuda.manual_seed(seed)
-        if on_mps:
-            torch.mps.manual_seed(seed)
-        try:
+def training_mode(run):
+    """Dropout is on in this block. It depends only on the seed and the step, so that a resumed run
+    drops the same numbers as an uninterrupted one."""
+    rng = contextlib.nullcontext()
+    if run.config.drop_rate > 0:
+        seed = hash((run.train_config.seed, run.step))      # of integers: always the same
+        rng = seeded_rng(seed, device_of(run.model))
+    run.model.train()
+    try:
+        with rng:
             yield
-        finally:
-            if on_mps:
-                torch.mps.set_rng_state(state)
-
-def dropout_seed(run, *names):
-    """Return a context in which dropout depends only on the seed, the step and the names."""
-    device = run.model.tok_emb.weight.device
-    return seeded_rng("dropout", run.train_config.seed, run.step, *names, device=device)
+    finally:
+        run.model.eval()
 
 def new_model(config, seed=0):
-    """An untrained model; the same seed gives the same weights."""
-    with seeded_rng("weights", seed):
+    """An untrained model on the CPU; the same seed gives the same weights."""
+    with seeded_rng(seed, torch.device("cpu")):
         return GPTModel(config).eval()
 
-def on_cpu(model):
-    """The model itself if it is on the CPU, else a copy of it there."""
-    if model.tok_emb.weight.device.type == "cpu":
-        return model
-    copy = new_model(model.config)
-    copy.load_state_dict(model.state_dict())
-    return copy
+def restore_model(config, weights):
+    """A model on the CPU with these weights, {name: tensor}."""
+    model = new_model(config)
+    model.load_state_dict(weights)
+    return model
 
-# ═══ Workshop: runs ════════════════════════════════════════════════════════════════════════════
-@dataclass(repr=False)
-class Corpus:
-    """A text, split and encoded. `val_ids` is empty if there is no validation split."""
-    tokenizer: WordTokenizer | BPETokenizer
-    train_text: str
-    train_ids: torch.Tensor     # (N,)
-    val_ids: torch.Tensor       # (M,)
-    fingerprint: str            # identifies the text and where it was split
-    val_fraction: float
-    n_bytes: int = 0            # of the text in UTF-8; 0 if that is not known
-
-    def __repr__(self):
-        return (f"Corpus of {len(self.train_ids):,} tokens for training and {len(self.val_ids):,} "
-                f"for validation: {self.train_text[:60]!r}")
-
-    @functools.cached_property
-    def recall_tests(self):
-        return recall_tests(self.train_text)
-
-@dataclass
-class Evaluation:
-    """How good a run was at some step. What could not be measured is None."""
-    step: int
-    epoch: float
-    train_loss: float
-    val_loss: float | None
-    recall: float | None
-    prompt: str
-    sample: str                 # how the model continued the prompt
-
-@dataclass(repr=False)
-class Run:
-    """A model with everything that belongs to its training."""
-    model: GPTModel
-    tokenizer: WordTokenizer | BPETokenizer
-    train_config: TrainConfig
-    fingerprint: str            # of the corpus
-    steps_per_epoch: int
-    total_steps: int
-    prompt: str                 # the prompt of the samples
-    text_paths: list = field(default_factory=list)      # files of the text; []: Short_Story.txt
-    encoding: str = ""          # of these files; "": detected from their contents
-    beginnings: list = field(default_factory=list)      # the prompts of all recall tests
-    step: int = 0               # steps done
-    history: list = field(default_factory=list)         # of Evaluations
-    loss: float | None = None                           # of the last step
-    optimizer: torch.optim.Optimizer | None = None
-    saved_optimizer: dict | None = None                 # state of a loaded run's optimizer
-    best_weights: dict | None = None                    # see record_evaluation
-
-    @property
-    def config(self):
-        return self.model.config
-
-    def __repr__(self):
-        return (f"Run at step {self.step} of {self.total_steps}: {count_parameters(self.model):,} "
-                f"parameters, {self.tokenizer.kind} tokenizer")
-
-    def window(self, prompt):
-        """Return the token ids (1, T) of a prompt, cut to its last `context_length` tokens."""
-        return torch.tensor([encode_prompt(self.tokenizer, prompt)[-self.config.context_length:]])
-
-    def write(self, prompt, max_new_tokens=100, sentences=0, **sampling):
-        """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
-        return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
-                                              Sampling(**sampling), sentences))
-
-    def attention(self, prompt):
-        """Return a figure of the attention weights between the tokens of a prompt."""
-        window = self.window(prompt)
-        names = token_names(self.tokenizer, window[0].tolist())
-        return plot_attention(attention_maps(self.model, window), names)
-
-    def next(self, prompt, **sampling):
-        """Return a table of the ten most likely next tokens, with their probabilities before and
-        after settings such as temperature=0.8 change them."""
-        sampling = Sampling(**{"temperature": 1.0, **sampling})
-        with torch.no_grad():
-            logits = self.model(self.window(prompt))[0, -1].float().cpu()
-        softmax = logits.softmax(dim=-1)
-        sampled = next_token_probabilities(logits, sampling)
-        best = logits.topk(min(10, len(logits))).indices
-        lines = [f"{'next token':<16}{'logit':>7}{'softmax':>9}{'sampled':>9}   (temperature "
-                 f"{sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g})"]
-        for name, i in zip(token_names(self.tokenizer, best.tolist()), best):
-            bar = "".ljust(round(40 * sampled[i].item()), "█")
-            row = f"{name:<16}{logits[i]:>7.2f}{softmax[i]:>9.2%}{sampled[i]:>9.2%}   {bar}"
-            lines.append(row.rstrip())
-        return Table("\n".join(lines))
-
-class Table(str):
-    """A text of several lines, which a notebook or an interactive session shows as it is."""
-    __repr__ = str.__str__
-
-def corpus_from_text(text, tokenizer="auto", val_fraction=0.1, context_length=32, **options):
-    """Split and encode a text. `tokenizer` is a tokenizer, or the kind that `make_tokenizer` makes
-    with these options. If the validation split would not fill a window, the whole text is used for
-    training.
-
-    >>> corpus = corpus_from_text("They went upriver for nine days.", "word", 0.3, context_length=2)
-    >>> corpus.train_text, len(corpus.train_ids), len(corpus.val_ids)
-    ('They went upriver for', 5, 3)
-    """
-    TrainConfig(val_fraction=val_fraction)      # raises StoryError if it is out of range
-    train_text, val_text = split_text(text, val_fraction)
-    resolved = tokenizer
-    if isinstance(tokenizer, str):
-        resolved = make_tokenizer(tokenizer, train_text, val_text, **options)
-    train_ids = torch.tensor([*resolved.encode(train_text), resolved.end_of_text])
-    val_ids = torch.tensor(resolved.encode(val_text), dtype=torch.long)
-    if val_text and len(val_ids) <= context_length:
-        return corpus_from_text(text, tokenizer, 0.0, context_length, **options)
-    both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", errors="replace")
-    fingerprint = hashlib.sha256(both).hexdigest()
-    return Corpus(resolved, train_text, train_ids, val_ids, fingerprint, val_fraction,
-                  count_bytes(text))
-
-def count_bytes(text):
-    return len(text.encode("utf-8", errors="replace"))
-
-def settings_for_size(n_bytes):
-    """Return the settings, {name: value}, whose defaults do not suit a text of this size. With
-    these values, the model memorizes it in little time. They are fitted to measurements (see "By
-    the size of the text" in benchmarks/README.md): a longer text needs a wider model."""
-    if n_bytes < 60_000:
-        return {}
-    growth = n_bytes / 100_000
-    n_heads = min(max(round(4 * growth ** 0.3), 4), 12)
-    return {"tokenizer": "story", "vocab_size": 4096, "n_heads": n_heads, "emb_dim": 64 * n_heads,
-            "optimizer": "muon", "batch_size": 64, "epochs": round(10 * max(growth, 1) ** 0.12),
-            "learning_rate": round(0.005 / n_heads ** 0.5, 5)}
-
-# How long to train, so that a story is memorized: {optimizer: (epochs, minimum number of steps)}
-TRAINING_LENGTH = {"adamw": (20, 150), "muon": (10, 75)}
-EVALUATE_AT = (0.02, 0.05, 1)           # fractions of all steps, two of them early in training
+# ═══ Workshop: step 9, recall ══════════════════════════════════════════════════════════════════
 RECALL_SAMPLE = 25      # sentences that an evaluation tries
 
-def new_run(corpus, config=None, train_config=None, device="cpu"):
-    """Return a run with an untrained model. By default, its settings suit the size of the text. If
-    the text is too short for the context length, the context length is reduced. Raises StoryError
-    if the text is a single token."""
-    by_size = settings_for_size(corpus.n_bytes)
-    config = config or override_settings(GPTConfig(), by_size)
-    train_config = train_config or override_settings(TrainConfig(), by_size)
-    n_tokens = len(corpus.train_ids)
-    check(n_tokens >= 3, "a text of a single token is too short: give at least five words")
-    T = min(config.context_length, n_tokens - 1)
-    config = replace(config, context_length=T, vocab_size=corpus.tokenizer.vocab_size)
-    train_config = replace(train_config, val_fraction=corpus.val_fraction)
-    n_prompts = int(train_config.prompt_windows * train_config.batch_size)
-    n_windows = max(train_config.batch_size - n_prompts, 1)
-    steps_per_epoch = math.ceil(math.ceil((n_tokens - T) / T) / n_windows)
-    beginning = corpus.train_text or corpus.tokenizer.decode(corpus.train_ids[:100].tolist())
-    return Run(model=new_model(config, train_config.seed).to(choose_device(device)),
-               tokenizer=corpus.tokenizer, train_config=train_config,
-               fingerprint=corpus.fingerprint, steps_per_epoch=steps_per_epoch,
-               total_steps=count_steps(steps_per_epoch, train_config),
-               prompt=first_words(beginning),
-               beginnings=[prompt for prompt, _ in corpus.recall_tests])
+def recall_tests(text):
+    """Return [(prompt, continuation)] for every sentence of at least eight words, every line or
+    every passage. The prompt is its first five words. The continuation is what follows in the text,
+    at least 80 characters (fewer at the end of the text).
 
-def count_steps(steps_per_epoch, config):
-    """Return the total number of training steps."""
-    epochs, min_steps = TRAINING_LENGTH[config.optimizer]
-    enough = max(epochs * steps_per_epoch, min_steps)
-    steps = config.max_steps or config.epochs * steps_per_epoch or enough
-    check(steps < 1 << 22, f"{steps:,} training steps are too many: use a smaller --epochs or "
-          "--max-steps")
-    return steps
-
-def in_batches(stream, size, skip):
-    """Cut an endless stream into lists of `size` items, and skip the first `skip` lists."""
-    stream = islice(stream, size * skip, None)
-    while True:
-        yield list(islice(stream, size))
+    >>> recall_tests("They went upriver that same week, nine days by boat.")
+    [('They went upriver that same', ' week, nine days by boat.')]
+    """
+    kind, starts = find_units(text)
+    continuations = defaultdict(set)        # {the first five words: what follows them}
+    prompts = set()
+    for start, end in pairwise([*starts, len(text)]):
+        prompt = first_words(text, start)
+        continuation = whole_words(text, start + len(prompt), length=80)
+        continuations[prompt].add(continuation)
+        if continuation and (kind != "sentences" or len(find_words(text[start:end])) >= 8):
+            prompts.add(prompt)
+    return [(prompt, found.pop()) for prompt, found in continuations.items()
+            if len(found) == 1 and prompt in prompts]
 
 def greedy_predictions(model, token_ids):
     """Return the most likely token after every one of the token ids (N,), on the CPU."""
     T = min(model.config.context_length, len(token_ids))
     # Usually one window holds everything. Otherwise there are several, which start one token apart,
     # and in all but the first, only the last prediction is new.
-    windows = token_ids.unfold(0, T, 1)
+    windows = token_ids.unfold(0, T, 1).to(device_of(model))
     with torch.no_grad():
         predictions = model(windows).argmax(dim=-1).cpu()
     return torch.cat([predictions[0], predictions[1:, -1]])
+
+def share_recited(model, tokenizer, tests):
+    """Return the share of the tests that the model passes, from 0 to 1, or None without tests."""
+    hits = [recites(model, tokenizer, prompt, continuation) for prompt, continuation in tests]
+    return sum(hits) / len(hits) if hits else None
 
 def evenly_spaced(items, count):
     """Return at most `count` of the items."""
@@ -2017,45 +1915,212 @@ def evenly_spaced(items, count):
 def measure_recall(model, tokenizer, text, max_sentences=1000):
     """Return the recall of a model on a text, from 0 to 1, measured on at most `max_sentences`
     sentences. It is 0 if no sentence has at least eight words."""
-    return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences))
+    return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences)) or 0.0
 
-def start_optimizer(run):
-    """Create the optimizer of a run, and restore its saved state if the run was loaded."""
-    if run.optimizer is not None:
-        return
-    run.optimizer = make_optimizer(run.model, run.train_config)
-    saved, run.saved_optimizer = run.saved_optimizer, None
-    if saved is None:
-        return
-    mistake = "the optimizer state of the checkpoint does not fit its model: train again"
-    groups, saved_groups = run.optimizer.state_dict()["param_groups"], saved["param_groups"]
-    check([group["params"] for group in groups] == [group["params"] for group in saved_groups],
-          mistake)                      # a file of another version
-    # Load the averages, but not options such as betas.
-    run.optimizer.load_state_dict({**saved, "param_groups": groups})
-    for parameter, state in run.optimizer.state.items():            # a file may hold wrong shapes
-        for name, value in state.items():
-            check(value.shape == (() if name == "step" else parameter.shape), mistake)
+# ═══ Workshop: step 10, presets and runs ═══════════════════════════════════════════════════════
+PRESETS = ("story", "novel", "writer", "gpt2-small")
 
-def optimizer_state(run):
-    return run.saved_optimizer if run.optimizer is None else run.optimizer.state_dict()
+def count_bytes(text):
+    return len(text.encode("utf-8", errors="replace"))
+
+def default_preset(n_bytes):
+    """A text of up to 60 KB is a story, a longer one a novel."""
+    return "story" if n_bytes <= 60_000 else "novel"
+
+def preset_settings(name, n_bytes):
+    """Return the settings, {name: value}, in which a preset differs from the defaults. `story` is
+    the lesson's model. `novel` memorizes a longer text in little time: the longer it is, the wider
+    the model. `writer` writes new text in the manner of a text of 100 KB or more; the shorter it
+    is, the sooner it is overfitted, so the more weight decay. The formulas are fitted to
+    measurements (see benchmarks/README.md)."""
+    size = max(n_bytes / 100_000, 1)
+    n_heads = min(round(4 * size ** 0.3), 12)
+    return {
+        "story": {},
+        "novel": {"tokenizer": "story", "vocab_size": 4096, "emb_dim": 64 * n_heads,
+                  "n_heads": n_heads, "optimizer": "muon", "batch_size": 64,
+                  "epochs": round(10 * size ** 0.12),
+                  "learning_rate": round(0.02 / n_heads ** 0.5, 5)},
+        "writer": {"tokenizer": "story", "vocab_size": 2048, "context_length": 128, "emb_dim": 256,
+                   "n_layers": 4, "position": "rotary", "tie_weights": True, "optimizer": "muon",
+                   "learning_rate": 0.01, "weight_decay": round(5 / size ** 0.5, 2),
+                   "batch_size": 16, "epochs": 9, "prompt_windows": 0.0, "keep_best": True},
+        "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
+                       "qkv_bias": True, "tie_weights": True, "gelu": "tanh",
+                       "learning_rate": 6e-4}}[name]
+
+def new_run(corpus, config=None, train_config=None, device="cpu"):
+    """Return a run with an untrained model. If the text is too short for the context length, the
+    context length is reduced. Raises StoryError if the text is a single token, or if the corpus was
+    split in another way than `train_config` says."""
+    config, train_config = config or GPTConfig(), train_config or TrainConfig()
+    n_tokens = len(corpus.train_ids)
+    check(n_tokens >= 3, "a training split of a single token is too short: give at least five "
+          "words, or a smaller --val-fraction")
+    same_split = split_text(corpus.text, train_config)[0] == corpus.train_text
+    check(same_split, "the text was split with other settings: pass the same TrainConfig to "
+          "corpus_from_text and to new_run")
+    check(len(corpus.val_ids) > 1 or not train_config.keep_best, "--keep-best, which --preset "
+          "writer sets, needs a validation split: give a longer text or a larger --val-fraction")
+    T = min(config.context_length, n_tokens - 1)
+    config = replace(config, context_length=T, vocab_size=corpus.tokenizer.vocab_size)
+    n_prompts = int(train_config.prompt_windows * train_config.batch_size)
+    n_windows = max(train_config.batch_size - n_prompts, 1)
+    steps_per_epoch = math.ceil(math.ceil((n_tokens - T) / T) / n_windows)
+    beginning = corpus.train_text or corpus.tokenizer.decode(corpus.train_ids[:100].tolist())
+    return Run(model=new_model(config, train_config.seed).to(choose_device(device)),
+               tokenizer=corpus.tokenizer, train_config=train_config,
+               fingerprint=corpus.fingerprint, steps_per_epoch=steps_per_epoch,
+               total_steps=count_steps(steps_per_epoch, train_config),
+               prompt=first_words(beginning), beginnings=beginnings_of(corpus.train_text))
+
+def count_steps(steps_per_epoch, config):
+    """Return the total number of training steps."""
+    enough = max(20 * steps_per_epoch, 150)
+    return config.max_steps or config.epochs * steps_per_epoch or enough
+
+def beginnings_of(text):
+    """The first five words of every sentence, line or passage, each once. With them, the program
+    can tell whether a prompt begins like one, and extras/explore.py offers them as prompts."""
+    return list(dict.fromkeys(first_words(text, start) for start in find_units(text)[1]))
+
+def fingerprint(train_text, val_text):
+    both = f"{len(train_text)} {train_text}{val_text}".encode("utf-8", errors="replace")
+    return hashlib.sha256(both).hexdigest()
+
+# ─── Batches ───────────────────────────────────────────────────────────────────────────────────
+def window_starts(n_starts, T, seed):
+    """Yield where to start windows of T tokens, epoch after epoch, forever. A window may start at
+    any of `n_starts` positions, and an epoch uses every T-th of them. With 12 positions and T = 4,
+    an epoch has three windows, in random order. In the example, the offset is 2 in the first epoch
+    and 3 in the second. (A start beyond the last wraps around to the beginning.)
+
+    >>> list(islice(window_starts(n_starts=12, T=4, seed=3), 6))
+    [10, 2, 6, 7, 3, 11]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        offset = torch.randint(T, (), generator=generator)
+        pieces = torch.randperm(math.ceil(n_starts / T), generator=generator)      # shuffled
+        yield from ((pieces * T + offset) % n_starts).tolist()
+
+def shuffled(items, seed):
+    """Yield all items in random order, over and over, each time in a new order. (Sampling with
+    replacement would miss about a third of them in every pass.)"""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for index in torch.randperm(len(items), generator=generator).tolist():
+            yield items[index]
+
+def prompt_starts(text, n_prompts, seed):
+    """Yield the characters at which prompt windows start, `n_prompts` of them for every step."""
+    n_words = n_prompts // 5                                        # 3 of 16, rounded down
+    sentences = shuffled(find_units(text)[1], seed + 1)
+    words = shuffled(word_starts(text), seed + 2)
+    while True:
+        yield from islice(sentences, n_prompts - n_words)
+        yield from islice(words, n_words)
+
+IGNORE_INDEX = -100     # the target of padding; `batch_loss` ignores it
+
+def prompt_window(corpus, start, T):
+    """Return T + 1 token ids of the training text, starting at character `start`. Where the text
+    ends, `<|endoftext|>` follows, and then padding."""
+    # Hardly any token has more than 32 characters. If more tokens are found than are needed, those
+    # that are needed do not depend on where the text was cut.
+    for length in (32 * (T + 1), 1024 * (T + 1), len(corpus.train_text)):
+        token_ids = corpus.tokenizer.encode(corpus.train_text[start:start + length])
+        if len(token_ids) > T + 1:
+            return token_ids[:T + 1]
+    token_ids = [*token_ids, corpus.tokenizer.end_of_text][:T + 1]
+    return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
+
+def in_batches(stream, size, skip):
+    """Cut an endless stream into lists of `size` items, and skip the first `skip` lists."""
+    stream = islice(stream, size * skip, None)
+    while True:
+        yield list(islice(stream, size))
+
+def training_batches(run, corpus):
+    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
+    is the last step. A batch of our story model consists of 16 sliding windows and 16 prompt
+    windows. It depends on the text, the settings, the seed and the step, but not on earlier steps,
+    so a resumed run sees the same batches as an uninterrupted one."""
+    config, T, device = run.train_config, run.config.context_length, device_of(run.model)
+    n_prompts = int(config.prompt_windows * config.batch_size)
+    windows = SlidingWindowDataset(corpus.train_ids, T)     # stride 1: one for every start
+    starts = window_starts(len(windows), T, config.seed)
+    sliding = in_batches(starts, config.batch_size - n_prompts, skip=run.step)
+    starts = prompt_starts(corpus.train_text, n_prompts, config.seed)
+    prompts = in_batches(starts, n_prompts, skip=run.step)
+    while run.step < run.total_steps:
+        inputs, targets = windows[torch.tensor(next(sliding), dtype=torch.long)]
+        rows = [prompt_window(corpus, start, T) for start in next(prompts)]
+        rows = torch.tensor(rows, dtype=torch.long).reshape(-1, T + 1)      # even if it is empty
+        # As an input, padding can be any token. It comes last, so no real token attends to it.
+        inputs = torch.cat([inputs, rows[:, :-1].clamp(min=0)])
+        yield inputs.to(device), torch.cat([targets, rows[:, 1:]]).to(device)
+
+# ─── Evaluation, and the best weights ──────────────────────────────────────────────────────────
+# With keep_best, a run has two sets of weights, those of the lowest validation loss and those of
+# the last step. While it trains, the model has the last ones. In a file, and once the training has
+# ended, it has the best.
+def start_training(run, corpus):
+    """Make the optimizer, continue where the run stopped, and evaluate a run that has not begun."""
+    if run.last_weights is not None:        # go on from the last weights, not from the best
+        run.best_weights = copy_weights(run.model)
+        run.model.load_state_dict(run.last_weights)
+        run.last_weights = None
+    if run.optimizer is None:
+        run.optimizer = make_optimizer(run.model, run.train_config)
+        run.optimizer.n_steps = run.step
+        for name, saved in (run.averages or {}).items():
+            for average, value in zip(run.optimizer.averages[name], saved):
+                average.copy_(value)
+        run.averages = None
+    if run.step == 0:
+        run.history = []
+        record_evaluation(run, corpus)
 
 def evaluation_due(run):
     every = run.train_config.eval_every or max(45, run.total_steps // 20)
-    milestones = [round(share * run.total_steps) for share in EVALUATE_AT]
+    milestones = [round(share * run.total_steps) for share in (0.02, 0.05, 1)]
     return run.step % every == 0 or run.step in milestones
 
-def evaluate(run, corpus):
-    """Return the Evaluation of a run as it is now."""
-    with mixed_precision(run):
-        train_loss = mean_loss(run.model, corpus.train_ids)
-        val_loss = mean_loss(run.model, corpus.val_ids)
-    check_finite(run, train_loss)
-    tests = evenly_spaced(corpus.recall_tests, RECALL_SAMPLE)
-    recall = share_recited(run.model, run.tokenizer, tests) if tests else None
-    sample = "".join(generate_text(run.model, run.tokenizer, run.prompt, 24))
-    epoch = run.step / run.steps_per_epoch
-    return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
+def record_evaluation(run, corpus):
+    """Evaluate a run, and append the result to its history. With keep_best, keep a copy of the best
+    weights, and end the training if the validation loss has not fallen for a fifth of it."""
+    run.history.append(evaluate(run, corpus))
+    if not run.train_config.keep_best:
+        return
+    best = best_evaluation(run.history)
+    if best is run.history[-1]:
+        run.best_weights = copy_weights(run.model)
+    patience = (run.total_steps - run.first_step) / 5
+    if run.step - max(best.step, run.first_step) > patience:
+        run.total_steps = run.step
+    if run.step >= run.total_steps:
+        run.last_weights = copy_weights(run.model)
+        run.model.load_state_dict(run.best_weights)
+        run.best_weights = None
+
+def best_evaluation(history):
+    """Return the evaluation with the lowest validation loss, or None if it was never measured."""
+    measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
+    return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
+
+def copy_weights(model):
+    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+
+def weights_to_save(run):
+    """Return (the weights to generate with, those to resume with or None if they are the same)."""
+    weights = copy_weights(run.model)
+    return (run.best_weights, weights) if run.best_weights else (weights, run.last_weights)
+
+def step_of_weights(run):
+    """Return the step after which a saved model had its weights."""
+    best = best_evaluation(run.history)
+    return best.step if run.train_config.keep_best and best is not None else run.step
 
 def describe_loss(loss, token_ids, tokenizer):
     """Format a loss per token, with its perplexity and the loss in bits per character."""
@@ -2064,54 +2129,334 @@ def describe_loss(loss, token_ids, tokenizer):
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()      # or inf
     return f"{loss:.3f} (perplexity {perplexity:,.2f}; {bits:.3f} bits per character)"
 
-def best_evaluation(history):
-    """Return the evaluation with the lowest validation loss, or None if it was never measured."""
-    measured = [evaluation for evaluation in history if evaluation.val_loss is not None]
-    return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
+# ─── Muon ──────────────────────────────────────────────────────────────────────────────────────
+# The average gradient of a weight matrix usually has a few large singular values and many small
+# ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
+# that the matrix changes in many more directions. Our story then needs half as many steps, but each
+# takes about 30 % longer. Training is also stable at higher learning rates.
+class Muon(AdamW):
+    """AdamW's sibling: it updates the weight matrices of the blocks in its own way."""
+    def __init__(self, model, config):
+        super().__init__(model.named_parameters(), config.weight_decay)
+        self.bf16 = use_bf16(device_of(model), config.precision)
+        for name, p in self.parameters.items():
+            if name.startswith("trf_blocks.") and p.dim() == 2:
+                self.averages[name] = self.averages[name][:1]       # of the gradient alone
 
-def step_of_weights(run):
-    """Return the step after which the model had its present weights. With keep_best, a complete run
-    has those of the lowest validation loss."""
-    if run.train_config.keep_best and run.step >= run.total_steps:
-        return best_evaluation(run.history).step
-    return run.step
+    def update(self, p, averages, lr):
+        if len(averages) == 2:
+            super().update(p, averages, lr)
+            return
+        momentum = averages[0].lerp_(p.grad, 0.1)
+        direction = p.grad.lerp(momentum, 0.9)                      # Nesterov momentum
+        direction = newton_schulz(direction.bfloat16() if self.bf16 else direction)
+        scale = 0.2 * math.sqrt(max(p.shape))                       # as in Liu et al. 2025
+        p.mul_(1 - lr * self.weight_decay)
+        p.sub_(direction, alpha=lr * scale)
 
-def record_evaluation(run, corpus):
-    """Evaluate a run, and append the result to its history. With keep_best, keep the weights with
-    the lowest validation loss, and return to them at the end. Training ends early if this loss has
-    not fallen for a fifth of all steps."""
-    run.history.append(evaluate(run, corpus))
-    if not run.train_config.keep_best:
-        return
-    check(run.history[-1].val_loss is not None, "--keep-best, which --preset writer sets, "
-          "needs a validation split: give a longer text or a larger --val-fraction")
-    best = best_evaluation(run.history)
-    if best is run.history[-1]:
-        run.best_weights = {name: weight.detach().cpu().clone()
-                            for name, weight in run.model.state_dict().items()}
-    if run.step >= run.total_steps or run.step - best.step > run.total_steps / 5:
-        run.model.load_state_dict(run.best_weights)
-        run.total_steps = run.step
+def newton_schulz(X):
+    """Divide X by a bound on its singular values, and apply two polynomials, which turn a singular
+    value x into a x + b x^3 + c x^5. Values between 0.02 and 1 end up between 0.48 and 1.52. (The
+    coefficients are close to optimal. See Amsel et al. 2025.)
 
-def mean_loss(model, token_ids, max_windows=32):
-    """The mean loss over token ids (N,), or None if N < 2. At most `max_windows` windows are used,
-    evenly spaced. They do not overlap."""
-    if len(token_ids) < 2:
+    >>> newton_schulz(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]))
+    tensor([[0.5304, 0.0000, 0.0000],
+            [0.0000, 1.0832, 0.0000]])
+    """
+    if X.shape[0] > X.shape[1]:
+        return newton_schulz(X.mT).mT       # X X^T is smaller then
+    norm = (1.04 * (X @ X.mT).norm()).sqrt()
+    X = X / norm.clamp(min=1e-10)           # singular values below 1
+    for a, b, c in ((7.711, -22.114, 16.249), (3.215, -2.411, 0.501)):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    return X
+
+# ═══ Workshop: step 11, checkpoint files ═══════════════════════════════════════════════════════
+FORMAT = 7      # increase only if old files can no longer be read, not for a new setting
+PLAIN_FIELDS = {"fingerprint": str, "encoding": str, "prompt": str, "step": int, "total_steps": int,
+                "steps_per_epoch": int, "first_step": int, "text_paths": list, "beginnings": list}
+
+def optimizer_averages(run):
+    return run.averages if run.optimizer is None else run.optimizer.averages
+
+def write_checkpoint(path, contents):
+    """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
+    holds a partly written file, even after a power failure. Raises StoryError."""
+    path = check_file_path(path)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:        # on a full disk, torch raises RuntimeError
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise StoryError(f"{path} could not be written ({reason}): free some disk space, or "
+                         "choose another path") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()          # after a failure; else it has been renamed
+
+def read_checkpoint(path):
+    """Return the contents of a checkpoint, with its settings, tokenizer and history as objects. The
+    file may come from anywhere, so whatever is wrong with it becomes a StoryError."""
+    check(os.path.lexists(path), f"there is no model at {path}: train one or give another path")
+    check_file_path(path)
+    try:
+        with open(path, "rb") as file:
+            saved = load_plain(file)
+        restore_objects(saved)
+    except Exception as error:      # a damaged or hostile file can make torch raise anything
+        reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
+        raise StoryError(f"{path} is not a checkpoint that this version of story_llm can read "
+                         f"({reason}): train again, or give another path") from error
+    with torch.device("meta"):      # shapes without memory, because a file may claim any size
+        model = GPTModel(saved["config"])
+        averages = make_optimizer(model, saved["train_config"]).averages
+    weights = model.state_dict()
+    for name, expected in (("weights", weights), ("last_weights", weights), ("averages", averages)):
+        check(shapes(saved[name] or expected) == shapes(expected), f"{path} does not fit this "
+              f"version's model (the names or shapes of its {name} differ): use the version that "
+              "saved it, or train again")
+    return saved
+
+def load_plain(file):
+    """torch.load of a file that holds no code, no compressed data and no damaged entry."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        check(sum(entry.file_size for entry in entries) <= size, "it is compressed")
+        check(not any(entry.external_attr & 0x10 for entry in entries), "it contains a folder")
+        check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
+    file.seek(0)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    check(saved["format"] == FORMAT, f"its format is {reprlib.repr(saved['format'])}, of another "
+          f"version, and not {FORMAT}")
+    # Tensors that share their memory could claim more of it than the file has.
+    claimed = sum(4 * weight.numel() for weight in saved["weights"].values())
+    tied = 4 * saved["weights"]["out_head.weight"].numel()
+    check(claimed - tied <= size, "it is too small for its weights")
+    return saved
+
+def restore_objects(saved):
+    """Turn plain values into settings, a tokenizer and evaluations. Raises whatever their classes
+    raise, or StoryError."""
+    for name, kind in {**PLAIN_FIELDS, "test_loss": float}.items():
+        check(type(saved[name]) is kind, f"its {name} has the wrong type")
+        if kind is int:
+            check(0 <= saved[name] < 1 << 32, f"its {name} is out of range")
+        if kind is list:
+            check(all(type(string) is str for string in saved[name]), f"its {name} is no text")
+    check(saved["steps_per_epoch"] > 0, "its steps_per_epoch is 0")
+    saved["config"] = GPTConfig(**saved["config"])
+    saved["train_config"] = TrainConfig(**saved["train_config"])
+    saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
+    check(saved["tokenizer"].vocab_size == saved["config"].vocab_size, "its vocab_size is wrong")
+    check(saved["config"].n_layers <= len(saved["weights"]), "its weights are incomplete")
+    saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
+    for evaluation, f in itertools.product(saved["history"], fields(Evaluation)):
+        value = getattr(evaluation, f.name)
+        check(isinstance(value, f.type) and repr(value) not in ("nan", "inf", "-inf"),
+              f"its history has a wrong {f.name}")
+    tensors = [*saved["weights"].values(), *(saved["last_weights"] or {}).values()]
+    for averages in (saved["averages"] or {}).values():
+        tensors += averages
+    check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
+
+def is_plain(tensor):
+    """Return whether this is a dense, contiguous tensor of finite numbers in fp32, on the CPU."""
+    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided
+            and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            and tensor.device.type == "cpu" and bool(tensor.isfinite().all()))
+
+def shapes(tensors):
+    """{name: a list of shapes, because the optimizer has several tensors of one name}"""
+    return {name: [part.shape for part in ([entry] if torch.is_tensor(entry) else entry)]
+            for name, entry in tensors.items()}
+
+def check_test_loss(path, model, expected):
+    found = loss_on_test_window(model)
+    check(math.isclose(found, expected, rel_tol=1e-4), f"{path} comes from another version of this "
+          f"program: with the same weights, the loss on the test window was {expected:.4f} and is "
+          f"{found:.4f} now. Use the version that saved it, or train again")
+
+def loss_on_test_window(model):
+    """Return the loss on a window of fixed token ids. Raises StoryError if it is NaN or infinite,
+    so that such a model is neither saved nor loaded."""
+    T = min(model.config.context_length, 1024)
+    window = torch.arange(1 + T) % model.config.vocab_size
+    loss = mean_loss(model, window)
+    check(math.isfinite(loss), "the model computes NaN or infinite numbers: train again with a "
+          "smaller --learning-rate")
+    return loss
+
+def keep_finished_model(path):
+    """Before a new run first saves to `path`: copy what is there to NAME.old.pt, unless it is only
+    the beginning of a training. Return the name of the copy, or None."""
+    path = Path(os.path.realpath(path))
+    if not path.exists():
         return None
-    T = min(model.config.context_length, len(token_ids) - 1)
-    windows = SlidingWindowDataset(token_ids, T, stride=T)
-    count = min(len(windows), max_windows)
-    indices = torch.arange(count) * len(windows) // count
-    total = 0.0
-    with torch.no_grad():
-        for part in indices.split(max(1, 1024 // T)):        # in parts, to save memory
-            total += batch_loss(model, *windows[part]).item() * len(part)
-    return total / count
+    with contextlib.suppress(StoryError):
+        previous = load_checkpoint(path)
+        if previous.step < previous.total_steps:
+            return None
+    return shutil.copy2(path, path.with_name(f"{path.stem}.old{path.suffix}"))
 
-def check_finite(run, number):
-    check(math.isfinite(number), f"the loss or the gradient became {number} at step {run.step}, so "
-          "training stops; the last checkpoint is kept. Try a smaller --learning-rate, or "
-          "--precision fp32")
+def check_file_path(path, endings=()):
+    """Return the path with links resolved. Raises StoryError if something that is not a file is
+    there, or if its name does not have one of these endings."""
+    path = Path(os.path.realpath(path))
+    check(path.is_file() or not os.path.lexists(path),
+          f"{path} is a folder or a device: give the path of a file")
+    check(not endings or path.suffix.lower() in endings,
+          f"{path.name} must end in {', '.join(endings)}")
+    return path
+
+def check_writable(path, endings=()):
+    """Raise StoryError if a file cannot be written, before hours are spent on its contents."""
+    folder = check_file_path(path, endings).parent
+    check(os.access(folder, os.W_OK), f"{path} cannot be written: give a path in a folder that "
+          "exists and that you may write to")
+
+def temporary_path(path):
+    return Path(f"{path}.{os.getpid()}.tmp")
+
+# ═══ Workshop: step 12, pictures, and a look inside ════════════════════════════════════════════
+PICTURES = (".png", ".svg", ".pdf")
+
+def new_figure(**options):
+    """Return a matplotlib Figure that every notebook shows."""
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self):
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return NotebookFigure(layout="constrained", **options)
+
+def save_figure(figure, path):
+    """Save a figure if a path is given, and return the figure."""
+    if path is not None:
+        check_writable(path, PICTURES)
+        try:
+            figure.savefig(path, dpi=150)
+        except OSError as error:
+            raise StoryError(f"{path} could not be written ({error.strerror}): give another path"
+                             ) from None
+    return figure
+
+def mark_lowest(axes, best):
+    if best is not None:
+        axes.plot(best.epoch, best.val_loss, "*", color="black", markersize=11,
+                  label=f"lowest validation loss, {best.val_loss:.2f}")
+
+def module_outputs(model, modules, token_ids):
+    """Run token ids (B, T) through the model and return what each of the modules returned."""
+    outputs = {}
+
+    def keep_output(module, inputs, output):
+        outputs[module] = output
+
+    with torch.no_grad(), contextlib.ExitStack() as hooks:      # which removes them in the end
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(keep_output))
+        model(token_ids)
+    return [outputs[module] for module in modules]
+
+def ids_of_prompt(run, prompt):
+    """Return the token ids (1, T) of a prompt, cut to its last `context_length` tokens."""
+    return torch.tensor([encode_prompt(run.tokenizer, prompt)[-run.config.context_length:]])
+
+def attention_maps(model, token_ids):
+    """Return the attention weights of all blocks and heads for token ids (1, T): (blocks, H, T, T).
+    They are the output of the dropout module of each attention layer."""
+    model = copy.deepcopy(model).cpu()      # a GPU uses `fused_attention`, which has none
+    dropouts = [block.att.dropout for block in model.trf_blocks]
+    return torch.cat(module_outputs(model, dropouts, token_ids))
+
+def plot_attention(run, prompt, path=None):
+    """Draw the attention weights between the tokens of a prompt, for each block and head. Return
+    the figure."""
+    from matplotlib.colors import PowerNorm
+    token_ids = ids_of_prompt(run, prompt)
+    names = token_names(run.tokenizer, token_ids[0].tolist())
+    names, families, missing = label_fonts(names)
+    maps = attention_maps(run.model, token_ids)
+    layers, heads = maps.shape[:2]
+    side = max(1.6, min(len(names) * 0.16, 60 / max(layers, heads)))        # inches
+    figure = new_figure(figsize=(heads * side + 2, layers * side + 2))
+    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
+    for layer, head in itertools.product(range(layers), range(heads)):
+        axes = grid[layer, head]
+        shades = PowerNorm(0.5, vmin=0, vmax=1)         # with many tokens, most weights are small
+        image = axes.imshow(maps[layer, head].tolist(), norm=shades, cmap="Blues")
+        axes.set_title(f"block {layer + 1}, head {head + 1}", fontsize=9)
+        style = {"fontsize": 7, "family": families, "parse_math": False}
+        axes.set_xticks(range(len(names)), names, rotation=90, **style)
+        axes.set_yticks(range(len(names)), names, **style)
+    figure.suptitle("Attention weights")
+    figure.supylabel("this token ...", fontsize=9)
+    figure.supxlabel("... attends to this one", fontsize=9)
+    figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight (a row adds up to 1)")
+    figure.missing_characters = missing         # for the command line
+    return save_figure(figure, path)
+
+# matplotlib's own font lacks the letters of many scripts, such as Tamil, Hindi and Chinese. Given
+# several fonts, matplotlib draws each character in the first one that has it.
+def label_fonts(names):
+    """Return (the names to draw, the fonts to draw them in, the characters that no installed font
+    has: each is a box in the names, which otherwise matplotlib would draw, with a warning)."""
+    families, missing = fonts_for("".join(names))
+    boxes = dict.fromkeys(map(ord, missing), "□")
+    return [name.translate(boxes) for name in names], families, missing
+
+def fonts_for(text):
+    """Return (families, missing): matplotlib's font and those installed ones that have the other
+    characters of the text, and the characters that none of them has."""
+    from matplotlib import font_manager, rcParams
+    families = list(rcParams["font.family"])
+    default = font_manager.findfont(font_manager.FontProperties())
+    missing = not_in_font(default, set(text))
+    fonts = installed_fonts() if missing else {}        # which takes time
+    lacks = {name: not_in_font(path, missing) for name, path in fonts.items()}
+    for name in sorted(lacks, key=lambda name: ("Noto Sans" not in name, len(lacks[name]), name)):
+        if missing - lacks[name]:
+            families.append(name)
+            missing = missing & lacks[name]
+    return families, missing
+
+def installed_fonts():
+    """Return {name: path} of the upright fonts, if possible in their regular weight."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
+    for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
+        with contextlib.suppress(Exception):        # a broken file, or emojis in colour
+            fontManager.addfont(path)               # newer than matplotlib's list of fonts
+    regular_first = sorted(fontManager.ttflist, key=lambda font: font.weight != 400)
+    return {font.name: font.fname for font in reversed(regular_first)       # the first one stays
+            if font.style == font.stretch == "normal" and "LastResort" not in font.fname}
+
+def not_in_font(path, characters):
+    """Return the characters that the font in this file does not have."""
+    from matplotlib.ft2font import FT2Font
+    with contextlib.suppress(OSError, RuntimeError):        # a file that is broken or gone
+        font = FT2Font(path)
+        return {char for char in characters if not font.get_char_index(ord(char))}
+    return characters
+
+# ═══ Workshop: step 13, writing text ═══════════════════════════════════════════════════════════
+def seeded_generator(seed):
+    """Return a source of random numbers, on the CPU, so that they are the same on any device."""
+    generator = torch.Generator()
+    if seed == 0:
+        generator.seed()            # from the operating system
+        return generator
+    return generator.manual_seed(seed)
 
 def encode_prompt(tokenizer, prompt):
     """Return the token ids of a prompt without the spaces at its end, because in the story a space
@@ -2136,7 +2481,7 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
         superfluous = ""
         end, later = len(text), []
         if sentences:       # white space is held back, because it may separate two sentences
-            starts = [i for i in sentence_starts(text) if text[len(prompt):i].strip()]
+            starts = [i for i in find_units(text)[1] if text[len(prompt):i].strip()]
             later = starts[sentences - 1:]      # sentences that are no longer wanted
             end = len(text[:min(later, default=end)].rstrip())
         yield text[shown:end]
@@ -2145,422 +2490,139 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
             return
     yield text[shown:]
 
-# ═══ Workshop: the optimizer Muon ══════════════════════════════════════════════════════════════
-# The average gradient of a weight matrix usually has a few large singular values and many small
-# ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
-# that the matrix changes in many more directions. Our story then needs half as many steps, but each
-# takes about 30 % longer.
-class Muon(torch.optim.AdamW):
-    """AdamW, except that Muon updates the weight matrices of the blocks."""
-    def __init__(self, model, config):
-        super().__init__(make_optimizer(model, replace(config, optimizer="adamw")).param_groups)
-        self.matrices = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
-        self.bf16 = use_bf16(self.matrices[0].device, config.precision)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            group["lr"] *= 4            # with Muon, training is stable at higher learning rates
-        lr, weight_decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
-        for weight in self.matrices:
-            if weight.grad is None:     # as AdamW does
-                continue
-            if weight not in self.state:        # AdamW expects a step in every state
-                self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
-            momentum = self.state[weight]["momentum"].lerp_(weight.grad, 0.1)   # a moving average
-            update = weight.grad.lerp(momentum, 0.9)                            # Nesterov momentum
-            update = newton_schulz(update.bfloat16() if self.bf16 else update)
-            scale = 0.2 * math.sqrt(max(weight.shape))                  # as in Liu et al. 2025
-            weight.mul_(1 - lr * weight_decay).sub_(update, alpha=lr * scale)
-            weight.grad = None          # so AdamW leaves this weight alone
-        super().step()
-        for group in self.param_groups:
-            group["lr"] /= 4
-
-def newton_schulz(X):
-    """Divide X by a bound on its singular values, and apply two polynomials, which turn a singular
-    value x into a x + b x^3 + c x^5. Values between 0.02 and 1 end up between 0.48 and 1.52. (The
-    coefficients are close to optimal. See Amsel et al. 2025.)
-
-    >>> newton_schulz(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]))
-    tensor([[0.5304, 0.0000, 0.0000],
-            [0.0000, 1.0832, 0.0000]])
-    """
-    if X.shape[0] > X.shape[1]:
-        return newton_schulz(X.mT).mT       # X X^T is smaller then
-    X = X / (1.04 * (X @ X.mT).norm()).sqrt().clamp(min=1e-10)      # singular values below 1
-    for a, b, c in ((7.711, -22.114, 16.249), (3.215, -2.411, 0.501)):
-        gram = X @ X.mT
-        X = a * X + (b * gram + c * gram @ gram) @ X
-    return X
-
-# ═══ Workshop: checkpoint files ════════════════════════════════════════════════════════════════
-FORMAT = 6      # increase only if old files can no longer be read, not for a new setting
-PLAIN_FIELDS = {"fingerprint": str, "encoding": str, "prompt": str, "step": int, "total_steps": int,
-                "steps_per_epoch": int, "text_paths": list, "beginnings": list}
-ENTRIES = {**PLAIN_FIELDS, "config": dict, "train_config": dict, "tokenizer": dict,
-           "history": list, "weights": dict, "best_weights": dict | None,
-           "optimizer": dict | None, "test_loss": float}
-
-def atomic_save(path, contents):
-    """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
-    holds a partly written file. A symbolic link stays a link. Raises StoryError."""
-    path = Path(os.path.realpath(path))
-    temporary = temporary_path(path)
-    try:
-        torch.save(contents, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:        # on a full disk, torch raises RuntimeError
-        reason = getattr(error, "strerror", None) or "is the disk full?"
-        raise StoryError(f"{path} could not be written ({reason}): free some disk space, or "
-                         "choose another path") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()          # after a failure; else it has been renamed
-
-def read_checkpoint(path):
-    """Return the dictionary of a checkpoint, with its settings, tokenizer and history restored as
-    objects. Raises StoryError if the file is missing, damaged, or not compatible."""
-    try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            size = os.fstat(file.fileno()).st_size
-            entries = archive.infolist()
-            check(sum(entry.file_size for entry in entries) <= size, "it is compressed")
-            check(not any(entry.external_attr & 0x10 for entry in entries), "it contains a folder")
-            check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
-            file.seek(0)
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-        check(isinstance(saved, dict) and "format" in saved, "it has no format number")
-    except FileNotFoundError:
-        raise StoryError(f"there is no model at {path}: train one or give another path") from None
-    except OSError as error:
-        raise StoryError(f"{path} cannot be read ({error.strerror or error}): give another path"
-                         ) from None
-    except Exception as error:      # a damaged or hostile file can make torch raise anything
-        reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
-        raise StoryError(f"{path} is damaged or not a checkpoint of story_llm ({reason}): train "
-                         "again, or give another path") from None
-    check(saved["format"] == FORMAT, f"{path} was saved by another version of story_llm (format "
-          f"{reprlib.repr(saved['format'])}, here {FORMAT}): use that version, or train again")
-    try:
-        for name, kind in ENTRIES.items():
-            check(isinstance(saved[name], kind), f"its {name} has the wrong type")
-        saved["config"] = GPTConfig(**saved["config"])
-        saved["train_config"] = TrainConfig(**saved["train_config"])
-        saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
-        saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
-        weights, best_weights = saved["weights"], saved["best_weights"] or saved["weights"]
-        optimizer = saved["optimizer"] or {"state": {}, "param_groups": ()}
-        states = (weights, best_weights, *optimizer["state"].values())
-        tensors = itertools.chain(*(state.values() for state in states))
-        check(all("params" in group for group in optimizer["param_groups"]),
-              "its optimizer state is invalid")
-        check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
-        check(saved["step"] >= 0 and saved["steps_per_epoch"] > 0, "its step counts are wrong")
-        strings = [*saved["text_paths"], *saved["beginnings"]]
-        check(all(type(string) is str for string in strings), "one of its texts is not a string")
-    except (AttributeError, KeyError, TypeError, StoryError) as error:
-        raise StoryError(f"{path} is not compatible with this version of story_llm ({error}): use "
-                         "the version that saved it, or train again") from None
-    with torch.device("meta"):      # shapes without memory, because a file may claim any size
-        model = GPTModel(saved["config"])
-        model(torch.zeros(1, 1, dtype=torch.long))      # a bug in an edited model shows up here
-    shapes = [{name: weight.shape for name, weight in group.items()}
-              for group in (weights, best_weights, model.state_dict())]
-    check(shapes[0] == shapes[1] == shapes[2], f"{path} does not match this version's GPTModel "
-          "(names or shapes of weights differ): use the version that saved it, or train again")
-    check(4 * sum(weight.numel() for weight in model.parameters()) <= size
-          and saved["tokenizer"].vocab_size == saved["config"].vocab_size,
-          f"{path} is damaged (it is too small, or its tokenizer has the wrong vocabulary size): "
-          "train again")
-    return saved
-
-def is_plain(tensor):
-    """Return whether this is a dense, contiguous CPU tensor of finite numbers."""
-    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided
-            and tensor.is_contiguous() and tensor.device.type == "cpu"
-            and bool(tensor.isfinite().all()))
-
-def check_test_loss(path, model, expected):
-    found = loss_on_test_window(model)
-    check(math.isclose(found, expected, rel_tol=1e-4), f"{path} comes from another version of this "
-          f"program: with the same weights, the loss on the test window was {expected:.4f} and is "
-          f"{found:.4f} now. Use the version that saved it, or train again")
-
-def loss_on_test_window(model):
-    """Return the loss on a window of fixed token ids, on the CPU in fp32. Raises StoryError if it
-    is NaN or infinite, so that such a model is neither saved nor loaded."""
-    T = min(model.config.context_length, 256)
-    window = torch.arange(1 + T) % model.config.vocab_size
-    loss = mean_loss(on_cpu(model), window)
-    check(math.isfinite(loss), "the model computes NaN or infinite numbers: train again with a "
-          "smaller --learning-rate")
-    return loss
-
-def keep_previous_model(path, run):
-    """If there is a file at `path` that is not an earlier state of this run, rename it to
-    NAME.old.pt, .old2.pt, ... and return the new path. Otherwise return None."""
-    path = Path(os.path.realpath(path))
-    if not path.exists():
-        return None
-    with contextlib.suppress(StoryError):
-        previous = load_checkpoint(path)
-        same = ((previous.fingerprint, previous.config, previous.tokenizer.tokens)
-                == (run.fingerprint, run.config, run.tokenizer.tokens))
-        if same and previous.train_config == run.train_config and previous.step <= run.step:
-            return None
-    return path.replace(unused_path(path))
-
-def unused_path(path):
-    """Return the first of NAME.old.pt, NAME.old2.pt, ... that does not exist."""
-    for number in itertools.chain([""], itertools.count(2)):
-        unused = Path(path).with_name(f"{Path(path).stem}.old{number}{Path(path).suffix}")
-        if not unused.exists():
-            return unused
-
-def check_writable(path, endings=()):
-    """Fail early if a file cannot be written. Raises StoryError."""
-    path = Path(os.path.realpath(path))
-    check(not endings or path.suffix.lower() in endings,
-          f"{path.name} must end in {', '.join(endings)}")
-    check(os.path.isfile(path) or not os.path.lexists(path),
-          f"{path} is a folder or a device: give the path of a file")
-    try:
-        temporary_path(path).write_bytes(b"")
-        temporary_path(path).unlink()
-    except OSError as error:
-        raise StoryError(f"{path} cannot be written ({error.strerror}): give another path"
-                         ) from None
-
-def temporary_path(path):
-    return Path(f"{path}.{os.getpid()}.tmp")
-
-# ═══ Workshop: pictures, and a look inside ═════════════════════════════════════════════════════
-PICTURES = (".png", ".svg", ".pdf")
-
-def new_figure(**options):
-    """Return a matplotlib Figure that every notebook shows."""
-    from matplotlib.figure import Figure
-
-    class NotebookFigure(Figure):
-        def _repr_png_(self):
-            picture = io.BytesIO()
-            self.savefig(picture, format="png")
-            return picture.getvalue()
-
-    return NotebookFigure(**options)
-
-def save_figure(figure, path):
-    """Save a figure if a path is given, and return the figure."""
-    if path is not None:
-        check_writable(path, PICTURES)
-        try:
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise StoryError(f"{path} could not be written ({error.strerror}): give another path"
-                             ) from None
-    return figure
-
-def module_outputs(model, modules, token_ids):
-    """Run token ids (B, T) through the model and return what each of the modules returned."""
-    outputs = {}
-
-    def keep_output(module, inputs, output):
-        outputs[module] = output
-
-    with torch.no_grad(), contextlib.ExitStack() as hooks:      # which removes them in the end
-        for module in modules:
-            hooks.enter_context(module.register_forward_hook(keep_output))
-        model(token_ids)
-    return [outputs[module] for module in modules]
-
-def attention_maps(model, token_ids):
-    """Return the attention weights of all blocks and heads for token ids (1, T): (blocks, H, T, T).
-    They are the output of the dropout module of each attention layer."""
-    model = on_cpu(model)
-    dropouts = [block.att.dropout for block in model.trf_blocks]
-    return torch.cat(module_outputs(model, dropouts, token_ids))
-
-def plot_attention(maps, names, path=None):
-    """Draw attention maps of T tokens with these names; return the figure."""
-    from matplotlib.colors import PowerNorm
-    layers, heads = maps.shape[:2]
-    side = max(1.6, min(len(names) * 0.16, 60 / max(layers, heads)))        # inches
-    figure = new_figure(figsize=(heads * side + 2, layers * side + 2), layout="constrained")
-    grid = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-    for layer, head in itertools.product(range(layers), range(heads)):
-        axes = grid[layer, head]
-        shades = PowerNorm(0.5, vmin=0, vmax=1)         # with many tokens, most weights are small
-        image = axes.imshow(maps[layer, head].tolist(), norm=shades, cmap="Blues")
-        axes.set_title(f"block {layer + 1}, head {head + 1}", fontsize=9)
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
-        axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
-    figure.suptitle("Attention weights")
-    figure.supylabel("this token ...", fontsize=9)
-    figure.supxlabel("... attends to this one", fontsize=9)
-    figure.colorbar(image, ax=grid, shrink=0.6, label="attention weight (a row adds up to 1)")
-    return save_figure(figure, path)
+def prepare_inference(model, precision="fp32"):
+    """Return a model that generates faster, which can be neither trained nor saved. In bf16,
+    weights and activations are rounded, so it may write different tokens. On a CPU, the linear
+    layers of a large model get the memory layout of oneDNN, torch's library for CPUs, with which a
+    small model would be slower."""
+    if use_bf16(device_of(model), precision):
+        return model.bfloat16()
+    if device_of(model).type == "cpu" and count_parameters(model) > 4_000_000:
+        return torch.utils.mkldnn.to_mkldnn(model)
+    return model
 
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════
 # Each command has one function, which calls the functions of its step and prints what they return:
 # results on stdout, notes on stderr. A table at the end lists which command has which options.
-DEFAULT_TEXT = str(Path(__file__).with_name("Short_Story.txt"))
+DEFAULT_TEXT = str(Path(os.path.realpath(__file__)).with_name("Short_Story.txt"))
 DEFAULT_PROMPT = "Once Aadhan renounced his kingdom"
-CONTROL = regex.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")       # control characters except \t, \n
 
 def log(message="", file=None, end="\n"):
     file = file or sys.stdout
     message = CONTROL.sub("\ufffd", message) if file.isatty() else message
-    try:
-        print(message, end=end, file=file, flush=True)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise StoryError(f"the output cannot be written ({error.strerror})") from None
+    print(message, end=end, file=file, flush=True)
 
 def note(message):
-    log(message, file=sys.stderr)
+    log(f"note: {message}", file=sys.stderr)
 
 note_once = functools.cache(note)       # `tour` runs many commands
 
-def token_names(tokenizer, token_ids):
-    """Return the text of each token for display on one line. White space becomes visible, and a
-    part of a character is shown as its bytes."""
-    names = []
-    for token_id in token_ids:
-        name = tokenizer.decode([token_id])
-        if "\ufffd" in name and tokenizer.kind != "word":
-            name = f"<{tokenizer.tokens[token_id].hex()}>"
-        name = name.replace("\n", "⏎").replace(" ", "␣").replace("\t", "→")
-        names.append(CONTROL.sub("\ufffd", name))
-    return names
-
 def command_line(*words):
-    """Return a command of this program for the user to copy, quoted for the shell of this
-    system."""
+    """Return a command of this program for the user to copy."""
     own_name = Path(__file__).name
     program = sys.argv[0] if Path(sys.argv[0]).name == own_name else own_name
-    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return f"python {quote([program, *words])}"
+    return f"python {shlex.join([program, *words])}"
 
 def option_string(name):
     return "--" + name.replace("_", "-")
+
+def describe_options(settings):
+    """Return settings as they would be typed: {"n_heads": 4} as "--n-heads 4"."""
+    return " ".join(option_string(name) if value is True else f"{option_string(name)} {value}"
+                    for name, value in settings.items())
 
 def refuse_options(args, names, reason):
     """Raise StoryError if one of these options was given."""
     for name in names:
         check(name not in args.given, f"{option_string(name)} {reason}")
 
+# ─── From options to a corpus and a run ────────────────────────────────────────────────────────
+def settings_from_args(args, n_bytes):
+    """Return the settings of the preset and of the user, {name: value}; print what the preset
+    sets."""
+    by_size = args.preset == "auto"
+    preset = default_preset(n_bytes) if by_size else args.preset
+    chosen = preset_settings(preset, n_bytes)
+    settings = {**chosen, **args.given, "preset": preset}
+    if settings.get("tokenizer") != "story":
+        refuse_options(args, ["vocab_size"], "can only be used with --tokenizer story")
+        chosen.pop("vocab_size", None)
+    effective = {name: chosen[name] for name in chosen if name not in args.given}
+    if effective:
+        reason = f", because the text has {n_bytes // 1000:,} KB" if by_size else ""
+        note_once(f"preset {preset}{reason}: {describe_options(effective)}")
+    return settings
+
 def corpus_from_args(args):
-    """Return (the corpus, the settings that the preset and the user have chosen)."""
+    """Return (the corpus, the settings)."""
     text = load_text(args.text, args.encoding)
-    n_bytes = count_bytes(text)
-    preset = PRESETS[args.preset]
-    if args.preset == "auto":
-        preset = settings_for_size(n_bytes)
-        dependent = {"emb_dim": ["n_heads"], "optimizer": ["epochs", "learning_rate"]}
-        for option in dependent.keys() & args.given.keys():
-            for name in dependent[option]:          # it suits only the preset's value of the option
-                preset.pop(name, None)
-    if args.preset == "writer":         # a shorter text is overfitted sooner
-        weight_decay = 5 / math.sqrt(max(n_bytes / 100_000, 1))
-        preset = {**preset, "weight_decay": round(weight_decay, 2)}
-    settings = {**preset, **args.given}
+    settings = settings_from_args(args, count_bytes(text))
     kind = settings.get("tokenizer", "auto")
-    for option, required in (("vocab_size", "story"), ("full_vocab", "gpt2")):
-        if kind != required:
-            refuse_options(args, [option], f"can only be used with --tokenizer {required}")
-    corpus = corpus_from_text(text, kind, args.val_fraction,
-                              override_settings(GPTConfig(), settings).context_length,
-                              vocab_size=settings.get("vocab_size"), full_vocab=args.full_vocab)
+    corpus = corpus_from_text(text, kind, override_settings(TrainConfig(), settings),
+                              settings.get("vocab_size", 2048))
     if kind == "auto" and corpus.tokenizer.kind == "story":
-        reason = "the text is long"
-        if not settings_for_size(n_bytes):
-            reason = reason_against_gpt2(corpus.train_text)
-        note_once(f"note: {reason}, so merges are learned from the story (use --tokenizer story to "
-                  "silence this note)")
+        note_once(f"{reason_against_gpt2(corpus.train_text)}, so merges are learned from the story "
+                  "(--tokenizer story)")
     return corpus, settings
 
 def new_run_from_args(args):
-    """Return (a new run, its corpus). Print a note wherever the run differs from what was
-    requested."""
+    """Return (a new run, its corpus)."""
     corpus, settings = corpus_from_args(args)
-    chosen = [f"{option_string(name)} {value}" for name, value in settings.items()
-              if name not in args.given]
-    if args.preset == "auto" and chosen:
-        note_once(f"note: for a text of {corpus.n_bytes // 1000:,} KB, the defaults are "
-                  f"{' '.join(chosen)}")
     config = override_settings(GPTConfig(), settings)
-    train_config = override_settings(TrainConfig(), settings)
-    run = new_run(corpus, config, train_config, args.device)
-    if train_config.val_fraction > run.train_config.val_fraction:
-        note(f"note: {train_config.val_fraction:.0%} of the text would not fill a window of "
-             f"{config.context_length} tokens, so there is no validation split")
+    run = new_run(corpus, config, override_settings(TrainConfig(), settings), args.device)
     if config.context_length > run.config.context_length:
-        note(f"note: the text has only {len(corpus.train_ids)} tokens, so the context length is "
+        note(f"the text has only {len(corpus.train_ids)} tokens, so the context length is "
              f"{run.config.context_length}, not {config.context_length}")
     run.text_paths, run.encoding = list(args.given.get("text", ())), args.encoding
     run.prompt = args.given.get("prompt", run.prompt if run.text_paths else DEFAULT_PROMPT)
+    args.preset = settings["preset"]        # by name, for the log
     return run, corpus
 
 def load_run(args):
     """Return (the saved run, its corpus). The corpus is made from --text or, if that is not given,
-    from the files that the run was trained on."""
+    from the files that the run was trained on, which may have been named by somebody else."""
     run = load_checkpoint(args.model, args.device)
-    if "text" not in args.given:
-        args.text, args.encoding = run.text_paths or args.text, args.encoding or run.encoding
-        check("-" not in args.text, f"{args.model} was trained on standard input: give the text "
-              "again with --text")
-    return run, corpus_from_text(load_text(args.text, args.encoding), run.tokenizer,
-                                 run.train_config.val_fraction, context_length=0)
+    if "text" in args.given:
+        run.text_paths, run.encoding = list(args.text), ""
+    else:
+        for path in run.text_paths:
+            note(f"{args.model} was trained on {path}")
+            check(os.path.isfile(path), f"{path}, the text of {args.model}, is not there, or not "
+                  "a regular file: give the text with --text")
+    run.encoding = args.encoding or run.encoding
+    text = load_text(run.text_paths or DEFAULT_TEXT, run.encoding)
+    return run, corpus_from_text(text, run.tokenizer, run.train_config)
 
 def change_length(run, args):
     """Apply the options that decide how long a resumed run trains."""
-    if "epochs" in args.given:
+    if "epochs" in args.given:          # it takes the place of an earlier --max-steps
         run.train_config = replace(run.train_config, max_steps=0)
     run.train_config = override_settings(run.train_config, args.given)
-    if run.step < run.total_steps or "epochs" in args.given or "max_steps" in args.given:
+    if "epochs" in args.given or "max_steps" in args.given:
         run.total_steps = count_steps(run.steps_per_epoch, run.train_config)
+        run.first_step = run.step
 
-def run_to_train(args):
-    """Return (a run, its corpus), after making sure that the results can be written."""
-    import matplotlib       # noqa: F401; if it is missing, fail now and not after the training
-    check_writable(args.model)
-    check_writable(args.plot, PICTURES)
-    paths = [*set(args.text), args.model, args.plot]
-    check(len(set(map(os.path.realpath, paths))) == len(paths),
-          "--text, --model and --plot must be different files")
-    if not args.resume:
-        return new_run_from_args(args)
-    refuse_options(args, args.given.keys() - set(RESUME_OPTIONS),
+def run_to_resume(args):
+    refuse_options(args, sorted(args.given.keys() - set(RESUME_OPTIONS)),
                    "cannot be combined with --resume, because the checkpoint determines it")
     run, corpus = load_run(args)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was trained on a different text: "
           "give that text with --text, or train a new model without --resume")
-    run.text_paths, run.encoding = list(args.given.get("text", run.text_paths)), args.encoding
     change_length(run, args)
     return run, corpus
+
+def check_different(output, *others):
+    """Raise StoryError if one of the files to be written is also used for something else."""
+    for path in others:
+        check(os.path.realpath(path) != os.path.realpath(output), f"{output} cannot be used for two "
+              "things: give --text, --model and --plot different files")
 
 def load_or_create_run(args):
     if args.untrained:
         return new_run_from_args(args)[0]
     return load_checkpoint(args.model, args.device)
 
-def log_recall(run, corpus):
-    memorizes = not run.train_config.keep_best
-    tests = evenly_spaced(corpus.recall_tests, 1000 if memorizes else 200)
-    if not tests:
-        log("Recall: not measured, because no sentence of at least 8 words has a "
-            "unique beginning")
-        return None
-    recall = share_recited(run.model, run.tokenizer, tests)
-    sample = ""
-    if len(tests) < len(corpus.recall_tests):
-        sample = f" (sampled from {len(corpus.recall_tests):,})"
-    log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} sentences{sample} "
-        "continued word for word from their first five words")
-    return recall
-
+# ─── Steps 2 to 9 ──────────────────────────────────────────────────────────────────────────────
 def command_words(args):
     args.given["tokenizer"] = "word"
     command_bpe(args)
@@ -2598,7 +2660,7 @@ def command_model(args):
     for name, value in asdict(run.config).items():
         log(f"  {name:<15} {value}")
     log("\na batch of two windows on its way through the untrained model:")
-    batch = corpus.train_ids[:run.config.context_length].expand(2, -1)
+    batch = corpus.train_ids[:run.config.context_length].expand(2, -1).to(device_of(run.model))
     blocks = [f"trf_blocks.{i}" for i in range(run.config.n_layers)]
     names = ["tok_emb", "pos_emb", *blocks, "final_norm", "out_head"]
     modules = [run.model.get_submodule(name) for name in names]
@@ -2608,13 +2670,16 @@ def command_model(args):
     log(f"  {'total':<12}{count_parameters(run.model):>34,}")
 
 def command_evaluate(args):
-    run, corpus = new_run_from_args(args) if args.untrained else load_run(args)
-    run.train_config = override_settings(run.train_config, args.given)
-    trained = f"{args.model}, after {step_of_weights(run)} steps:"
-    log("an untrained model:" if args.untrained else trained)
+    if args.untrained:
+        run, corpus = new_run_from_args(args)
+        log("an untrained model:")
+    else:
+        run, corpus = load_run(args)
+        log(f"{args.model}, after {step_of_weights(run)} steps:")
+    run.train_config = override_settings(run.train_config, args.given)      # --precision
     if corpus.fingerprint != run.fingerprint:
-        note(f"note: {args.model} was not trained on {', '.join(args.text)}, but on a different "
-             "text")
+        note(f"{args.model} was not trained on {', '.join(run.text_paths or [DEFAULT_TEXT])}, but "
+             "on a different text")
     log_losses(run, corpus)
     V = run.config.vocab_size
     log(f"  {f'ln({V}), uniform guess':<27}{math.log(V):.3f}")
@@ -2630,111 +2695,103 @@ def log_losses(run, corpus):
         if loss is not None:
             log(f"  {name:<27}{describe_loss(loss, token_ids, run.tokenizer)}")
 
-@contextlib.contextmanager
-def collect_signals():
-    """Yield a list of signals. The first SIGINT (Ctrl-C), SIGTERM or SIGHUP in the block is only
-    appended to it, so that the caller can stop safely. A second raises KeyboardInterrupt."""
-    received, handlers = [], {}
+def log_recall(run, corpus):
+    """Print the recall, on at most 1,000 sentences, or 200 of a model that is not to memorize."""
+    tests = evenly_spaced(corpus.recall_tests, 200 if run.train_config.keep_best else 1000)
+    kind, _ = find_units(corpus.train_text)
+    recall = share_recited(run.model, run.tokenizer, tests)
+    if recall is None:
+        log(f"Recall: not measured, because none of the {kind} has at least 8 words and a "
+            "beginning of its own")
+        return
+    sample = ""
+    if len(tests) < len(corpus.recall_tests):
+        sample = f" (sampled from {len(corpus.recall_tests):,})"
+    log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} {kind}{sample} "
+        "continued word for word from their first five words")
 
-    def collect(number, frame):
+# ─── Training ──────────────────────────────────────────────────────────────────────────────────
+@contextlib.contextmanager
+def stop_requests():
+    """Yield a list that stays empty until the first SIGINT (Ctrl-C) or SIGTERM, so that the caller
+    can stop safely. A second one acts at once."""
+    received, before = [], {}
+
+    def remember(number, frame):
         received.append(number)
-        for number in handlers:
-            signal.signal(number, signal.default_int_handler)
+        signal.signal(number, before[number])
         with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step; press Ctrl-C again to "
-                     b"stop at once and lose what was learned since the last save\n")
+            os.write(sys.__stderr__.fileno(), b"\nstopping after this step (Ctrl-C again: at once, "
+                     b"which loses what was learned since the last save)\n")
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):        # SIGHUP: the terminal was closed
-            number = getattr(signal, name, None)            # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                handlers[number] = signal.signal(number, collect)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, remember)
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 class Progress:
     """Prints the progress of a run during training, and saves the run if a path is given."""
-    def __init__(self, run, path=None, resumed=False):
+    def __init__(self, run, path=None):
         self.path = path
-        self.written = file_signature(path) if resumed else None    # signature of this run's file
         self.shown = len(run.history)       # evaluations that have been printed before
         self.start = self.first_step = None
         self.next_save = self.next_line = 0.0
+        self.has_saved = False
 
-    def update(self, run, is_last):
-        """Print and save what is due after a step; `is_last` says whether it was the last step."""
+    def update(self, run):
+        """Print and save what is due after a step."""
         now = time.perf_counter()
-        evaluations = run.history[self.shown:]
-        self.shown = len(run.history)
-        speed = ""
         if self.start is None:      # start the clock only now, because the first step is slower
             self.start, self.first_step = now, run.step
-        else:
-            seconds = (now - self.start) / (run.step - self.first_step)     # for each step
-            left = round(seconds * (run.total_steps - run.step))
-            tokens = run.train_config.batch_size * run.config.context_length / seconds
-            speed = f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
-        if is_last or (evaluations and now > self.next_save):
-            self.save(run, is_last)
-        try:
-            for evaluation in evaluations:
-                log_evaluation(evaluation, speed)
-        except (BrokenPipeError, StoryError):       # nobody is reading any more: `train | head`
-            self.save(run, is_last=True)
-            raise
+        evaluations = run.history[self.shown:]
+        self.shown = len(run.history)
+        if evaluations and now > self.next_save and run.step < run.total_steps:
+            self.save(run)
+        for evaluation in evaluations:
+            log_evaluation(evaluation, self.speed(run, now))
         if sys.stderr.isatty() and not evaluations and now > self.next_line:
             self.next_line = now + 0.2
-            line = f"step {run.step} of {run.total_steps}{speed}"
+            line = f"step {run.step} of {run.total_steps}{self.speed(run, now)}"
             log(line.ljust(79), sys.stderr, end="\r")       # the next line overwrites it
 
-    def save(self, run, is_last):
-        """Save, and set the time of the next save so that saving takes at most 2 % of the time. If
-        a save fails during training, it is tried again after the next evaluation."""
+    def speed(self, run, now):
+        """Return the tokens per second and the time left, once the clock has started."""
+        steps = run.step - self.first_step
+        if steps == 0:
+            return ""
+        seconds = (now - self.start) / steps
+        left = round(seconds * (run.total_steps - run.step))
+        tokens = run.train_config.batch_size * run.config.context_length / seconds
+        return f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
+
+    def save(self, run):
+        """Save, and set the time of the next save so that saving takes at most 2 % of the time."""
         if self.path is None:
             return
         start = time.perf_counter()
-        signature = file_signature(self.path)
-        if None not in (signature, self.written) and signature != self.written:
-            other = unused_path(self.path)
-            save_checkpoint(other, run)
-            raise StoryError(f"another program has written to {self.path}, so this run stops, "
-                             f"and its model is saved as {other}: give each run its own "
-                             "--model")
-        if self.written is None:
-            kept = keep_previous_model(self.path, run)
+        if not self.has_saved:
+            kept = keep_finished_model(self.path)
             if kept:
-                note(f"note: the file at {self.path} was not an earlier state of this run, so "
-                     f"it is kept as {kept.name}")
-        try:
-            save_checkpoint(self.path, run)
-        except StoryError as error:
-            if is_last:
-                raise
-            note(f"note: {error}; training continues, and saving is tried again after the next "
-                 "evaluation")
-        self.written = file_signature(self.path)
+                note(f"the model that was at {self.path} is kept as {kept}")
+        save_checkpoint(self.path, run)
+        self.has_saved = True
         self.next_save = time.perf_counter() + 50 * (time.perf_counter() - start)
 
-def file_signature(path):
-    """Return values that change when another file replaces this one, or None if it is missing."""
-    with contextlib.suppress(OSError, TypeError):
-        status = os.stat(path)
-        return status.st_ino, status.st_size, status.st_mtime_ns
-    return None
-
-def train_with_progress(run, corpus, path=None, resumed=False):
-    """Train a run, print its evaluations, and save it to `path` if one is given. After Ctrl-C,
-    training stops at the end of the step, and calling this again continues it."""
-    progress = Progress(run, path, resumed)
-    with allow_tf32(), collect_signals() as received:
-        for _ in train(run, corpus):
-            stop = len(received) > 0        # read once, because it may change at any moment
-            progress.update(run, is_last=stop or run.step >= run.total_steps)
-            if stop:
+def train(run, corpus, path=None):
+    """Train a run to its last step, print its evaluations, and save it to `path` if one is given.
+    After Ctrl-C, training stops at the end of the step, and calling this again continues it."""
+    progress = Progress(run, path)
+    with stop_requests() as requests:
+        for _ in training_steps(run, corpus):
+            progress.update(run)
+            if requests:
                 break
+        progress.save(run)
 
 def log_evaluation(evaluation, speed=""):
     val_loss = "" if evaluation.val_loss is None else f", Val loss {evaluation.val_loss:.3f}"
@@ -2745,172 +2802,198 @@ def log_evaluation(evaluation, speed=""):
     log("    " + f"{evaluation.prompt} ...{evaluation.sample}".replace("\n", "\\n"))
 
 def command_train(args):
-    check(os.environ.get("WORLD_SIZE", "1") == "1", "torchrun starts several processes, and each "
-          "of them would train a model of its own: use extras/scale.py train")
-    run, corpus = run_to_train(args)
-    log(f"{run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
-        f"{count_parameters(run.model):,} parameters; {run.total_steps} steps; loss of a uniform "
-        f"guess {math.log(run.config.vocab_size):.3f}")
+    import matplotlib       # noqa: F401; if it is missing, fail now and not after the training
+    check_writable(args.model)
+    check_writable(args.plot, PICTURES)
+    check_different(args.model, args.plot, *args.text)
+    check_different(args.plot, *args.text)
+    run, corpus = run_to_resume(args) if args.resume else new_run_from_args(args)
+    device = device_of(run.model)
+    precision = "bf16" if use_bf16(device, run.train_config.precision) else "fp32"
+    start = f"resuming after step {run.step}" if args.resume else f"preset {args.preset}"
+    log(f"{start}; {run.tokenizer.kind} tokenizer, vocabulary {run.config.vocab_size:,}; "
+        f"{count_parameters(run.model):,} parameters; {run.total_steps} steps on {device} in "
+        f"{precision}; a uniform guess has a loss of {math.log(run.config.vocab_size):.3f}")
     if len(corpus.recall_tests) > RECALL_SAMPLE:
-        log(f"During training, recall is measured on at most {RECALL_SAMPLE} sentences.")
-    first_step = run.step
-    if first_step >= run.total_steps:
-        note(f"note: {args.model} has already been trained for {run.step} steps, so nothing is "
-             "left to do: set a larger --epochs or --max-steps")
-    train_with_progress(run, corpus, args.model, args.resume)
-    finish_training(args, run, corpus, first_step)
+        log(f"During training, recall is measured on at most {RECALL_SAMPLE} beginnings.")
+    if run.step < run.total_steps:
+        train(run, corpus, args.model)
+    else:
+        note(f"{args.model} has already been trained for {run.step} steps, so nothing is left to "
+             "do: set a larger --epochs or --max-steps")
+    return finish_training(args, run, corpus)
 
-def finish_training(args, run, corpus, first_step):
-    """If training is complete, print the losses and recall, draw the loss curves, and suggest the
-    next command. Otherwise print how to continue, and raise KeyboardInterrupt."""
+def finish_training(args, run, corpus):
+    """Print how to continue if training was interrupted, and return 130. Otherwise print the losses
+    and recall, draw the loss curves, and suggest the next command."""
     given = [f"{option_string(name)}={args.given[name]}" for name in ("model", "plot", "device")
              if name in args.given]
     if run.step < run.total_steps:
-        note(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
-             f"continue: {command_line('train', '--resume', *given)}")
-        raise KeyboardInterrupt
-    if run.train_config.keep_best:
+        log(f"stopped after step {run.step} of {run.total_steps} and saved {args.model}; to "
+            f"continue: {command_line('train', '--resume', *given)}", sys.stderr)
+        return 130
+    writes = run.train_config.keep_best
+    if writes:
         log(f"The weights are those of step {step_of_weights(run)}, which had the lowest "
             "validation loss.")
     log_losses(run, corpus)
-    recall = log_recall(run, corpus)
-    if recall is not None and recall < 0.95 and not run.train_config.keep_best:
-        log("To raise recall, train longer (--epochs) or use a larger model (--emb-dim)")
-    if run.step > first_step:
-        log(f"saved {args.model}")
+    log_recall(run, corpus)
     plot_losses(run.history, run.config.vocab_size, args.plot)
-    log(f"drew {args.plot}")
+    log(f"saved {args.model}, drew {args.plot}")
+    if len(corpus.val_ids) > 0 and not writes:
+        log(f"The last {run.train_config.val_fraction:.0%} of the text was kept for validation, so "
+            "the model has not learned it; with --val-fraction 0, it learns everything.")
+    if not writes:
+        log("It knows its text by heart; to write new text in the manner of a long one, train with "
+            "--preset writer.")
     model = ["--model", args.model] if "model" in args.given else []
+    sampling = ["--temperature", "0.8"] if writes else []
     prompt = run.prompt.replace("\n", "\\n")
-    log(f"Now let the model write: {command_line('generate', *model, '--prompt', prompt)}")
+    log("Now let the model write: "
+        + command_line("generate", *model, *sampling, "--prompt", prompt))
 
+# ─── Steps 12 and 13 ───────────────────────────────────────────────────────────────────────────
 def command_plot(args):
+    check_different(args.model, args.plot)
     run = load_checkpoint(args.model)
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"drew {args.plot}")
 
-def prompt_from_args(args, run):
-    """Return the user's prompt or the run's. Print a note if the model may not continue it."""
-    return check_prompt(args.given.get("prompt", run.prompt), run)
-
 def check_prompt(prompt, run):
+    """Return the prompt. Print a note if the model may not continue it as expected."""
     token_ids, T = encode_prompt(run.tokenizer, prompt), run.config.context_length
-    if run.tokenizer.kind == "word":
-        pieces = zip(split_words(prompt), token_ids)
-        unknown = [piece.strip() for piece, i in pieces if run.tokenizer.tokens[i] == UNKNOWN]
-        if unknown:
-            note(f"note: not in the vocabulary: {', '.join(unknown)}; the model sees {UNKNOWN} "
-                 "instead")
-    known = [beginning for beginning in run.beginnings
-             if beginning.startswith(prompt.rstrip()) or prompt.startswith(beginning)]
-    if run.beginnings and not known:
-        similar = {beginning[:len(prompt)]: beginning for beginning in run.beginnings}
-        close = difflib.get_close_matches(prompt, similar, n=1)
-        nearest = f" (the most similar one begins with {similar[close[0]]!r})" if close else ""
-        note(f"note: no sentence of the recall test begins like this prompt{nearest}, so the "
-             "continuation may not be in the story")
+    if run.tokenizer.kind == "word" and run.tokenizer.ids[UNKNOWN] in token_ids:
+        note(f"the model sees {run.tokenizer.decode(token_ids)}, because the story does not "
+             "contain all of these words")
     if len(token_ids) > T:
-        note(f"note: the prompt has {len(token_ids)} tokens, but the model sees only the last {T}")
+        note(f"the prompt has {len(token_ids)} tokens, but the model sees only the last {T}")
+    memorizes = run.step > 0 and run.beginnings and not run.train_config.keep_best
+    start = prompt.strip()
+    if memorizes and start != run.prompt and not any(
+            known.startswith(start) or start.startswith(known) for known in run.beginnings):
+        note("no sentence or line that the model was trained on begins with these words (it was "
+             f"not trained on the last {run.train_config.val_fraction:.0%} of the text)")
     return prompt
 
 def command_attention(args):
+    check_different(args.model, args.plot)
     run = load_checkpoint(args.model)
-    save_figure(run.attention(prompt_from_args(args, run)), args.plot)
+    figure = plot_attention(run, check_prompt(args.given.get("prompt", run.prompt), run), args.plot)
     log(f"drew {args.plot}")
+    missing = figure.missing_characters
+    if missing:
+        example = min(missing, key=lambda character: (not character.isalpha(), character))
+        note(f"no installed font has {len(missing)} of the characters, such as {example} "
+             f"({unicodedata.name(example, 'which has no name')}): install a Noto font that has "
+             "them, and draw the picture again")
 
 def command_next(args):
+    """Print the most likely next tokens, before and after sampling settings change them."""
     run = load_or_create_run(args)
-    sampling = asdict(override_settings(Sampling(temperature=1.0), args.given))
-    log(run.next(prompt_from_args(args, run), **sampling))
+    sampling = override_settings(Sampling(temperature=1.0), args.given)
+    prompt = check_prompt(args.given.get("prompt", run.prompt), run)
+    window = ids_of_prompt(run, prompt).to(device_of(run.model))
+    with torch.no_grad():
+        logits = run.model(window)[:, -1].float()
+    softmax = logits.softmax(dim=-1)[0]
+    sampled = next_token_probabilities(logits, sampling, window)[0]
+    best = logits[0].topk(min(10, logits.shape[1])).indices
+    settings = {name: value for name, value in asdict(sampling).items() if name != "seed"}
+    log(f"{'next token':<16}{'logit':>7}{'softmax':>9}{'sampled':>9}   "
+        f"({describe_options(settings)})")
+    for name, i in zip(token_names(run.tokenizer, best.tolist()), best):
+        bar = "█" * round(40 * sampled[i].item())
+        row = f"{name:<16}{logits[0, i]:>7.2f}{softmax[i]:>9.2%}{sampled[i]:>9.2%}   {bar}"
+        log(row.rstrip())
 
 def command_generate(args):
     sampling = override_settings(Sampling(), args.given)
     if sampling.temperature == 0:
-        names = [name for name in names_of(Sampling) if name != "temperature"]
+        draws = [f.name for f in fields(Sampling) if f.metadata.get("draws")]
         if args.untrained:
-            names.remove("seed")            # it also seeds the weights
-        refuse_options(args, names, "is for sampling: give a --temperature above 0 as well")
+            draws.remove("seed")            # it also seeds the weights
+        refuse_options(args, draws, "is for sampling: give a --temperature above 0 as well")
     run = load_or_create_run(args)
-    prepare_inference(run.model, args.precision)
-    if args.untrained and sampling.temperature == 0 and args.sentences == 0:       # step 8
-        idx = run.window(prompt_from_args(args, run))
-        longer = generate_text_simple(run.model, idx, args.max_new_tokens,
-                                      run.config.context_length)
-        log(run.prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
+    if args.untrained and sampling == override_settings(Sampling(), {"seed": sampling.seed}):
+        log_greedy(run, args)
         return
+    model = prepare_inference(run.model, args.precision)
     typed = "prompt" not in args.given and not args.untrained
     for prompt in typed_prompts() if typed else [args.given.get("prompt", run.prompt)]:
         check_prompt(prompt, run)
-        pieces = generate_text(run.model, run.tokenizer, prompt, args.max_new_tokens, sampling,
-                               args.sentences)
-        first = next(pieces, "")        # before the prompt is printed, because it may be refused
-        for piece in itertools.chain([prompt, first], pieces):
+        drawn = sampling
+        if sampling.temperature > 0 and sampling.seed == 0:
+            drawn = replace(sampling, seed=random.SystemRandom().randrange(1, 10_000))
+            note(f"sampled with --seed {drawn.seed}")
+        log(prompt, end="")
+        for piece in generate_text(model, run.tokenizer, prompt, args.max_new_tokens, drawn,
+                                   args.sentences):
             log(piece, end="")
         log()
+
+def log_greedy(run, args):
+    """Continue the prompt with `generate_text_simple`, as in step 8."""
+    prompt = args.given.get("prompt", run.prompt)
+    idx = ids_of_prompt(run, prompt).to(device_of(run.model))
+    longer = generate_text_simple(run.model, idx, args.max_new_tokens, run.config.context_length)
+    log(prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
 
 def typed_prompts():
     """Yield the lines that are typed, or that come through a pipe, if they are not empty."""
     lines = sys.stdin
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline     # noqa: F401; input() then has a history and the arrow keys
-        note("Type the first words of a sentence, then Enter. Ctrl-C ends the program.")
+        log("Type the first words of a sentence, then Enter. Ctrl-C ends the program.", sys.stderr)
         lines = iter(lambda: input("> "), None)
-    try:
+    with contextlib.suppress(EOFError):         # Ctrl-D
         for line in lines:
             if line.strip():
                 yield line.rstrip("\r\n").replace("\\n", "\n")
-    except EOFError:        # Ctrl-D
-        note("")
+
+TOUR = (    # (a command, what to look at)
+    ("words {text}", "Each word is a token. Words that the story does not contain are <|unk|>."),
+    ("bpe {text}", "Frequent words are one token, rare ones several, and nothing is unknown."),
+    ("windows {text}", "The target is the input, shifted by one."),
+    ("model {text}", "Most parameters are in the blocks, nearly all others in the vocabulary."),
+    ("generate --untrained {text}", "Noise, because the weights are random."),
+    ("evaluate --untrained {text}", "The loss is about ln(V), that of a uniform guess."),
+    ("train {text} {model}", "The training loss falls, the validation loss turns and rises."),
+    ("plot {model}", "Look at the picture: where does the validation loss turn?"),
+    ("attention {model}", "Look at the picture: to which token does each token attend?"),
+    ("next --temperature 2 {model}", "A temperature above 1 makes unlikely tokens likelier."))
 
 def command_tour(args):
-    folder = Path("story_llm_tour")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise StoryError(f"the folder {folder} cannot be created here ({error.strerror}): run the "
-                         "tour in another folder") from None
-    log(f"Running all steps in order. Their files are saved in the folder {folder}.")
-    for command in TOUR:
-        words = shlex.split(command)
-        _, meaning, options = COMMANDS[words[0]]
-        if "model" in options and "--untrained" not in words:
-            words += ["--model", str(folder / "story_llm.pt")]
-        log(f"\n\n═══ {meaning}\n\n$ {command_line(*words)}\n")
+    text = shlex.join(["--text", *args.text]) if "text" in args.given else ""
+    model = shlex.join(["--model", args.model]) if "model" in args.given else ""
+    for command, hint in TOUR:
+        words = shlex.split(command.format(text=text, model=model))
+        log(f"\n\n═══ {COMMANDS[words[0]][1]}\n{hint}\n\n$ {command_line(*words)}\n")
         status = main(words)
         if status != 0:
             return status
 
-TOUR = ("words", "bpe", "windows", "model", "generate --untrained", "evaluate --untrained", "train",
-        "plot", f'generate --prompt "{DEFAULT_PROMPT}"', "attention", "next --temperature 2")
-PRESETS = {     # {name: the settings that differ from the defaults}; "auto": settings_for_size
-    "auto": {}, "story": {},
-    "writer": {"tokenizer": "story", "vocab_size": 2048, "context_length": 128, "emb_dim": 256,
-               "n_layers": 4, "position": "rotary", "tie_weights": True, "optimizer": "muon",
-               "batch_size": 16, "epochs": 9, "prompt_windows": 0.0, "keep_best": True},
-    "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
-                   "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "learning_rate": 6e-4}}
-
+# ─── Options ───────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, kw_only=True)
 class Options(Settings):
     """The options that are not settings of a model, of training or of sampling."""
-    text: tuple = setting((DEFAULT_TEXT,), "the story: text files, folders of .txt files, or - for "
-                          "standard input (default: Short_Story.txt)")
-    encoding: str = setting("", "encoding of the text (default: detect UTF-8, UTF-16 or UTF-32)")
-    tokenizer: str = setting("auto", "auto: gpt2 for a short text, if it is available and "
-                             "suits the text, else story")
-    vocab_size: int = setting(2048, "vocabulary size of --tokenizer story (default: 2048, or more "
-                              "for a long text)")
-    full_vocab: bool = setting(False, "keep all 50,257 tokens of GPT-2")
-    preset: str = setting("auto", "settings to start from: auto to memorize a text of any size, "
-                          "story to memorize a short text, writer to write new text in the same "
-                          "style, gpt2-small for the smallest GPT-2; the defaults below are those "
-                          "for a text of less than 60 KB")
+    text: tuple = setting((DEFAULT_TEXT,), "the story: text files, or - for standard input "
+                          "(default: Short_Story.txt)")
+    encoding: str = setting("", "encoding of the text (default: UTF-8, or UTF-16 if the file is "
+                            "marked so)")
+    tokenizer: str = setting("auto", "auto: gpt2 if it is available and suits the text, else story",
+                             choices=TOKENIZERS)
+    vocab_size: int = setting(2048, "vocabulary size of --tokenizer story", minimum=257)
+    preset: str = setting("auto", "settings to start from: story to memorize a short text, novel a "
+                          "longer one, writer to write new text in the manner of a long one, "
+                          "gpt2-small for the shape of GPT-2, auto for story up to 60 KB and "
+                          "novel above (default: auto); the defaults below are those of story",
+                          choices=("auto", *PRESETS))
     model: str = setting("story_llm.pt", "the checkpoint file")
     untrained: bool = setting(False, "use a new, untrained model, built with the options below")
     resume: bool = setting(False, "continue the training of --model, with the settings saved in it")
     device: str = setting("auto", "cpu, cuda, mps (Apple), or auto: a GPU if there is one")
-    prompt: str = setting("", "the text that the model continues; \\n is a line break")
+    prompt: str = setting("", "the beginning of the text; \\n is a line break")
     max_new_tokens: int = setting(100, "maximum number of tokens to generate")
     sentences: int = setting(0, "stop after this many sentences, or after --max-new-tokens "
                              "(0: no limit)")
@@ -2919,21 +3002,23 @@ class Options(Settings):
                         "attention.png, preceded by the name of --model if that is given)")
 
 FIELDS, GROUPS = {}, {}     # {setting: its field}, {setting: where --help lists it}; later ones win
-for title, settings in (("sampling", Sampling), ("training", TrainConfig), ("the model", GPTConfig),
-                        ("options", Options)):
-    FIELDS.update({f.name: f for f in fields(settings)})
-    GROUPS.update(dict.fromkeys(names_of(settings), title))
+for _title, _class in (("sampling", Sampling), ("training", TrainConfig), ("the model", GPTConfig),
+                       ("options", Options)):
+    FIELDS.update({f.name: f for f in fields(_class)})
+    GROUPS.update(dict.fromkeys(names_of(_class), _title))
 GROUPS["seed"] = "options"
-# {(command, setting): the default of this command, where it is a different one}
-DEFAULTS = {("next", "temperature"): 1.0, ("generate", "precision"): "fp32"}
-TOKENIZER = ("text", "encoding", "tokenizer", "vocab_size", "full_vocab")
-NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed", *names_of(GPTConfig))
+# {(command, setting): (its default, what it means) with this command, where they differ}
+SPECIAL = {
+    ("next", "temperature"): (1.0, FIELDS["temperature"].metadata["meaning"]),
+    ("generate", "precision"): ("fp32", FIELDS["precision"].metadata["meaning"]),
+    ("generate", "seed"): (0, "random seed of sampling (0: another one each time)"),
+    ("generate", "prompt"): ("", "the text that the model continues; \\n is a line break (default: "
+                             "lines that are typed, or that come through a pipe)")}
+TOKENIZER = ("text", "encoding", "tokenizer", "vocab_size")
+NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed",
+             *(name for name in names_of(GPTConfig) if name != "vocab_size"))
 RESUME_OPTIONS = ("text", "encoding", "model", "resume", "epochs", "max_steps", "eval_every",
                   "device", "plot")
-
-def further_options(options):
-    """Return the options that a command has with --untrained."""
-    return NEW_MODEL if "untrained" in options else ()
 
 COMMANDS = {    # {name: (function, help, options)}
     "words": (command_words, "steps 2, 3: the text as words and as word ids",
@@ -2946,60 +3031,56 @@ COMMANDS = {    # {name: (function, help, options)}
     "evaluate": (command_evaluate, "step 9: losses and recall of a model",
                  ("text", "encoding", "model", "device", "precision", "untrained")),
     "train": (command_train, "steps 10, 11: train a model and save it",
-              ("text", "model", "epochs", "tokenizer", "resume", *NEW_MODEL, *names_of(TrainConfig),
-               "prompt", "plot", "device")),
+              ("text", "model", "epochs", "preset", "tokenizer", "resume", *NEW_MODEL,
+               *names_of(TrainConfig), "prompt", "plot", "device")),
     "plot": (command_plot, "step 12: draw the loss curves of a saved model", ("model", "plot")),
-    "generate": (command_generate, "steps 8, 13: continue a prompt",
+    "generate": (command_generate, "steps 8, 13: continue a prompt, or each line that is typed",
                  ("model", "prompt", "max_new_tokens", "sentences", *names_of(Sampling), "device",
                   "precision", "untrained")),
-    "attention": (command_attention, "draw which tokens each token attends to",
+    "attention": (command_attention, "step 6, trained: draw which tokens each token attends to",
                   ("model", "prompt", "plot")),
-    "next": (command_next, "show the most likely next tokens and how sampling changes them",
+    "next": (command_next, "step 13: the most likely next tokens, and how sampling changes them",
              ("model", "prompt", *(name for name in names_of(Sampling) if name != "seed"), "device",
               "untrained")),
-    "tour": (command_tour, "run all steps, one after the other", ())}
+    "tour": (command_tour, "all steps, one after the other", ("text", "model"))}
 
-def add_option(parser, name, default=None):
+def further_options(options):
+    """Return the options that a command has with --untrained."""
+    return NEW_MODEL if "untrained" in options else ()
+
+def option_of(name, command):
+    """Return (the default of an option, what it means) with a command."""
+    f = FIELDS[name]
+    return SPECIAL.get((command, name), (f.default, f.metadata["meaning"]))
+
+def add_option(parser, name, command=None):
     """Add a command-line option for a settings field, with its meaning and default in the help."""
     f = FIELDS[name]
-    kind = {"type": f.type, "metavar": "TEXT" if f.type is str else "N"}
-    if name in CHOICES:
-        kind = {"choices": CHOICES[name]}
+    default, meaning = option_of(name, command)
+    kind = {"type": f.type, "metavar": "FILE" if name in ("model", "plot") else "N"}
+    if "choices" in f.metadata:
+        kind = {"choices": f.metadata["choices"]}
     elif f.type is bool:
-        kind = {"action": "store_true"}
+        settings = GROUPS[name] != "options"        # which a preset may have switched on
+        kind = {"action": argparse.BooleanOptionalAction if settings else "store_true"}
     elif f.type is tuple:
         kind = {"nargs": "+", "action": "extend", "metavar": "FILE"}
-    text = f.metadata["meaning"]
-    default = f.default if default is None else default
-    if default != "" and default is not False and "(default" not in text:
-        text += f" (default: {default})"
+    elif f.type is str and name not in ("model", "plot"):
+        kind = {"type": str, "metavar": "TEXT"}
+    if default not in ("", False) and "(default" not in meaning:
+        meaning += f" (default: {default})"
     parser.add_argument(option_string(name), default=argparse.SUPPRESS,
-                        help=text.replace("%", "%%"), **kind)
+                        help=meaning.replace("%", "%%"), **kind)
 
 class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line."""
     def error(self, message):
         self.exit(2, f"error: {message} (python {self.prog} --help lists what is possible)\n")
 
-def suggestion(word, options):
-    """Return what the user may have meant by an unknown word of the command line."""
-    if word.startswith("-"):
-        possible = map(option_string, (*options, *further_options(options)))
-        close = difflib.get_close_matches(word.split("=")[0], possible, 1)
-    else:
-        names = [name for name in ("text", "prompt", "model") if name in options]
-        close = [f"{option_string(names[0])} {shlex.quote(word)}"] if names else []
-    return f"; did you mean {close[0]}?" if close else ""
-
-def parse(argv):
-    """Parse a command line into a namespace. `given` holds only the options that the user typed."""
-    argv = list(argv)
-    for i in range(len(argv) - 1, 0, -1):
-        if argv[i - 1] == "--prompt" and regex.match(r"-(?!-)", argv[i]):
-            argv[i - 1:i + 1] = ["--prompt=" + argv[i]]     # argparse would take it for an option
+def make_parser():
     parser = Parser(
         prog="story_llm.py", description="A language model that explains itself: read story_llm.py "
-        "from top to bottom. Most of its steps have a command.",
+        "from top to bottom. Each of its steps has a command:",
         epilog="`python story_llm.py COMMAND --help` lists the options of a command.")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, (_, meaning, options) in COMMANDS.items():
@@ -3010,31 +3091,28 @@ def parse(argv):
             title = GROUPS[option] if option in options else "only with --untrained"
             if title not in groups:
                 groups[title] = command.add_argument_group(title)
-            add_option(groups[title], option, DEFAULTS.get((name, option)))
-    parsed, unknown = parser.parse_known_args(argv)
-    given = vars(parsed)
+            add_option(groups[title], option, name)
+    return parser
+
+def parse(argv):
+    """Parse a command line into a namespace. `given` holds only the options that the user typed."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    if command is None and unknown:
-        parser.error(f"the first word must be a command, not {unknown[0]}")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     handler, _, options = COMMANDS[command]
-    if unknown:
-        subparsers.choices[command].error(f"{command} has no argument {unknown[0]}"
-                                          f"{suggestion(unknown[0], options)}")
-    if "text" in given:
-        given["text"] = tuple(given["text"])
     args = make_namespace(given, handler, command)
     override_settings(Options(), given)         # raises StoryError if an option is invalid
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
         model = Path(args.model)
         args.plot = str(model.parent / f"{model.stem}_{picture}") if "model" in given else picture
-    if not args.untrained:
-        refuse_options(args, given.keys() - set(options), "requires --untrained, because a saved "
-                       "model keeps the value that it was trained with")
-    else:
+    if args.untrained:
         refuse_options(args, ["model"], "cannot be combined with --untrained")
+    else:
+        refuse_options(args, sorted(given.keys() - set(options)), "requires --untrained, because a "
+                       "saved model keeps the value that it was trained with")
     return args
 
 def make_namespace(given, handler, command=None):
@@ -3042,7 +3120,7 @@ def make_namespace(given, handler, command=None):
     It also has `given` itself and the handler of the command."""
     if "prompt" in given:
         given["prompt"] = given["prompt"].replace("\\n", "\n")      # line breaks are hard to type
-    defaults = {name: DEFAULTS.get((command, name), f.default) for name, f in FIELDS.items()}
+    defaults = {name: option_of(name, command)[0] for name in FIELDS}
     return argparse.Namespace(**{**defaults, **given}, handler=handler, given=given)
 
 def main(argv=None):
@@ -3078,7 +3156,7 @@ def exit_status(work, *arguments):
         mistake = "there is not enough memory: use a smaller --batch-size or a smaller model"
     except StoryError as error:
         mistake = error
-    note(f"error: {mistake}")
+    log(f"error: {mistake}", sys.stderr)
     return 1
 
 def prepare_streams():
@@ -3090,11 +3168,7 @@ def prepare_streams():
             stream = getattr(sys, name)
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
 
-# torch's threads wait for each other by spinning. This is fast, but when another program needs the
-# processor, spinning threads hold up the ones that have work to do. GOMP_SPINCOUNT, set at the top
-# of this file, makes them sleep after 2,000 spins.
-
-def keep_memory():
+def keep_freed_memory():
     """Let glibc keep freed memory for the next step. Otherwise, allocating it again would take
     about a sixth of the training time."""
     with contextlib.suppress(OSError, AttributeError):      # not Linux, or another C library
@@ -3104,7 +3178,16 @@ def keep_memory():
             mallopt(-3, 32 << 20)   # as much as an older glibc allows
         mallopt(-1, -1)             # M_TRIM_THRESHOLD: the heap never shrinks
 
+# What `from story_llm import *` brings: what this file defines, and what its examples need.
+__all__ = ["math", "torch", "nn", "F", "islice"]
+__all__ += [name for name, value in list(globals().items())
+            if getattr(value, "__module__", None) == __name__]
+
+# The threads of torch on Linux (libgomp) wait for each other by spinning. This is fast, but when
+# another program needs the processor, spinning threads hold up the ones that have work to do.
+# GOMP_SPINCOUNT, set at the top of this file, makes them sleep after 2,000 spins.
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"        # a notebook's backend works only in the notebook
-    keep_memory()
+    torch.set_float32_matmul_precision("high")      # on a GPU, fp32 products in the faster TF32
+    keep_freed_memory()
     sys.exit(main())

@@ -46,14 +46,13 @@ def tiny(text=TEXT, tokenizer="word", **changed):
         "context_length": 12, "emb_dim": 32, "n_heads": 2, "n_layers": 1, "batch_size": 8, "epochs": 4,
         "eval_every": 5, "warmup_steps": 3, "precision": "fp32", **changed})
     config, train_config = story_llm.GPTConfig(**config), story_llm.TrainConfig(**train_config)
-    corpus = story_llm.corpus_from_text(text, tokenizer, train_config.val_fraction, config.context_length,
-                                        vocab_size=300)
+    corpus = story_llm.corpus_from_text(text, tokenizer, train_config, vocab_size=300)
     return story_llm.new_run(corpus, config, train_config), corpus
 
 
 def train_to(run, corpus, step=None):
     """Train a run to a step or, by default, to its end. Return the run."""
-    for _ in story_llm.train(run, corpus):
+    for _ in story_llm.training_steps(run, corpus):
         if run.step == step:
             break
     return run
