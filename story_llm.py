@@ -46,19 +46,20 @@ from torch import nn
 from torch.nn import functional as F
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
-# A language model predicts how a text continues. Given the beginning of a text, it computes for
-# each possible token the probability that this token comes next. (A token is a word or a piece of a
-# word.) To write, the program appends the most likely token, or one drawn at random according to
-# the probabilities, and repeats. Models that predict each token from the ones before it are called
-# autoregressive. ChatGPT is built around such a model. Ours is far smaller, and one story is all it
-# reads.
+# Cover the end of a sentence with your hand, and you can often guess the next word. A language
+# model does nothing else. It reads the beginning of a text, gives every token it knows (a token is
+# a word or a piece of one) a probability of coming next, and writes by appending the most likely
+# token and starting over. A model that predicts each token from those before it is called
+# autoregressive. ChatGPT is built around one. Ours is far smaller, and a single story is all that
+# it will ever read.
 #
-# Nobody tells the model any rules. It consists of 1.7 million numbers, its parameters, which are
-# random at first, so its predictions are noise. Then it is trained. It reads passages of the story,
-# predicts every next token, and compares its predictions with what really came next. All parameters
-# are then moved a little in the direction that makes the right tokens more probable. That is one
-# training step. After 180 of them, some ten seconds on a laptop, the model has memorized the text.
-# Give it the first five words of a sentence that it was trained on, and it continues word for word.
+# Nobody tells the model any rules. It consists of 1.7 million numbers, its parameters, and because
+# nearly all of them start out random, its first predictions are noise. Training changes that, one
+# step at a time: the model reads passages of the story, predicts the next token at every position,
+# and compares its predictions with what really came next; then every parameter is nudged in the
+# direction that makes the right tokens more probable. After 180 such steps, some ten seconds to a
+# minute on a laptop, it knows what it read by heart. Give it the first five words of a sentence,
+# and it recites the rest.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -66,16 +67,17 @@ from torch.nn import functional as F
 #      9-10   measure how wrong the predictions are, and train the model to make them better
 #     11-13   save the model, look at how it learned, and let it continue the story
 #
-# Three packages are needed, and `pip install -r requirements.txt` installs them: torch does the
-# arithmetic, tiktoken applies byte-pair encodings (step 4), and matplotlib draws plots (step 12).
+# Three packages do the rest, and `pip install -r requirements.txt` installs them: torch for the
+# arithmetic, tiktoken for byte-pair encodings, matplotlib for pictures. To see it all run first:
 #
-#     $ python story_llm.py tour      runs every step in order, and says what to look at
+#     $ python story_llm.py tour
 
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
-# A file is a sequence of bytes, which are numbers from 0 to 255. An encoding says which characters
-# they stand for. The usual one is UTF-8. It stores an English letter in one byte, an é in two, and
-# a Tamil or Chinese character in three. Line endings differ between operating systems, so all of
-# them are converted to "\n".
+# A model computes with numbers, and a story has none. But the file does: it is a sequence of bytes,
+# numbers from 0 to 255, and an encoding says which characters they stand for. In the usual one,
+# UTF-8, an English letter takes one byte, an é two, and a Tamil or Chinese character three. The
+# ends of lines are stored in three different ways, depending on the system, so we make all of them
+# "\n".
 def load_text(paths, encoding=""):
     """Return the text of a file, or of several files one after the other; "-" is standard input.
     They are read as UTF-8, or as UTF-16 if they begin with its mark, or in the encoding that is
@@ -88,10 +90,10 @@ def load_text(paths, encoding=""):
     check(text.strip(), "the text is empty: give at least five words")
     return text
 
-# The model will be trained on the first nine tenths of the story, the training split. The rest is
-# the validation split, which it never trains on. By comparing how well it predicts the two, we
-# shall see whether it has learned something that carries over to unseen text. (A few words would
-# tell us nothing, so a short text is used for training as a whole.)
+# How shall we know, later, whether the model has understood anything or has only memorized? By
+# keeping something from it. It will be trained on the first nine tenths of the story, the training
+# split; the rest, the validation split, it never sees until we test it. A few words would tell us
+# nothing, which is why a short text is used for training as a whole.
 def split_text(text, config):
     """Split a text at a space into the training split and the validation split that follows it.
     `config` is a TrainConfig (step 10), whose `val_fraction` is the share kept for validation. A
@@ -112,14 +114,13 @@ def split_text(text, config):
         cut = space
     return text[:cut], text[cut:]
 
-# The simplest way to turn a text into numbers is to split it into words and punctuation marks, to
-# list all the different ones, and to use each one's position in the list as its number. The list is
-# called the vocabulary.
+# Now for the numbers. The simplest way is to split the text into words and punctuation marks, list
+# all the different ones, and use the place of each in this list, the vocabulary, as its number.
 #
-# A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do. It
-# matches a word, a punctuation mark, or white space. (WORD_OR_MARK in the workshop does much the
-# same for every script.) The space before a word is kept as a part of that word, so that nothing is
-# lost: joining the pieces gives back the text.
+# A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do: a word,
+# a punctuation mark, or white space. Our WORD_OR_MARK, in the workshop, does the same for every
+# script. Note the " ?" at its beginning. It keeps the space before a word as a part of the word, so
+# that nothing is lost: joined together, the pieces are the text again.
 def split_words(text):
     """Split a text into words, punctuation marks and white space. A single space is kept with the
     piece that follows it.
@@ -140,22 +141,16 @@ def build_vocabulary(text):
     """
     return sorted(set(split_words(text))) + [END_OF_TEXT, UNKNOWN]
 
-# The command `words` shows what has been built so far, and what step 3 makes of it:
-#
-#     $ python story_llm.py words
-#     ...
-#       text:    Once Aadhan renounced his kingdom
-#       tokens:  [Once][␣Aadhan][␣renounced][␣his][␣kingdom]
-
 # ═══ Step 3: a simple tokenizer ════════════════════════════════════════════════════════════════
-# A tokenizer converts in both directions. `encode` turns a text into token ids, which are positions
-# in the vocabulary, and `decode` turns token ids back into text.
+# A tokenizer translates in both directions: `encode` turns a text into token ids, which are places
+# in the vocabulary, and `decode` turns token ids back into a text. But what becomes of a word that
+# the vocabulary does not have?
 #
-# What happens to a word that is not in the vocabulary? It becomes the special token `<|unk|>`, for
-# "unknown". The text can be processed, but the word is lost. Worse, the model never reads this
-# token in training, where every word is known. So the model never learns what the token stands for.
-# The other special token, `<|endoftext|>`, follows the last word of the training text. So the model
-# learns where this text ends, and generation stops when it predicts this token.
+# It becomes `<|unk|>`, a special token that stands for anything unknown. The text can then be
+# processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
+# known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
+# fares better: we put it after the last word of the training text, and generation ends when the
+# model predicts it.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -191,25 +186,26 @@ class WordTokenizer:
     def decode_bytes(self, token_ids):      # for generate_text (workshop)
         return self.decode(token_ids).encode(errors="replace")
 
+#     $ python story_llm.py words
+#     ...
+#       text:    Thamarai bought a laptop <|endoftext|>
+#       tokens:  [Thamarai][<|unk|>][␣a][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>]
+#
+# The story knows Thamarai, but nobody in it ever bought anything, least of all a laptop. A single
+# new sentence, and two thirds of it are gone.
+
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
-# Words make poor tokens. A language has hundreds of thousands of them. To the model, "king",
-# "kings" and "kingdom" are as different as any three words, and every new word is `<|unk|>`.
-# Characters are no better. Every word can be spelled with them, but the text becomes long and each
-# token says little.
+# So words make poor tokens. A language has hundreds of thousands of them, "king", "kings" and
+# "kingdom" are as different to the model as any three words, and whatever is new is lost.
+# Characters are no better: although they can spell every word, they make the text long, and each
+# says little.
 #
 # Byte-pair encoding lies in between. It begins with the 256 possible bytes as tokens, so no text is
-# unknown to it. Then it finds the pair of neighbouring tokens that occurs most often in some
-# training text, and merges them into a new token. It repeats this until the vocabulary has the size
-# we want. Frequent words end up as one token, rare words as several. The method comes from data
-# compression (Gage 1994), and Sennrich et al. (2016) brought it to machine translation. Language
-# models adopted it from there.
-#
-# By default we do not learn merges from the story. We follow the design of GPT-2, OpenAI's model of
-# 2019 (Radford et al.), and use its 50,000 merges, which tiktoken provides. They were learned from
-# a large amount of English text from the web. If tiktoken cannot download them because there is no
-# network connection, the program learns merges from the story. It also does so for a text in a
-# language that GPT-2's merges do not suit, and with `--tokenizer story`.
-# This is how merges are found in three words, with _ for the space:
+# unknown to it. Then it looks for the pair of neighbouring tokens that occurs most often in some
+# training text, merges it into a new token, and repeats this until the vocabulary is as large as we
+# want. Frequent words end up as one token, rare ones as several. The idea comes from data
+# compression (Gage 1994), found its way into machine translation (Sennrich et al. 2016), and from
+# there into nearly every language model. Here it is at work on three words, with _ for the space:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -217,10 +213,10 @@ class WordTokenizer:
 #     low     _ low e r     _ low l y       merge _ + low, 2 times
 #     low     _low e r      _low l y        every remaining pair occurs only once, so we stop
 #
-# Merges never cross a word boundary. The text is first split much as in step 2 (by STORY_SPLIT in
-# the workshop), and pairs are counted within each word. A merge changes only the words that contain
-# the pair, so only their pairs are counted anew. Counting all of them again after every merge would
-# give the same tokens, but take minutes for a novel.
+# Merges never cross a word boundary: the text is first split much as in step 2, and pairs are
+# counted within each word. A merge changes only the words that contain the pair, which is why the
+# function below counts only their pairs anew. To count all of them again after every merge would
+# give the same tokens and take minutes for a novel.
 def train_bpe(text, vocab_size):
     """Learn byte-pair tokens from a text. Return at most `vocab_size - 1` of them as byte strings,
     the 256 bytes first, then the merged tokens in the order of merging. (The remaining id is for
@@ -279,9 +275,9 @@ def merge_pair(word, pair):
             merged.append(token)
     return tuple(merged)
 
-# To encode a text, the merges are applied again in the same order. tiktoken, OpenAI's library, does
-# this fast. We give it the rank of every token, which is its place in the order of merging. Within
-# a word, tiktoken always merges the pair whose merged token has the lowest rank.
+# To encode a text, the merges are applied again in the order in which they were learned. tiktoken,
+# OpenAI's library, does this fast. All it needs is the rank of every token, its place in that
+# order: within a word, it always merges the pair whose result has the lowest rank.
 class BPETokenizer:
     """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. The id
     of a token is its index in this list, which is also its rank. `kind`, "gpt2" or "story", says
@@ -318,18 +314,21 @@ class BPETokenizer:
     def decode(self, token_ids):        # bytes that form no character become a �
         return self.decode_bytes(token_ids).decode(errors="replace")
 
-# Our story needs only a few of GPT-2's tokens. `make_tokenizer` in the workshop keeps those that
-# occur in it, and the intermediate ones that lead to them, as "lo" leads to "low". With the 256
-# bytes and `<|endoftext|>`, that makes 2,079 of 50,257. Our tokenizer still splits the story
-# exactly as GPT-2 does. (A word that the story does not contain may be split into smaller tokens.)
-# We leave tokens out because every one of them makes the model larger and slower (step 6). Some of
-# those that stay occur in the validation split alone. Training never has them as a target, so it
-# only ever lowers their probability, which adds a little to the validation loss of step 9.
+# Whose merges do we use? By default not the story's, but those of GPT-2, OpenAI's model of 2019
+# (Radford et al.): 50,000 of them, learned from a large amount of English text, which tiktoken
+# downloads once. Where that fails, or for a text in another language, `make_tokenizer` in the
+# workshop learns merges from the story, as `--tokenizer story` does. Of GPT-2's 50,257 tokens it
+# keeps only those that occur in the story, plus the intermediate ones from which they are merged,
+# such as "lo" for "low", and the 256 bytes: 2,079 in all. The story is split exactly as GPT-2
+# splits it, while the model has far fewer tokens to tell apart, each of which would make it larger
+# and slower.
 #
 #     $ python story_llm.py bpe
 #     ...
-#       text:    Once Aadhan renounced his kingdom
-#       tokens:  [Once][␣Aad][han][␣ren][ounced][␣his][␣kingdom]
+#       text:    Thamarai bought a laptop <|endoftext|>
+#       tokens:  [Th][amar][ai][␣b][ough][t][␣a][␣l][a][pt][op][␣][<][|][end][of][te][xt][|][>]
+#
+# Nothing is unknown any more. What the story does not contain is spelled out.
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
@@ -345,22 +344,22 @@ def pytorch_in_one_page():
 
     Two things are new. The first is the layer, a function with parameters that can be trained.
     nn.Linear(3, 2) has a weight matrix W of shape (2, 3) and a bias b of shape (2,), both random at
-    first, and computes x @ W.T + b over the last dimension of x. The other dimensions can be
-    anything, so a whole batch goes through in one call. nn.Embedding(50, 4) has a matrix of 50 rows
-    of four numbers and returns the rows at the indices that you pass.
+    first, and computes x @ W.T + b over the last dimension of x; whatever dimensions come before it
+    are left alone, so a whole batch goes through in one call. nn.Embedding(50, 4) is a matrix of 50
+    rows of four numbers, and returns the rows whose indices you pass.
 
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
 
-    Every layer is an nn.Module. So is a whole model, a module made of modules. When a layer is
-    assigned to an attribute of a module, the module registers it, so `parameters()` of a model
-    returns the parameters of all its layers. Calling a module like a function runs its `forward`.
+    Every layer is an nn.Module, and so is a whole model, a module made of modules. A layer that is
+    assigned to an attribute of a module is registered there, which is how `model.parameters()`
+    finds the parameters of all its layers. Calling a module like a function runs its `forward`.
 
     The second new thing is the gradient. torch records every operation on a parameter and on
-    whatever is computed from it. After that, `backward` goes through the record once, from the
-    result back to the parameters, and applies the chain rule at every operation. This is
-    backpropagation. It yields the derivative of the result with respect to each parameter. At w =
-    3, the derivative of (2w - 10)^2 is 2 (2w - 10) * 2 = -16, and backpropagation finds it too:
+    whatever is computed from it; then `backward` goes through this record once, from the result
+    back to the parameters, and applies the chain rule at every operation. That is backpropagation,
+    and it yields the derivative of the result with respect to each parameter, all of which together
+    are the gradient. At w = 3, the derivative of (2w - 10)^2 is 2 (2w - 10) * 2 = -16:
 
     >>> w = torch.tensor(3.0, requires_grad=True)       # record what is computed from w
     >>> result = (2 * w - 10) ** 2
@@ -368,23 +367,34 @@ def pytorch_in_one_page():
     >>> w.grad
     tensor(-16.)
 
-    All these derivatives together are the gradient. If w grows by 0.01, the result falls by about
-    0.16. Moving the parameters a little against their gradient makes the result smaller, and that
-    is all that training does, over and over. In training, the result is the loss, which measures
-    how wrong the predictions are. A trained model only predicts, which is called inference. It
-    needs no gradients, and `with torch.no_grad():` tells torch to record nothing."""
+    If w grows a little, the result falls. So we move w a little against its gradient, and again,
+    and again, until there is nothing left to gain. This is gradient descent:
+
+    >>> for _ in range(20):
+    ...     w.grad = None                               # forget the last derivative
+    ...     result = (2 * w - 10) ** 2
+    ...     result.backward()
+    ...     with torch.no_grad():                       # the change itself is not recorded
+    ...         w -= 0.1 * w.grad
+    >>> w
+    tensor(5.0000, requires_grad=True)
+
+    Nobody told w that 2 * 5 is 10. Training a language model is the same loop: w is 1.7 million
+    parameters, and the result is the loss, which measures how wrong the predictions are. Using a
+    trained model only to predict is called inference. It needs no gradients."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
-# What does the model train on? The input is a window, some consecutive tokens of the text. The
-# targets are the tokens that it should predict, which are the same tokens shifted by one:
+# What exactly does the model train on? On windows, runs of consecutive tokens from the text. The
+# input is such a window, and the targets, which the model should predict, are the same tokens
+# shifted by one:
 #
 #     input     Once     Aadhan      renounced   his
 #     target    Aadhan   renounced   his         kingdom
 #
 # Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
-# "renounced", and after all four comes "kingdom". So one window of four tokens contains four
-# examples, and the model works on all of them at once. At each position it sees the token there and
-# the ones to its left.
+# "renounced", and after all four comes "kingdom". At each position the model sees the token there
+# and those to its left, never those to its right, so one window of four tokens holds four examples,
+# and the model works on all of them at once.
 class SlidingWindowDataset:
     """Sliding windows over token ids of shape (N,). Each window has `context_length` tokens, and
     windows start `stride` tokens apart. Item i is a pair (input, target), each of shape
@@ -415,18 +425,23 @@ class SlidingWindowDataset:
 #     ...
 #       input   Once         ␣Aad         han          ␣ren         ounced       ␣his
 #       target  ␣Aad         han          ␣ren         ounced       ␣his         ␣kingdom
+#
+# Before you read on: how many examples do the 4,579 tokens of our training split hold?
+#
+# 4,578. Every token but the first is a target once, however the windows are cut.
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
-# A token id is only a name, and its size means nothing. So each token of the vocabulary gets a
-# vector of C numbers, its embedding, which is a row of an nn.Embedding. These vectors are
-# parameters, random at first, and training turns them into whatever helps the model to predict.
+# A token id is only a name, and its size means nothing. So the first thing that a model does with a
+# token is to look up its embedding, a vector of C numbers that stands for it: a row of an
+# nn.Embedding. These vectors are parameters, random at first, and training turns them into whatever
+# helps to predict.
 #
-# Now we build the model. It is a decoder-only transformer, like GPT-2 and nearly every large
-# language model since. (The original transformer, by Vaswani et al. 2017, had a second half, the
-# encoder, which read the sentence to be translated.) It reads token ids, and for every position it
-# returns one number per token of the vocabulary, the logit. A higher logit means that the model
-# considers the token more likely to come next. A batch consists of B windows of T tokens, and the
-# values on the right are those of our story model:
+# The model that we are about to build is a decoder-only transformer, like GPT-2 and nearly every
+# large language model since; the original transformer (Vaswani et al. 2017) had a second half, the
+# encoder, which read a sentence to be translated. It reads token ids and returns, at every
+# position, one number for each token of the vocabulary, its logit. The higher the logit, the
+# likelier the model thinks that this token comes next. Below, a batch consists of B windows of T
+# tokens, and the values on the right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
 #         |      look up the vector of each token, and add the vector of its position
@@ -437,10 +452,9 @@ class SlidingWindowDataset:
 #         |      normalize, then compute a dot product with one vector per vocabulary token
 #     logits        (B, T, V)    V = 2,079, the size of the vocabulary
 #
-# Numbers that we choose, and that training does not change, are called hyperparameters. These are
-# the ones that define the model, and the rest of this step explains them. (`setting` stores a
-# default, its meaning, which --help shows, and its limits, which `check_settings` in the workshop
-# checks. "Frozen" means that the values cannot be changed later.)
+# Numbers that we choose, and that training does not change, are called hyperparameters. These
+# define the model, and the rest of this step explains them. `setting` stores a default with its
+# meaning and its limits; a dataclass turns the fields into arguments of its constructor.
 def setting(default, meaning, **limits):
     return field(default=default, metadata={"meaning": meaning, **limits})
 
@@ -464,13 +478,13 @@ class GPTConfig(Settings):
                             choices=("learned", "sinusoidal", "rotary"))
 
 # ─── Attention ─────────────────────────────────────────────────────────────────────────────────
-# What follows "Once Aadhan renounced his"? In the story it is "kingdom". But this cannot be read
-# from the vector of "his", which says nothing about who "he" is or what he did. The model must mix
-# in information from the earlier tokens. The simplest mixture is the average of all four vectors,
-# but an average treats "Once" and "Aadhan" alike, and "Once" is of no use here. Attention is an
+# What follows "Once Aadhan renounced his"? In the story it is "kingdom". But you cannot read that
+# from the vector of "his", which says nothing about who "he" is or what he did; the model must mix
+# in information from the earlier tokens. The simplest mixture would be the average of all four
+# vectors. It treats "Once" and "Aadhan" alike, although "Once" is of no use here. Attention is an
 # average as well, but a weighted one, and each token chooses its own weights.
 #
-# For this choice, three linear layers turn the vector of each token into three other vectors:
+# To choose, three linear layers turn the vector of each token into three others:
 #
 #     query    what this token is looking for
 #     key      what this token can be found by
@@ -478,33 +492,36 @@ class GPTConfig(Settings):
 #
 # Why three? "his" is looking for a person but is not one itself, so its query must differ from its
 # key. "Aadhan" can be found because he is a person, but what "his" needs to know is that he is the
-# prince who left. So the value differs from the key. Nobody defines what queries look for. The
-# three layers are trained like all others, and what they learn is whatever makes the predictions
-# better.
+# prince who left, so the value differs from the key. Nobody decides what queries look for. The
+# three layers are trained like all others, and they learn whatever makes the predictions better.
 #
 # How well a query matches a key is measured by their dot product, the attention score. Softmax
-# turns all the scores of a query into its attention weights. It raises e to the power of each score
-# and divides by the sum, so the weights are positive and add up to 1. Suppose that "his" has a
+# turns the scores of a query into its attention weights: it raises e to the power of each score and
+# divides by the sum, so that the weights are positive and add up to 1. Suppose that "his" has a
 # score of 0 with "Once", 2 with "Aadhan", 1 with "renounced", and 0 with itself:
 #
 #     softmax([0, 2, 1, 0]) = [1, 7.39, 2.72, 1] / 12.11 = [0.08, 0.61, 0.22, 0.08]
 #
-# The sum of the values, each multiplied by its weight, is the context vector of "his". Here it
-# consists mostly of what "Aadhan" passes on.
+# The sum of the values, each multiplied by its weight, is the context vector of "his". It consists
+# mostly of what "Aadhan" passes on.
 #
-# Large scores would be a problem. A dot product of two vectors of dimension D is a sum of D
-# products. If these are independent and each has mean 0 and variance 1, their sum has a variance of
-# D, and a standard deviation of sqrt(D), which is 7 for D = 48, the length of a query in our model.
-# (The paragraph on heads says why it is not 192.) Ours start out smaller, so the standard deviation
-# of the scores begins at @@INIT@@, but training enlarges them, to @@TRAINED@@ in the end. So two scores
-# often differ by 7. But softmax([7, 0]) is [0.999, 0.001], and with a 6 in place of the 7 it is still
-# [0.998, 0.002]. Softmax is
-# saturated. Its output hardly reacts to the scores. In other words, its derivative is almost 0, and
-# by the chain rule, hardly any gradient reaches the query and key layers. Dividing all scores by
-# sqrt(D) takes the length of the vectors out of it. In the example it brings the standard deviation
-# back to 1, and softmax([1, 0]) = [0.73, 0.27] reacts to every change. The result is scaled
-# dot-product attention (Vaswani et al. 2017, section 3.2.1). Trained without this division, our
-# model recites only a third of the story's sentences.
+# One thing can go wrong. The scores of a query must not lie too far apart, and two lines show why:
+#
+#     softmax([7, 0]) = [0.999, 0.001]
+#     softmax([6, 0]) = [0.998, 0.002]
+#
+# A whole unit of difference, and the output barely moves. Softmax is saturated: its derivative is
+# almost 0, so by the chain rule hardly any gradient reaches the query and key layers. And distances
+# of 7 are nothing unusual. A score is a dot product, a sum of D products, where D is the length of
+# a query, 48 in our model. If these products are independent, with mean 0 and variance 1, then
+# their sum has a variance of D and a standard deviation of sqrt(D), which is 7. Ours start out
+# smaller, with a standard deviation of 2.1, but training enlarges the weights, and in the end it is
+# 7.0.
+#
+# The remedy is to divide every score by sqrt(D). It takes the length of the vectors out of the
+# scores, and around softmax([1, 0]) = [0.73, 0.27] every change counts again. That is scaled
+# dot-product attention (Vaswani et al. 2017, section 3.2.1). The division is no luxury: trained
+# without it, our model recites only a third of the story's sentences.
 #
 #     Try it: python extras/experiments.py no-scaling
 def attention_weights(queries, keys, mask):
@@ -531,19 +548,21 @@ def attention_weights(queries, keys, mask):
     scores = scores.masked_fill(mask, -math.inf)                    # e^-inf is 0
     return scores.softmax(dim=-1)
 
-# In training, the model reads a whole window at once and predicts the next token at every position.
-# But for every position except the last, the next token is already in the window. If the model
-# could attend to that token, it would just copy it. We tried this. Without the mask introduced
-# below, the loss (step 9) is 0.34 after 60 of the 180 steps. With the mask it is 2.05. The low
-# figure looks splendid, but the model is useless, because during generation there is no next token
-# to copy. The model without a mask continues "Once Aadhan renounced his kingdom" with "Aadhan Aad
-# Aad Aadhan Aadhan Aad Aad Aad Aad". ("Aad" is a token.)
+# There is one thing left to forbid. In training, the model reads a whole window at once and
+# predicts the next token at every position, but for all positions except the last, this next token
+# is already in the window. A model that could attend to it would not predict it; it would copy it.
+# We let one try. After 60 of 180 training steps, its loss (step 9) is 0.34, against 2.04 for the
+# model that follows the rules: a splendid figure, and a useless model, because when it writes,
+# there is no next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
+#
+#     Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad Aad
 #
 #     Try it: python extras/experiments.py no-mask
 #
-# So no token may attend to a token after it. The causal mask enforces this, and the result is
-# called causal self-attention. ("Self", because queries, keys and values come from the same
-# tokens.)
+# So no token may attend to a token after it. The causal mask enforces that, and the result is
+# causal self-attention: "self", because queries, keys and values come from the same tokens. In the
+# first row of the mask below, only one column is False. The first token can attend only to itself,
+# with weight 1.
 def causal_mask(T, S, device=None):
     """Return a mask (T, S) for the last T of S tokens. It is True where the token of the row must
     not attend to the token of the column.
@@ -557,17 +576,22 @@ def causal_mask(T, S, device=None):
     return positions > positions[S - T:, None]      # broadcasting: a row against a column
 
 # The weights of a row add up to 1, so more weight for one token means less for the others. But
-# "his" needs to know who he is and also what he did. So attention is computed several times in
-# parallel, by heads, each with its own attention weights. In the first block of our trained model,
-# "his" gives a weight of 0.36 to "Aad", the first token of "Aadhan", in one head, and 0.46 to
-# "ounced", the end of "renounced", in another. (GPT-2's tokens split both words. A short story can
-# be memorized with a single head, too: python extras/experiments.py one-head)
+# "his" needs to know both who he is and what he did. That is why attention is computed several
+# times in parallel, by heads, each with attention weights of its own. In the first block of our
+# trained model, "his" gives a weight of 0.36 to "Aad", the first token of "Aadhan", in one head,
+# and 0.32 to "ounced", the end of "renounced", in another. Before training, these weights were 0.16
+# and 0.24. (GPT-2's tokens split both words.)
 #
-# With H heads, the query, key and value layers still map C numbers to C. Their outputs are cut into
-# H pieces of D = C / H numbers, 192 / 4 = 48 in our model, and each head works with its own pieces.
-# So the number of parameters does not depend on H. Each of the three layers has C^2 weights, and so
-# does out_proj, a linear layer that mixes what the heads have found. (`make_linear` and dropout are
-# explained below.)
+#     $ python story_llm.py attention --prompt "Once Aadhan renounced his"     (for a trained model)
+#
+# Heads cost nothing. With H of them, the query, key and value layers still map C numbers to C;
+# their outputs are cut into H pieces of D = C / H numbers, and each head works with its own piece:
+#
+#     the vector of a token    192 numbers
+#     its query                192 numbers = [ 48 | 48 | 48 | 48 ]    likewise its key and its value
+#                                               |    |    |    |    each head compares, averages
+#     context vectors                         [ 48 | 48 | 48 | 48 ] = 192 numbers
+#     out_proj mixes them      192 numbers     what the heads have found, in one vector
 class MultiHeadAttention(nn.Module):
     """Causal self-attention with H heads, (B, T, C) -> (B, T, C).
 
@@ -611,16 +635,18 @@ class MultiHeadAttention(nn.Module):
         return weights @ values
 
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
-# Attention moves information between tokens. Then the feed-forward network processes each token on
-# its own. It maps the C numbers to 4 C hidden units, applies an activation function to each, and
-# maps the result back to C numbers. The activation function is needed because two linear layers in
-# a row amount to a single linear layer, just as 3 (2x) is 6x. With it, the network can combine
-# facts. Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that
-# another is 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and
-# bias -15 receives 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks &
-# Gimpel 2016) is a smooth version of max(0, x), so it leaves the 5 almost unchanged and turns the
-# negative numbers into almost 0. The second layer can then add something in favour of "kingdom" if
-# both facts hold, and only then.
+# Attention moves information between tokens. What a token then makes of it is the business of the
+# feed-forward network, which processes each token on its own: it maps the C numbers to 4 C hidden
+# units, applies an activation function to each, and maps the result back to C numbers. Without the
+# activation function, two linear layers in a row would amount to a single one, just as 3 (2x) is
+# 6x. With it, the network can combine facts.
+#
+# Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
+# 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and a bias of
+# -15 receives 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks & Gimpel
+# 2016) is a smooth version of max(0, x): it leaves the 5 almost unchanged and turns the negative
+# numbers into almost 0. Now the second layer can add something in favour of "kingdom" if both facts
+# hold, and only then.
 class FeedForward(nn.Module):
     """Two linear layers with an activation function in between, (B, T, C) -> (B, T, C).
 
@@ -636,37 +662,42 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.project(F.gelu(self.expand(x), approximate=self.approximate))
 
-# Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Why?
+# Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Before you
+# read on: why not simply x = f(x)?
 #
-# The `x +` is the residual connection (He et al. 2016). Without it, a token would lose everything
-# in its vector that f does not pass on. Attention would leave only an average over the tokens so
-# far. Early in training, its weights are nearly equal, and this average is almost the same for a
-# token and its neighbour. Without residual connections, the loss was still 4.6 after 180 steps,
-# where it should be 0.2, and the model could not recite a single sentence. In deep models there is
-# a second reason. By the chain rule, the gradient is multiplied by one factor f' per layer on its
-# way back. With factors of 0.5, only 0.5^24 of it is left after 24 layers, less than a
-# ten-millionth. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient on
-# undiminished. (It does not explode either, because the initial weights are small and keep f'
-# small.)
+# Because a vector that passes through f keeps only what f lets through. Early in training,
+# attention returns little more than the average of the tokens so far, which is nearly the same for
+# a token and its neighbour; if it replaced x, the two would be hard to tell apart. So we add: x
+# keeps what it was, and f contributes what it found. Everything hangs on this residual connection
+# (He et al. 2016). With it, our loss falls to 0.22. Without it, it is still 4.65 after the same 180
+# steps, and the model cannot recite a single sentence.
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The `norm` is LayerNorm (Ba et al. 2016). It takes the C numbers of a token, subtracts their mean,
-# divides them by their standard deviation, and applies a scale and a shift that it learns. So every
-# layer receives inputs of the same size, whatever the size of x, and can still give some dimensions
-# more weight than others. Without it, our x would start so small (its standard deviation is 0.06)
-# that all scores would be almost 0, and attention would stay a plain average for long. In deep
-# models x grows with every block, and large inputs would give large scores, which saturate softmax.
-# The original transformer used norm(x + f(x)) instead. There, the gradient must pass through every
-# norm, and deep models are hard to train. In x + f(norm(x)), which is called pre-norm, it can
-# bypass f and its norm along the `x +` (Xiong et al. 2020).
+# The same `x +` serves the gradient. On its way back, the gradient is multiplied by the derivative
+# f' of one layer after the other, and many small factors make it vanish: with factors of 0.5, less
+# than a ten-millionth is left after 24 layers. The derivative of x + f(x), however, is 1 + f'(x),
+# and the 1 lets one copy of the gradient pass unchanged. It does not explode either, because small
+# initial weights keep f' small.
+#
+# That explains the plus, but not the norm. LayerNorm (Ba et al. 2016) takes the C numbers of a
+# token, subtracts their mean, divides by their standard deviation, and applies a scale and a shift
+# that it learns, with which it can still give some dimensions more weight than others. So f always
+# receives inputs of the same size, whatever the size of x. Ours would start far too small, with a
+# standard deviation of 0.06; all scores would then be almost 0, and attention would remain a plain
+# average for a long time. Later, since every block adds to x, x tends to grow, and large inputs
+# would saturate softmax. Note where the norm sits: inside the branch. In the original transformer,
+# norm(x + f(x)), the gradient passes through every norm on its way back, and each divides it by the
+# standard deviation of its input; after many layers it is far too large or too small. In x +
+# f(norm(x)), which is called pre-norm, the path along the `x +` stays clear of them (Xiong et al.
+# 2020).
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
-# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
-# its input to 0 and enlarges the others to make up for it, so that the network does not come to
-# rely on any one of them. This helps a model that is meant to do well on unseen text. Ours is meant
-# to memorize one text, so its dropout probability is 0 by default.
+# Dropout (Srivastava et al. 2014) comes last. In training, it sets randomly chosen numbers in its
+# input to 0 and enlarges the others to make up for it, so that the network does not come to rely on
+# any one of them. That helps a model which is meant to do well on unseen text. Ours is meant to
+# memorize one, so its dropout probability is 0.
 def make_norm(config):
     return nn.LayerNorm(config.emb_dim)
 
@@ -689,18 +720,30 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Training changes the parameters, but where do they start? If all were equal, all heads would
-# compute the same result and receive the same gradient, and they would stay equal forever.
-# Therefore the initialization is random. The initial weights are also small, so that the first
-# logits are close to 0 and no token is preferred. GPT-2 draws them from a normal distribution with
-# a standard deviation of 0.02. Our vectors are shorter (192 numbers instead of 768), so dot
-# products have fewer terms, and we use larger weights to make up for it.
+# Why several blocks, one on top of the other? In the first, attention compares bare tokens. In the
+# second, it compares tokens that have already found something: "han", for example, no longer stands
+# for three letters but for the end of "Aadhan". Let us look at "his" half-way. If the output head
+# read its vector right after the embedding, "kingdom" would have a probability of 2 %; after the
+# first block, it is 79 %, and after the second 96 %.
+
+# ─── Before the weights move ───────────────────────────────────────────────────────────────────
+# This is a good place to stop for tonight. All of the machinery is explained; what is left of this
+# step is where its numbers start, and how the pieces are put together. If you want to see them
+# first:
 #
-# As in GPT-2, the layers whose output is added to x start with smaller weights. Each block has 2
-# such layers, so x becomes a sum of n = 2 n_layers outputs. The standard deviation of a sum of n
-# independent numbers is sqrt(n) times that of each, so these layers get weights that are smaller by
-# this factor. At the start, x is then about equally large in a deep model and in a shallow one.
-# (Training can still make it grow, which is why the norms are needed.)
+#     $ python story_llm.py model
+#
+# Training changes the parameters, but where do they begin? Not all equal: then all heads would
+# compute the same result, receive the same gradient, and stay equal forever. So the initialization
+# is random. It is also small, so that the first logits are close to 0 and no token is preferred.
+# GPT-2 draws its weights from a normal distribution with a standard deviation of 0.02. Our vectors
+# are shorter, 192 numbers instead of 768, so dot products have fewer terms, and larger weights make
+# up for it.
+#
+# The layers whose output is added to x start smaller still, as in GPT-2. Each block has two, so
+# that x becomes a sum of n = 2 n_layers outputs, whose standard deviation is sqrt(n) times that of
+# each. We divide by this factor. At the start, x is then about equally large in a deep model and in
+# a shallow one; that training may make it grow is what the norms are for.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -721,22 +764,24 @@ def make_embedding(n_vectors, config):
     return embedding
 
 # ─── The model ─────────────────────────────────────────────────────────────────────────────────
-# One thing is still missing. Scores depend on what the tokens are, not on where they stand. After
-# "dog bites man" and after "man bites dog", the next token would find the same three keys, and the
-# first block could not tell who bites. So each position has a learned vector of its own, its
-# positional embedding, and the input of the first block is the sum of the token embedding and the
-# positional embedding. The workshop has two other kinds of position encoding.
+# One thing is still missing. Scores depend on what the tokens are, not on where they stand, so
+# after "dog bites man" and after "man bites dog", the next token would find the same three keys,
+# and the first block could not tell who bites. Each position therefore has a learned vector of its
+# own, its positional embedding, which is added to the embedding of the token. Does that not spoil
+# it? With 192 numbers there is room for both: training can place the positions in directions that
+# tokens hardly use, and the query and key layers can read either.
 #
-# (Our short story can be memorized even without positions. The model still recites 99 % of the
-# sentences. Because of the causal mask, each token has mixed in only the tokens before it, so later
-# blocks can infer some of the order.)
+# To be honest, our story does not need them. Without positions, the model still recites 99 % of the
+# sentences, because the causal mask betrays the order: the third token has averaged three tokens,
+# the second only two. The workshop has two other kinds of position encoding.
 #
 #     Try it: python extras/experiments.py no-positions
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
-# every token, and the logit of a token is the dot product of x with that row. The embedding is a
-# matrix of the same shape, so the two can share one matrix. This is called weight tying. GPT-2 does
-# this, and our model does so with `--tie-weights`.
+# every token, and the logit of a token is the dot product of x with this row. That is one vector
+# per token, as in the embedding, and both should be similar for tokens that are used alike. So one
+# matrix can serve twice, which is called weight tying; GPT-2 does it, and with `--tie-weights` our
+# model does, saving V C = 399,168 parameters.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -780,11 +825,48 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
-# Before we train the model, let us push a batch of two windows through it and look at the shapes.
-# The command `model` does this. Its last column counts the parameters. More than half of them are
-# in the blocks. Each block has 12 C^2 weights (4 C^2 in attention and 8 C^2 in the feed-forward
-# network), plus 10 C biases and scales. Almost all the others belong to the vocabulary, in tok_emb
-# and out_head.
+# Now follow one sentence of four tokens through all of it. The weights are random, so what comes
+# out means nothing yet, but every shape is the one that it will always be.
+def one_sentence_through_the_model():
+    """The token ids look up their embeddings, and the vectors of the positions 0 to 3 are added:
+
+    >>> tokenizer = WordTokenizer(build_vocabulary("He noticed the leaves"))
+    >>> ids = torch.tensor([tokenizer.encode("He noticed the leaves")])             # (B, T)
+    >>> ids
+    tensor([[3, 1, 2, 0]])
+    >>> model = new_model(GPTConfig(vocab_size=tokenizer.vocab_size), seed=42)
+    >>> x = model.tok_emb(ids) + model.pos_emb(torch.arange(4))
+    >>> x.shape, x[0, 3, :3].detach()           # (B, T, C), and the first numbers of "leaves"
+    (torch.Size([1, 4, 192]), tensor([-0.0964,  0.0765, -0.0037]))
+
+    In the first block, the query, key and value layers map 192 numbers to 192, which are cut into
+    four heads of 48. In each head, every token weighs the tokens up to itself:
+
+    >>> att, x_normed = model.trf_blocks[0].att, model.trf_blocks[0].norm1(x)
+    >>> queries, keys = att.split_heads(att.query(x_normed)), att.split_heads(att.key(x_normed))
+    >>> queries.shape                           # (B, H, T, D)
+    torch.Size([1, 4, 4, 48])
+    >>> weights = attention_weights(queries, keys, causal_mask(4, 4))               # (B, H, T, T)
+    >>> weights[0, 0].detach().round(decimals=2)
+    tensor([[1.0000, 0.0000, 0.0000, 0.0000],
+            [0.6400, 0.3600, 0.0000, 0.0000],
+            [0.3000, 0.3900, 0.3100, 0.0000],
+            [0.1500, 0.3200, 0.3600, 0.1700]])
+
+    That is the first head. "He", in the first row, has nobody but itself. "leaves", in the last,
+    looks at all four. Two blocks later, the output head computes six logits at each position, one
+    for each of the four words and the two special tokens, and softmax makes them probabilities:
+
+    >>> model(ids).shape                        # (B, T, V)
+    torch.Size([1, 4, 6])
+    >>> model(ids)[0, -1].softmax(dim=-1).detach().round(decimals=2)
+    tensor([0.2500, 0.1700, 0.1800, 0.0600, 0.1200, 0.2300])
+
+    One sixth would be pure guessing. Training has all of its work to do."""
+
+# Three kinds of numbers should not be confused. Parameters are learned and stored. Activations,
+# such as x and the weights above, are computed anew for every batch. Gradients exist only in
+# training, one number for each parameter. How many parameters are there, and where?
 #
 #     $ python story_llm.py model
 #     ...
@@ -797,9 +879,8 @@ class GPTModel(nn.Module):
 #       out_head            (2, 32, 2079)       399,168
 #       total                                 1,693,440
 #
-# Three kinds of numbers should not be confused. Parameters are learned and stored. Activations,
-# such as the outputs listed above, are computed anew for every batch. Gradients exist only in
-# training, one number for each parameter.
+# More than half are in the blocks. Each has 12 C^2 weights, 4 C^2 in attention and 8 C^2 in the
+# feed-forward network, plus 10 C biases and scales. Almost all others belong to the vocabulary.
 def count_parameters(module):
     """Count the parameters that training can change. Here they are 3 x 2 weights and 2 biases:
 
@@ -809,11 +890,9 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
-# Now we let the model write. Greedy decoding takes the token with the highest logit each time. The
-# untrained model writes only noise:
-#
-#     $ python story_llm.py generate --untrained --max-new-tokens 8
-#     Once Aadhan renounced his kingdom keeps reached keeps reachedum mor wrote mor
+# Let the model write. In training, the predictions at all positions count; to write, only the last
+# one does, because the others predict tokens that are already there. Greedy decoding takes the
+# token with the highest logit, appends it, and asks again.
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` tokens to the token ids idx (B, T), chosen greedily. The model sees
     the last `context_size` tokens.
@@ -837,18 +916,27 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
         idx = torch.cat([idx, idx_next], dim=1)                     # (B, T + 1)
     return idx
 
-# ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
-# How wrong are the predictions? Softmax turns the logits into probabilities. For each example, take
-# the probability p that the model gave to the token that really came next. The cross-entropy loss
-# is -ln(p). It is 0 if the model was certain and right, and it grows as p falls: 0.69 for p = 1/2,
-# 2.3 for 1/10, 9.2 for 1/10,000. The loss of a batch is the mean over all its examples.
+#     $ python story_llm.py generate --untrained --max-new-tokens 8
+#     Once Aadhan renounced his kingdomouncedorslf Hors nailssel yet
 #
-# An untrained model has logits close to 0, so that after softmax every token gets about 1/2079,
-# whatever the text says. Its loss should be about -ln(1/2079) = ln(2079) = 7.64. In fact it is a
-# little higher, because the logits are not exactly 0, and unequal predictions cost more on average.
-# Suppose that two tokens are equally frequent. A model that gives each a probability of 0.5 has a
-# loss of 0.69. With 0.6 and 0.4, its loss is 0.51 or 0.92, which is 0.71 on average. A loss much
-# above ln(V) before training indicates a bug.
+# Noise, as promised.
+
+# ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
+# How wrong is noise? Softmax turns the logits into probabilities. For each example, take the
+# probability p that the model gave to the token that really came next; the cross-entropy loss is
+# -ln(p). It is 0 for a model that was certain and right, and it grows as p falls:
+#
+#     p       1       1/2     1/10    1/100   1/10,000
+#     loss    0       0.69    2.3     4.6     9.2
+#
+# The loss of a batch is the mean over all its examples. Before you read on: what should it be for
+# our untrained model, whose vocabulary has 2,079 tokens?
+#
+# All its logits are close to 0, so every token gets about 1/2079, whatever the text says, and the
+# loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher, because the
+# logits are not exactly 0, and unequal guesses cost more on average. Of two equally frequent
+# tokens, a model that gives each 0.5 has a loss of 0.69; with 0.6 and 0.4, it is 0.51 or 0.92, and
+# 0.71 on average. Should you ever see much more than ln(V) before training, look for a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -865,8 +953,8 @@ def batch_loss(model, inputs, targets):
     # the text are filled up with padding, whose target is -100 and which is left out of the mean.
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
 
-# The loss of a whole split is the mean over windows of it that do not overlap. To be quick, the
-# figures in the log come from at most 32 windows, which are spread evenly over the split.
+# The loss of a whole split is the mean over windows of it that do not overlap. The figures in the
+# log come from at most 32 windows, spread evenly over the split, so that they cost next to nothing.
 def mean_loss(model, token_ids, max_windows=32):
     """Return the mean loss over token ids (N,), or None if N < 2."""
     if len(token_ids) < 2:
@@ -882,21 +970,19 @@ def mean_loss(model, token_ids, max_windows=32):
             total += batch_loss(model, inputs.to(device), targets.to(device)) * len(part)
     return total.item() / count
 
-# The loss does not tell us what we most want to know. Can the model continue the story? So we test
-# it. Recall is the share of sentences of at least eight words that the model continues word for
-# word from their first five words alone. The continuation must match for at least 80 characters
-# (fewer at the end of the text), and may reach into the next sentence. (Research papers call this
-# verbatim memorization, Carlini et al. 2023.) The test is hard, because nothing before those five
-# words tells the model where in the story it is. The test uses the training split, because no model
-# could guess the sentences of the validation split. (`recall_tests` in the workshop collects the
-# prompts and their continuations. It leaves out sentences that begin alike and go on differently,
-# because no model could tell them apart, and in a poem or a chat it takes lines for sentences.)
+# But the loss does not tell us what we most want to know. Can the model continue the story? We
+# shall ask it. Recall is the share of sentences of at least eight words that the model continues
+# word for word from their first five words alone, for at least 80 characters, if need be into the
+# next sentence. (Research papers call this verbatim memorization, Carlini et al. 2023.) That is
+# hard, because nothing before those five words tells the model where in the story it is. The
+# sentences come from the training split, since nobody could guess those of the validation split;
+# `recall_tests` in the workshop collects them, and leaves out those that begin alike and go on
+# differently. In a poem or a chat, it takes lines.
 #
-# To check a sentence we need not generate token by token. We show the model the prompt together
-# with the right continuation, in one pass, and compare its prediction at each position with the
-# token that follows. As long as they agree, greedy decoding would have written exactly these
-# tokens. (This relies on the causal mask. A model without it sees the answers, and the test is
-# worthless.)
+# Must we let the model write, token by token? No. We show it the prompt together with the right
+# continuation, in one pass, and compare its prediction at each position with the token that
+# follows. As long as they agree, greedy decoding would have written exactly these tokens.
+# Everything depends on the causal mask here: without it, the model sees the answers.
 def recites(model, tokenizer, prompt, continuation):
     """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
@@ -906,26 +992,24 @@ def recites(model, tokenizer, prompt, continuation):
     n = len(prompt_ids)
     return torch.equal(predictions[n - 1:], token_ids[n:])
 
-# Before training, loss and recall are as bad as expected. A hit takes some twenty right tokens in a
-# row, so a model that guesses has no chance.
-#
 #     $ python story_llm.py evaluate --untrained
 #     an untrained model:
-#       Train loss                 7.781 (perplexity 2,395.67; 2.750 bits per character)
-#       Val loss                   7.803 (perplexity 2,448.14; 2.787 bits per character)
+#       Train loss                 7.808 (perplexity 2,461.30; 2.761 bits per character)
+#       Val loss                   7.790 (perplexity 2,417.00; 2.783 bits per character)
 #       ln(2079), uniform guess    7.640
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 #
-# The figures in parentheses are two other forms of the loss. Perplexity is e raised to the power of
-# the loss, the number of equally likely tokens among which the model would be just as uncertain.
-# Loss and perplexity depend on how the text is split into tokens, so they cannot be used to compare
-# models whose tokenizers differ. Bits per character can be used for that. They are the losses of
-# all tokens added up, divided by the number of characters, and by ln(2) to get bits.
+# The figures in parentheses are two other forms of the loss. Perplexity is e to the power of the
+# loss: the number of equally likely tokens among which the model would be just as uncertain. Like
+# the loss, it depends on how the text is split into tokens. Bits per character do not, which makes
+# them the figure to compare models by: add up the losses of all tokens, then divide by the number
+# of characters and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
-# Training repeats one step. Take a batch of windows, compute the loss and its gradient, and change
-# all parameters a little so that the loss falls. Two objects go through this step. A corpus is the
-# text, split and encoded. A run is the rest: the model, how it is trained, and how far it has come.
+# Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
+# gradient, move all parameters a little, repeat. Two objects go through it. A corpus is the text,
+# split and encoded, as `corpus_from_text` makes it; a run is the rest: the model, how it is
+# trained, and how far it has come. `new_run` makes one. (Both functions are in the workshop.)
 @dataclass(repr=False)
 class Corpus:
     """A text, split and encoded. (extras/library.py makes one of token ids alone, without text.)"""
@@ -939,24 +1023,6 @@ class Corpus:
     @functools.cached_property
     def recall_tests(self):
         return recall_tests(self.train_text)        # workshop: [(prompt, continuation)]
-
-def corpus_from_text(text, tokenizer="auto", config=None, vocab_size=2048):
-    """Split and encode a text. `tokenizer` is a tokenizer, or the kind of one to make. `config` is
-    the TrainConfig that says how to split. Raises StoryError if the text is the path of a file.
-
-    >>> corpus = corpus_from_text("They went upriver for nine days.", "word")
-    >>> corpus.train_ids
-    tensor([6, 4, 3, 1, 2, 0, 5, 7])
-    """
-    check_is_text(text)                                                         # workshop
-    train_text, val_text = split_text(text, config or TrainConfig())
-    if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)     # workshop
-    # where the text ends, training shall predict `<|endoftext|>`
-    train_ids = torch.tensor([*tokenizer.encode(train_text), tokenizer.end_of_text])
-    val_ids = torch.tensor(tokenizer.encode(val_text), dtype=torch.long)
-    return Corpus(text, tokenizer, train_text, train_ids, val_ids,
-                  fingerprint=fingerprint(train_text, val_text))                # workshop
 
 @dataclass
 class Evaluation:
@@ -1005,34 +1071,35 @@ class Run:
                                               Sampling(**sampling), sentences))     # workshop
 
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
-# Gradient descent moves every parameter by -lr times its gradient, where lr is the learning rate.
-# That works badly here: even with the best learning rate that we found, the loss was still 3.07
-# after 180 steps. Gradients differ by orders of magnitude between parameters, and no single
-# learning rate suits them all. Besides, every batch pulls in a slightly different direction.
+# On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
+# of 0.1. For a model, that takes a long time: even at the best learning rate that we found, the
+# loss was still 3.07 after 180 steps. Some parameters have gradients thousands of times as large as
+# others, and no single learning rate suits them all. Worse, each batch pulls in a slightly
+# different direction.
 #
 #     Try it: python extras/experiments.py gradient-descent
 #
-# Adam (Kingma & Ba 2015) keeps two moving averages for each parameter. One, m, follows its gradient
-# g, so the noise of single batches cancels. The other, v, follows the square of the gradient, so
-# its root says how large the gradients of this parameter usually are. The parameter moves by m
-# divided by that size:
+# Adam (Kingma & Ba 2015) eases both with two moving averages for every parameter. One, m, follows
+# its gradient g, and the noise of single batches cancels in it. The other, v, follows the square of
+# the gradient, so that its root tells us how large gradients usually are for this parameter. Then
+# the parameter w moves by the first, divided by the root of the second:
 #
-#     m = 0.9 m + 0.1 g               a tenth of the new gradient, nine tenths of the old average
+#     m = 0.9 m + 0.1 g               nine tenths of the old average, one tenth of the new gradient
 #     v = 0.98 v + 0.02 g^2
 #     w = w - lr m / (sqrt(v) + 1e-8)
 #
-# The averages fade: a gradient of ten steps ago counts 0.9^10 = 0.35 times as much as the newest. So
-# m covers about the last 1 / (1 - 0.9) = 10 steps, and v the last 50. Gradients of 3, 1, 2 move a
-# parameter exactly as far as gradients of 0.03, 0.01, 0.02, while one whose gradient keeps flipping
-# between 3 and -3 hardly moves at all. One detail is missing. Both averages start at 0, so in the
-# first steps they are too small. After n steps, their weights add up to 1 - 0.9^n and 1 - 0.98^n,
-# and dividing by these sums corrects it.
+# Old gradients fade. One of ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
+# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. With gradients of 3, 1, 2, a
+# parameter moves exactly as far as with 0.03, 0.01, 0.02, whereas one whose gradient keeps flipping
+# between 3 and -3 hardly moves at all. One detail remains: both averages start at 0, so at first
+# they are too small. After n steps, the weights of all gradients in m add up to 1 - 0.9^n instead
+# of 1, and dividing by this sum corrects it.
 #
-# AdamW (Loshchilov & Hutter 2019) adds weight decay, which pulls the weights a little towards 0 in
-# every step, separately from the gradient and its averages. Like dropout, it is a form of
-# regularization, which limits a model to help it generalize, that is, do well on unseen text. Ours
-# is meant to memorize, so its weight decay is 0. Only matrices decay, because a norm would suffer
-# if its scale shrank.
+# The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay, which pulls every weight a
+# little towards 0 at every step, separately from the averages. Like dropout, it is a form of
+# regularization: it limits a model so that it generalizes, which is to say, does well on unseen
+# text. Ours is meant to memorize, and its weight decay is 0. Only matrices decay, since a norm
+# would suffer if its scale shrank.
 class AdamW:
     """torch.optim.AdamW, written out, with the betas that suit short trainings. `parameters` are
     pairs (name, parameter), as `model.named_parameters()` gives them.
@@ -1080,10 +1147,9 @@ def make_optimizer(model, config):
         return Muon(model, config)              # workshop
     return AdamW(model.named_parameters(), config.weight_decay)
 
-# The learning rate changes during training. In the first steps, Adam's averages rest on a few
-# batches and are not reliable, so the learning rate rises from near 0. This is called warm-up.
-# Later, large steps would overshoot the minimum again and again, so after the warm-up the learning
-# rate falls linearly towards 0.
+# The learning rate itself changes, too. In the first steps, the averages rest on a few batches and
+# are not to be trusted, so it rises from almost nothing, which is called warm-up. Later, large
+# steps would overshoot the minimum again and again, so it falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1098,8 +1164,7 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
-# These are the hyperparameters of training. The rest of this step explains most of those that we
-# have not met yet, and the workshop explains Muon and bf16.
+# These are the hyperparameters of training. Muon, another optimizer, and bf16 are the workshop's.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
     """How the model is trained."""
@@ -1122,22 +1187,21 @@ class TrainConfig(Settings):
     seed: int = setting(42, "random seed")
 
 # ─── The batches, and the loop ─────────────────────────────────────────────────────────────────
-# A batch contains two kinds of windows, which `training_batches` in the workshop puts together. The
-# first kind is the sliding windows of step 5. If they always started at the same places in the
-# story, each token would always stand at the same position in its window, and the model would
-# recognize a passage poorly at other positions. So in every epoch, that is, in every pass over the
-# text, the text is cut into windows from a different random offset.
+# Which windows make up a batch? Half of them are the sliding windows of step 5, though not always
+# the same ones: if they started at the same places in every epoch, that is, in every pass over the
+# text, each token would always stand at the same position in its window, and the model would hardly
+# recognize a passage that began elsewhere. So each epoch cuts the text from another random offset.
 #
-# The second kind is prompt windows. During generation, a prompt starts at position 0. Its first
+# The other half are prompt windows. When you type a prompt, it starts at position 0, and its first
 # word has no space before it, so it is tokenized differently than in the middle of the text.
-# Sliding windows almost never look like this. Therefore half of the windows in each batch start
-# where a prompt would, and are tokenized like a prompt. Most start at the beginning of a sentence,
-# as in the recall test, and one in five starts at a random word. Without prompt windows, recall is
-# 94 % after the same number of steps.
+# Sliding windows almost never look like that. Prompt windows do: they start where a prompt would,
+# most at the beginning of a sentence, one in five at a random word. Without them, the model knows
+# the story just as well, but not in the form in which it will be asked; recall is 94 %.
+# `training_batches` in the workshop puts both halves together.
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 #
-# From time to time the run is evaluated:
+# From time to time, the run is evaluated:
 def evaluate(run, corpus):
     """Return the Evaluation of a run as it is now: the losses on some windows of both splits,
     recall on some sentences, and a sample of what the model writes."""
@@ -1150,9 +1214,9 @@ def evaluate(run, corpus):
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-# Now all the parts are in place, and the loop itself is short. It is a generator: after every step
-# it hands control to its caller, who may print, draw or save, and who can end the training by
-# leaving the loop. (`train`, which the command line calls, does all of that.)
+# Everything is in place now, and the loop itself is short. It is a generator: after every step it
+# pauses, so that its caller can print, draw or save, and can end the training by leaving the loop.
+# (`train`, which the command line calls, does all of that.)
 def training_steps(run, corpus):
     """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
     becomes NaN or infinite.
@@ -1190,42 +1254,55 @@ def training_steps(run, corpus):
             record_evaluation(run, corpus)          # evaluate, and append it to run.history
         yield run
 
-# Here is the log of training on our story. (Some of its evaluations and the ends of its lines are
-# left out.) The training split has 4,579 tokens. Nine steps make an epoch, in which the sliding
-# windows cover them once and the prompt windows show about as many tokens again. The second line of
-# each evaluation is the sample: the prompt, three dots, and what the model writes, with \n for a
-# line break. (The first sample begins with a full stop.)
+# Here it is at work; some evaluations and the ends of the lines are left out. The training split
+# has 4,579 tokens, and an epoch has nine steps, in which the sliding windows cover all of them
+# once, and the prompt windows show about as many again. Below each line stands what the model then
+# makes of "Once Aadhan renounced his kingdom", with \n for the end of a line:
 #
 #     $ python story_llm.py train
 #     ...
-#     Ep 1 (Step 000009): Train loss 6.172, Val loss 6.260, recall 0%, 26,340 tokens/s, 0:07 left
-#         Once Aadhan renounced his kingdom ....\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n
-#     Ep 5 (Step 000045): Train loss 2.857, Val loss 5.058, recall 0%, 38,633 tokens/s, 0:04 left
-#         Once Aadhan renounced his kingdom ..., and he had been in his in the wall, and he had been
-#     Ep 10 (Step 000090): Train loss 0.857, Val loss 5.715, recall 56%, 40,750 tokens/s, 0:02 left
-#         Once Aadhan renounced his kingdom ... for the love of Thamarai, and then, the story had to
-#     Ep 20 (Step 000180): Train loss 0.222, Val loss 6.266, recall 100%, 42,209 tokens/s, 0:00 left
+#     Ep 1 (Step 000009): Train loss 6.133, Val loss 6.234, recall 0% ...
+#         Once Aadhan renounced his kingdom .....\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n\n
+#     Ep 5 (Step 000045): Train loss 2.848, Val loss 5.148, recall 0% ...
+#         Once Aadhan renounced his kingdom ..., and he had to the wall.\n\n\n\n\n"I have it.\n\n"I
+#     Ep 10 (Step 000090): Train loss 0.888, Val loss 5.811, recall 48% ...
+#         Once Aadhan renounced his kingdom ... for the love of Thamarai, and oppression. Aadhan had
+#     Ep 20 (Step 000180): Train loss 0.219, Val loss 6.458, recall 100% ...
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# The training loss and recall say that the model has learned the story. The loss is not 0, because
-# at the start of a window the model sees a single token, such as " the", and nothing tells it which
-# word follows. The loss is 2.8 at the first position, 0.4 at the fourth and 0.06 from the eleventh
-# on. The validation loss falls at first, as the model learns patterns that hold in both splits,
-# such as that a comma is often followed by "and". Then it rises again. This is overfitting: what
-# the model learns from here on is true of the training split alone. It memorizes. In the training
-# split, for example, "A ferry goes back and forth" is followed by "and", while the validation split
-# has "going back and forth with the rope". After 45 steps the model gives this "with" a probability
-# of about 1/36. In the end it is certain of "and", and "with" gets about 1/10,000. The loss of this
-# token has risen from 3.6 to 9.3. Being certain and wrong costs far more than being uncertain.
+# First it learns which tokens are frequent, then which follow each other, then whole phrases, and
+# in the end the story. Before you read on: the training loss falls from line to line, while the
+# validation loss falls, turns around, and ends higher than it was after ten. What has the model
+# learned?
+#
+# At first, some of what it picks up holds for both splits: a comma is often followed by "and", for
+# example. From the fifth epoch on it overfits: what it learns is true of the training split alone,
+# and it becomes certain of that. There, "A ferry goes back and forth" is followed by "and", while
+# the validation split has "going back and forth with the rope". After 45 steps, the model gave this
+# "with" a probability of about 1/35. In the end, it is certain of "and", and "with" is left with
+# 1/8,700; the loss of this one token has risen from 3.6 to 9.1. Being certain and wrong costs far
+# more than being uncertain.
+#
+# Why does the training loss stop short of 0? At the start of a window, the model sees a single
+# token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
+# fourth position it is 0.5, and from the eleventh on 0.07.
 #
 # With a single short story, a model can do little but memorize, and that is what we wanted. To
-# generalize, a model needs far more text. The validation loss tells us how well our model does on
-# the rest of the same story. As an estimate for other texts, even that would be too optimistic.
+# generalize, it needs far more text. The validation loss tells us how well it does on the rest of
+# the same story; for other texts, even that would be too optimistic.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
-# Everything in a run goes into one file, a checkpoint. With it, the model can generate text even
-# without the story, and training can continue as if it had never stopped. Resuming needs much more
-# than generating. The optimizer's two averages alone are twice as large as the weights.
+# All of this would be lost if the process ended. So everything goes into one file, a checkpoint,
+# which serves two purposes. To generate, it must hold the model, even where the story is not at
+# hand. To resume the training as if it had never stopped, it must also hold whatever the next step
+# depends on:
+#
+#     entry                              to generate    to resume
+#     config, tokenizer, weights             yes           yes
+#     train_config, step, total_steps                      yes
+#     averages (AdamW's m and v)                           yes      twice as large as the weights
+#     fingerprint of the text                              yes      the text must be the same
+#     history                                              yes      for the curves of step 12
 def save_checkpoint(path, run):
     """Save a run as a plain `torch.save` file. Raises StoryError if that fails; an old file is kept
     in that case.
@@ -1255,10 +1332,10 @@ def save_checkpoint(path, run):
         **{name: getattr(run, name) for name in PLAIN_FIELDS}})     # the step, the prompt, ...
 
 # Loading needs more care, because a file may come from anywhere. torch.save uses Python's pickle
-# format, and a pickle can run any code when it is loaded. torch's `weights_only=True` refuses that
-# and accepts tensors and plain values only. The last step is a test. When the model was saved, its
-# loss on a fixed window was saved with it. If the same weights now give a different loss, the code
-# of the model has probably changed since.
+# format, and a pickle can run any code while it is loaded. `weights_only=True` forbids that: torch
+# then accepts tensors and plain values only. And what if the code of the model has changed since?
+# Together with the weights, we saved their loss on a fixed window. If the same weights now give
+# another loss, they are no longer the same model.
 def load_checkpoint(path, device="cpu"):
     """Load a run, ready to generate (`.model`, `.tokenizer`) or to resume training. Raises
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
@@ -1271,10 +1348,13 @@ def load_checkpoint(path, device="cpu"):
                history=saved["history"], **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# The picture that `train` draws, loss.png, shows what the log has told us. While both losses fall,
-# the model learns patterns that carry over to unseen text. When the validation loss rises again,
-# the model is overfitting. If both stay near ln(V), nothing is learned, perhaps because the
-# learning rate is much too low or high.
+# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. While
+# both losses fall, the model learns patterns that carry over to unseen text; where the validation
+# loss turns, overfitting begins. Should both stay near ln(V), nothing is learned, perhaps because
+# the learning rate is much too low or high.
+#
+#     $ python story_llm.py plot
+#     drew loss.png
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
     .svg or .pdf). Return the figure.
@@ -1301,23 +1381,23 @@ def plot_losses(history, vocab_size, path=None):
     return save_figure(figure, path)
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
-# `generate_text_simple` runs the whole window through the model for every new token. That is
-# wasteful. Because of the causal mask, a token's vectors depend only on itself and the tokens
-# before it, so they do not change when another token is appended. Only the vectors of the new token
-# have to be computed, and this requires only the keys and values of the earlier tokens. The
-# key-value cache keeps them. So the queries of T new tokens meet the keys of S tokens, the old and
-# the new.
+# To append one token, `generate_text_simple` runs the whole window through the model again,
+# although nothing in it has changed. The causal mask guarantees that: no token looks to its right,
+# so appending one leaves the vectors of all earlier tokens exactly as they were. What does the new
+# token need from them? In every layer, only their keys, to be compared with its query, and their
+# values, to be averaged. The key-value cache keeps both. What is left to compute is the way of one
+# token through the layers.
 #
-# Three lines of step 6 now make sense. Say that five tokens are in the cache, and a sixth arrives.
-# Then T is 1 and S is 6:
+# Three lines that you may have wondered about in step 6 now make sense. With five tokens in the
+# cache and a sixth arriving, T is 1 and S is 6:
 #
-#     keys, values = cache.append(self, keys, values)     # (B, H, 6, D), not (B, H, 1, D)
+#     keys, values = cache.append(self, keys, values)     # (B, H, 6, D) instead of (B, H, 1, D)
 #     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
-#     start = cache.length                                 # 5, so positions is [5]
+#     start = cache.length                                 # position 5, counting from 0
 #
-# This works until the window is full. After that, each new token pushes the first token out of the
-# window. The other tokens had attended to it, and they move to other positions, so their vectors
-# change and must be computed again. The cache is emptied, and from then on it saves no time.
+# It cannot last. Once the window is full, every new token pushes the first one out, all the others
+# had attended to it and move to other positions, and whatever the cache holds has become wrong.
+# From then on it is emptied at every step and saves nothing.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1334,16 +1414,14 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a story that is known by heart. Elsewhere it soon runs in a circle, because a
-# phrase that has just been written makes its own continuation more likely, and greedy decoding
-# never takes another path. We get better text by sampling, where the next token is drawn at random
-# according to its probability.
-# Three settings change these probabilities. The temperature divides the logits before softmax.
-# Since softmax exponentiates, that raises every probability to the power 1/temperature and then
-# rescales the results so that they add up to 1. Values below 1 favour the most likely tokens, and
-# values above 1 the others. Top-k keeps the k most likely tokens. Top-p, or nucleus sampling
-# (Holtzman et al. 2020), takes the most likely tokens one by one until their probabilities add up
-# to p.
+# Greedy decoding suits a text that is known by heart. Elsewhere, it soon runs in a circle, as in
+# the sample after 9 steps: a phrase that has just been written makes its own continuation more
+# likely, and greedy decoding never takes another path. Sampling does. It draws the next token at
+# random, each with its probability, and three settings change these probabilities. The temperature
+# divides the logits before softmax, which raises every probability to the power 1 / temperature and
+# rescales the results: below 1, the likely tokens gain, and above 1 the unlikely ones. Top-k keeps
+# the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes the most likely
+# tokens one by one until their probabilities add up to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
     """How the next token is chosen. Those marked with `draws` have no effect on greedy decoding,
@@ -1413,39 +1491,41 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
             cache = KeyValueCache()
         window = torch.cat([window, new.to(window.device)], dim=1)
 
-# (`generate_text` in the workshop turns these ids into text, and stops at `<|endoftext|>`.)
-#
-# The model that began with noise now recites:
+# `generate_text` in the workshop turns these ids into text, and stops at `<|endoftext|>`. The model
+# that began with noise now recites:
 #
 #     $ python story_llm.py generate --prompt "Once Aadhan renounced" --max-new-tokens 14
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
 #
-# And here is what it considered at one of these steps:
+# And this is what it considered on the way:
 #
 #     $ python story_llm.py next --prompt "Once Aadhan renounced his"
-#     @@NEXT@@
+#     next token        logit  softmax  sampled   (--temperature 1.0 --top-k 0 --top-p 1.0)
+#     ␣kingdom          12.04   96.41%   96.41%   ███████████████████████████████████████
+#     ␣li                7.20    0.76%    0.76%
+#     ␣belt              5.89    0.21%    0.21%
+#     ...
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
-# You have built a decoder-only transformer with pre-norm, learned positions and causal multi-head
-# self-attention. It was trained by next-token prediction, with cross-entropy as the loss, AdamW as
-# the optimizer, warm-up and linear decay as the schedule, and gradient clipping. It is
-# autoregressive and generates with a key-value cache. You can now read the model of nanoGPT, a
-# well-known small implementation of GPT-2, or the description in the GPT-2 paper, and find hardly
-# anything new.
+# Read this sentence: you have built an autoregressive, decoder-only transformer with pre-norm,
+# learned positions and causal multi-head self-attention, trained by next-token prediction with
+# cross-entropy, AdamW, warm-up, linear decay and gradient clipping, and it decodes with a key-value
+# cache. In step 1, that would have been noise. Now open the model of nanoGPT, a well-known small
+# implementation of GPT-2, or the GPT-2 paper itself, and you will find hardly anything new.
 #
-# To get new text in the manner of a story, rather than the story itself, give the model more text
-# than it can memorize, turn on weight decay or dropout, keep the weights with the lowest validation
-# loss, and sample instead of decoding greedily. For a text of 100 KB or more, `train --preset
-# writer` turns on weight decay and keeps the best weights, and `generate --temperature 0.8`
-# samples.
+# What if you want new text in the manner of a story, rather than the story itself? Give the model
+# more text than it can memorize, limit it by weight decay or dropout, keep the weights with the
+# lowest validation loss, and sample. For a text of 300 KB or more, `train --preset writer` and
+# `generate --temperature 0.8` do that.
 #
-# GPT-3 (2020) has 175 billion parameters, 100,000 times as many as our model, and was trained on
-# hundreds of billions of tokens. With so much text, memorizing does not get a model far, and it has
-# to learn the patterns of language, facts and arguments. This is called pre-training. The result is
-# a model that continues any text. To turn it into one that answers, as ChatGPT does, it is
-# fine-tuned on dialogues, which is the loop of step 10 with other texts. Then comes reinforcement
-# learning. The model writes answers itself, each is given a score that reflects what people prefer,
-# and training makes answers with a high score more probable.
+# What separates ours from ChatGPT is size, and then two more kinds of training. GPT-3 (2020) has
+# 175 billion parameters, 100,000 times as many as our model, and was trained on hundreds of
+# billions of tokens. Against so much text memorizing does not get a model far; it has to learn the
+# patterns of language, of facts, of arguments. This is pre-training, and the result continues any
+# text. Fine-tuning on dialogues, the loop of step 10 with other texts, turns it into a model that
+# answers. Reinforcement learning comes last: the model writes answers itself, each is scored by
+# what people prefer, and training makes answers with a high score more probable. But at the bottom
+# of all that sits one question, and you have just watched a model learn it: which token comes next?
 #
 # Further reading
 #   Gage 1994, A new algorithm for data compression
@@ -1949,6 +2029,24 @@ def preset_settings(name, n_bytes):
                        "qkv_bias": True, "tie_weights": True, "gelu": "tanh",
                        "learning_rate": 6e-4}}[name]
 
+def corpus_from_text(text, tokenizer="auto", config=None, vocab_size=2048):
+    """Split and encode a text. `tokenizer` is a tokenizer, or the kind of one to make. `config` is
+    the TrainConfig that says how to split. Raises StoryError if the text is the path of a file.
+
+    >>> corpus = corpus_from_text("They went upriver for nine days.", "word")
+    >>> corpus.train_ids
+    tensor([6, 4, 3, 1, 2, 0, 5, 7])
+    """
+    check_is_text(text)                                                         # workshop
+    train_text, val_text = split_text(text, config or TrainConfig())
+    if isinstance(tokenizer, str):
+        tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)     # workshop
+    # where the text ends, training shall predict `<|endoftext|>`
+    train_ids = torch.tensor([*tokenizer.encode(train_text), tokenizer.end_of_text])
+    val_ids = torch.tensor(tokenizer.encode(val_text), dtype=torch.long)
+    return Corpus(text, tokenizer, train_text, train_ids, val_ids,
+                  fingerprint=fingerprint(train_text, val_text))                # workshop
+
 def new_run(corpus, config=None, train_config=None, device="cpu"):
     """Return a run with an untrained model. If the text is too short for the context length, the
     context length is reduced. Raises StoryError if the text is a single token, or if the corpus was
@@ -1960,8 +2058,6 @@ def new_run(corpus, config=None, train_config=None, device="cpu"):
     same_split = split_text(corpus.text, train_config)[0] == corpus.train_text
     check(same_split, "the text was split with other settings: pass the same TrainConfig to "
           "corpus_from_text and to new_run")
-    check(len(corpus.val_ids) > 1 or not train_config.keep_best, "--keep-best, which --preset "
-          "writer sets, needs a validation split: give a longer text or a larger --val-fraction")
     T = min(config.context_length, n_tokens - 1)
     config = replace(config, context_length=T, vocab_size=corpus.tokenizer.vocab_size)
     n_prompts = int(train_config.prompt_windows * train_config.batch_size)
@@ -2067,9 +2163,12 @@ def training_batches(run, corpus):
 # ended, it has the best.
 def start_training(run, corpus):
     """Make the optimizer, continue where the run stopped, and evaluate a run that has not begun."""
-    if run.last_weights is not None:        # go on from the last weights, not from the best
+    keep_best = run.train_config.keep_best
+    check(len(corpus.val_ids) > 1 or not keep_best, "--keep-best, which --preset writer sets, "
+          "needs a validation split: give a longer text or a larger --val-fraction")
+    if keep_best and run.best_weights is None:      # the model has the best: go on from the last
         run.best_weights = copy_weights(run.model)
-        run.model.load_state_dict(run.last_weights)
+        run.model.load_state_dict(run.last_weights or run.best_weights)
         run.last_weights = None
     if run.optimizer is None:
         run.optimizer = make_optimizer(run.model, run.train_config)
@@ -2100,8 +2199,9 @@ def record_evaluation(run, corpus):
     if run.step - max(best.step, run.first_step) > patience:
         run.total_steps = run.step
     if run.step >= run.total_steps:
-        run.last_weights = copy_weights(run.model)
-        run.model.load_state_dict(run.best_weights)
+        if best.step < run.step:
+            run.last_weights = copy_weights(run.model)
+            run.model.load_state_dict(run.best_weights)
         run.best_weights = None
 
 def best_evaluation(history):
@@ -2110,12 +2210,15 @@ def best_evaluation(history):
     return min(measured, key=lambda evaluation: evaluation.val_loss, default=None)
 
 def copy_weights(model):
-    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+    """Return {name: tensor on the CPU}; with weight tying, two names have one tensor."""
+    return copy.deepcopy(model).cpu().state_dict()
 
 def weights_to_save(run):
     """Return (the weights to generate with, those to resume with or None if they are the same)."""
     weights = copy_weights(run.model)
-    return (run.best_weights, weights) if run.best_weights else (weights, run.last_weights)
+    if run.best_weights is None or step_of_weights(run) == run.step:
+        return weights, run.last_weights
+    return run.best_weights, weights
 
 def step_of_weights(run):
     """Return the step after which a saved model had its weights."""
@@ -2178,7 +2281,9 @@ PLAIN_FIELDS = {"fingerprint": str, "encoding": str, "prompt": str, "step": int,
                 "steps_per_epoch": int, "first_step": int, "text_paths": list, "beginnings": list}
 
 def optimizer_averages(run):
-    return run.averages if run.optimizer is None else run.optimizer.averages
+    """Return {name: the averages of this parameter}, on the CPU, or None before the training."""
+    averages = run.averages if run.optimizer is None else run.optimizer.averages
+    return averages and {name: [a.cpu() for a in entry] for name, entry in averages.items()}
 
 def write_checkpoint(path, contents):
     """torch.save to a temporary file, which then replaces the file at `path`, so that `path` never
@@ -2256,12 +2361,21 @@ def restore_objects(saved):
     saved["train_config"] = TrainConfig(**saved["train_config"])
     saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
     check(saved["tokenizer"].vocab_size == saved["config"].vocab_size, "its vocab_size is wrong")
-    check(saved["config"].n_layers <= len(saved["weights"]), "its weights are incomplete")
+    # Sizes that the weights do not have would take time and memory only to be found wrong.
+    C = saved["config"].emb_dim
+    check(8 * saved["config"].n_layers <= len(saved["weights"])
+          and saved["weights"]["tok_emb.weight"].shape == (saved["config"].vocab_size, C)
+          and saved["weights"]["pos_emb.weight"].shape == (saved["config"].context_length, C),
+          "its weights do not fit its settings")
+    for name in ("last_weights", "averages"):
+        saved[name] = saved[name] or None
     saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
     for evaluation, f in itertools.product(saved["history"], fields(Evaluation)):
         value = getattr(evaluation, f.name)
-        check(isinstance(value, f.type) and repr(value) not in ("nan", "inf", "-inf"),
-              f"its history has a wrong {f.name}")
+        valid = isinstance(value, f.type)
+        if isinstance(value, (int, float)):
+            valid = valid and 0 <= value < 1 << 32      # not NaN, for example
+        check(valid, f"its history has a wrong {f.name}")
     tensors = [*saved["weights"].values(), *(saved["last_weights"] or {}).values()]
     for averages in (saved["averages"] or {}).values():
         tensors += averages
@@ -2287,7 +2401,8 @@ def check_test_loss(path, model, expected):
 def loss_on_test_window(model):
     """Return the loss on a window of fixed token ids. Raises StoryError if it is NaN or infinite,
     so that such a model is neither saved nor loaded."""
-    T = min(model.config.context_length, 1024)
+    # as long as the scores take at most 64 MB, because a file may claim any number of heads
+    T = min(model.config.context_length, math.isqrt((1 << 24) // model.config.n_heads))
     window = torch.arange(1 + T) % model.config.vocab_size
     loss = mean_loss(model, window)
     check(math.isfinite(loss), "the model computes NaN or infinite numbers: train again with a "
@@ -2304,7 +2419,12 @@ def keep_finished_model(path):
         previous = load_checkpoint(path)
         if previous.step < previous.total_steps:
             return None
-    return shutil.copy2(path, path.with_name(f"{path.stem}.old{path.suffix}"))
+    kept = check_file_path(path.with_name(f"{path.stem}.old{path.suffix}"))
+    try:
+        return shutil.copy2(path, kept)
+    except OSError as error:
+        raise StoryError(f"{path} is not replaced, because {kept} could not be written "
+                         f"({error.strerror}): choose another path") from None
 
 def check_file_path(path, endings=()):
     """Return the path with links resolved. Raises StoryError if something that is not a file is
@@ -2547,7 +2667,8 @@ def settings_from_args(args, n_bytes):
     if settings.get("tokenizer") != "story":
         refuse_options(args, ["vocab_size"], "can only be used with --tokenizer story")
         chosen.pop("vocab_size", None)
-    effective = {name: chosen[name] for name in chosen if name not in args.given}
+    effective = {name: chosen[name] for name in chosen
+                 if name in args.options and name not in args.given}
     if effective:
         reason = f", because the text has {n_bytes // 1000:,} KB" if by_size else ""
         note_once(f"preset {preset}{reason}: {describe_options(effective)}")
@@ -2614,8 +2735,8 @@ def run_to_resume(args):
 def check_different(output, *others):
     """Raise StoryError if one of the files to be written is also used for something else."""
     for path in others:
-        check(os.path.realpath(path) != os.path.realpath(output), f"{output} cannot be used for two "
-              "things: give --text, --model and --plot different files")
+        check(os.path.realpath(path) != os.path.realpath(output), f"{output} cannot be used for "
+              "two things: give --text, --model and --plot different files")
 
 def load_or_create_run(args):
     if args.untrained:
@@ -2701,8 +2822,8 @@ def log_recall(run, corpus):
     kind, _ = find_units(corpus.train_text)
     recall = share_recited(run.model, run.tokenizer, tests)
     if recall is None:
-        log(f"Recall: not measured, because none of the {kind} has at least 8 words and a "
-            "beginning of its own")
+        log(f"Recall: not measured, because none of the {kind} is long enough and begins with five "
+            "words of its own")
         return
     sample = ""
     if len(tests) < len(corpus.recall_tests):
@@ -2867,12 +2988,13 @@ def check_prompt(prompt, run):
              "contain all of these words")
     if len(token_ids) > T:
         note(f"the prompt has {len(token_ids)} tokens, but the model sees only the last {T}")
-    memorizes = run.step > 0 and run.beginnings and not run.train_config.keep_best
     start = prompt.strip()
-    if memorizes and start != run.prompt and not any(
-            known.startswith(start) or start.startswith(known) for known in run.beginnings):
-        note("no sentence or line that the model was trained on begins with these words (it was "
-             f"not trained on the last {run.train_config.val_fraction:.0%} of the text)")
+    known = any(beginning.startswith(start) or start.startswith(beginning)
+                for beginning in (*run.beginnings, run.prompt))
+    if run.step > 0 and run.beginnings and not run.train_config.keep_best and not known:
+        kept = "" if best_evaluation(run.history) is None else (
+            f" (the last {run.train_config.val_fraction:.0%} of the text was kept for validation)")
+        note(f"nothing that the model was trained on begins with these words{kept}")
     return prompt
 
 def command_attention(args):
@@ -3101,8 +3223,11 @@ def parse(argv):
     command = given.pop("command")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
+    if "text" in given:
+        given["text"] = tuple(given["text"])
     handler, _, options = COMMANDS[command]
     args = make_namespace(given, handler, command)
+    args.options = (*options, *further_options(options))
     override_settings(Options(), given)         # raises StoryError if an option is invalid
     if not args.plot:
         picture = "attention.png" if command == "attention" else "loss.png"
