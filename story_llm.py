@@ -377,7 +377,7 @@ def pytorch_in_one_page():
     ...     with torch.no_grad():                       # the change itself is not recorded
     ...         w -= 0.1 * w.grad
     >>> w
-    tensor(5.0000, requires_grad=True)
+    tensor(5., requires_grad=True)
 
     Nobody told w that 2 * 5 is 10. Training a language model is the same loop: w is 1.7 million
     parameters, and the result is the loss, which measures how wrong the predictions are. Using a
@@ -2618,7 +2618,8 @@ def prepare_inference(model, precision="fp32"):
     if use_bf16(device_of(model), precision):
         return model.bfloat16()
     if device_of(model).type == "cpu" and count_parameters(model) > 4_000_000:
-        return torch.utils.mkldnn.to_mkldnn(model)
+        from torch.utils.mkldnn import to_mkldnn
+        return to_mkldnn(model)
     return model
 
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════

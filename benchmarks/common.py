@@ -2,9 +2,9 @@
 
 Every measurement runs in a process of its own: `python BENCHMARK.py --contender NAME ...` measures
 one contender and prints a JSON object. When story_llm runs as a program, it tells glibc to keep
-freed memory (`keep_memory`). A benchmark does the same for it, and in a shared process the peers
-would benefit too. Processes run one at a time and the contenders take turns, so a machine that
-slows down in the meantime slows all of them down alike. Works on Linux and macOS.
+freed memory (`keep_freed_memory`). A benchmark does the same for it, and in a shared process the
+peers would benefit too. Processes run one at a time and the contenders take turns, so a machine
+that slows down in the meantime slows all of them down alike. Works on Linux and macOS.
 """
 import json
 import os
@@ -37,7 +37,7 @@ def make_model(project, shape, options):
     """Return an untrained model of one of the projects; `shape` means the same for all of them."""
     if project == "story_llm":
         import story_llm
-        story_llm.keep_memory()     # as the program does; it affects this process alone
+        story_llm.keep_freed_memory()       # as the program does; it affects this process alone
         return story_llm.GPTModel(story_llm.GPTConfig(**shape._asdict()))
     if project == "reference":
         from llms_from_scratch.ch04 import GPTModel
@@ -68,14 +68,24 @@ def make_model(project, shape, options):
         eos_token_id=None))
 
 def make_run(model, batch_size):
-    """Return a run of story_llm in the middle of its training. `training_step` takes its steps, on
-    any batches."""
+    """Return (a run of story_llm in the middle of its training, a function of (inputs, targets)
+    that makes a step of it). The step is that of `training_steps`, on this batch instead of one
+    from a text, and none is evaluated."""
     import story_llm
-    run = story_llm.Run(model=model, tokenizer=None, fingerprint="", prompt="",
-                        train_config=story_llm.TrainConfig(batch_size=batch_size),
-                        steps_per_epoch=1, total_steps=10_000, step=25)
-    story_llm.start_optimizer(run)
-    return run
+    never = 1_000_000
+    config = story_llm.TrainConfig(batch_size=batch_size, eval_every=never)
+    run = story_llm.Run(model, tokenizer=None, train_config=config, fingerprint="",
+                        steps_per_epoch=1, total_steps=never, prompt="", step=25)
+    batches = []
+    story_llm.training_batches = lambda run, corpus: iter(batches.pop, None)
+    corpus = story_llm.Corpus("", None, "", train_ids=(), val_ids=(), fingerprint="")
+    steps = story_llm.training_steps(run, corpus)
+
+    def step(inputs, targets):
+        batches.append((inputs, targets))
+        next(steps)
+
+    return run, step
 
 def run_process(command, cwd=None):
     """Run a command to its end; return a FinishedProcess with its time from start to exit, its peak

@@ -4,16 +4,17 @@
     python benchmarks/generation.py --device cuda --nanogpt PATH
 
 After a short warm-up, each contender continues a prompt of 8 tokens by --tokens more, within its
-context length of 256, with the project's own function. story_llm runs under `keep_memory` and after
-`prepare_inference`, as `generate` does. "Early" and "late" are the median times per token in the
-first and the last quarter. With a key-value cache they are about equal, and without one they grow.
-All figures are medians of the rounds. The column "/ Hugging Face" compares with the same precision.
+context length of 256, with the project's own function. story_llm runs under `keep_freed_memory` and
+after `prepare_inference`, as `generate` does. "Early" and "late" are the median times per token in
+the first and the last quarter. With a key-value cache they are about equal, and without one they
+grow. All figures are medians of the rounds. The column "/ Hugging Face" compares with the same
+precision.
 
 The ceiling: every token needs all weights that it is multiplied by, so it takes at least the time
 of reading them from memory. The bandwidth of the memory is the higher one of reading and copying a
 large tensor.
 
-Below the table stands a check: does story_llm choose the same tokens with its cache and packed
+Below the table stands a check: does story_llm choose the same tokens with its cache and oneDNN
 layers as `generate_text_simple` does without them, even beyond the context length? It is made with
 the same model, but with a context length of 64, and with --check-tokens tokens.
 """
@@ -77,7 +78,7 @@ def generation_speed(contender, shape, count, options):
     model.to(options.device, torch.bfloat16 if precision == "bf16" else torch.float32)
     if project == "story_llm":
         from story_llm import prepare_inference
-        prepare_inference(model, precision)
+        model = prepare_inference(model, precision)
     generate = generation_function(project, model, shape.context_length)
     prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS)).to(options.device)
     generate(prompt, 4)
@@ -105,7 +106,7 @@ def compare_tokens(shape, count):
     prompt = torch.randint(shape.vocab_size, (1, PROMPT_TOKENS))
     expected = story_llm.generate_text_simple(model, prompt, count, shape.context_length)
     expected = expected[0, PROMPT_TOKENS:].tolist()
-    story_llm.prepare_inference(model)
+    model = story_llm.prepare_inference(model)
     cached = [token.item() for token in story_llm.generate(model, prompt, count)]
     equal = [a == b for a, b in zip(cached, expected)]
     return {"equal": equal.index(False) if False in equal else len(equal),

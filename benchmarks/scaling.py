@@ -7,9 +7,9 @@
 Each point is measured in a process of its own and is the median of its steps; for the shapes, it is
 the median of three rounds. Next to the measurements stands what the law of the series predicts,
 scaled to agree at the last point, and the growth from point to point as an exponent: 1 is linear, 2
-is quadratic. A training step is story_llm's `training_step` on random tokens, in its default
-precision and under `keep_memory`, as the program runs it. Memory is the peak of the process; for
-the text, what importing story_llm takes is subtracted.
+is quadratic. A training step is one of story_llm's `training_steps` on random tokens, in its
+default precision and under `keep_freed_memory`, as the program runs it. Memory is the peak of the
+process; for the text, what importing story_llm takes is subtracted.
 
 The series "text" uses extras/library.py. It tokenizes the text to a file, which training then maps
 into memory. The parts of that file that were read count as memory here, 2 bytes per token, although
@@ -36,7 +36,6 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import repeat
 from pathlib import Path
 
 import common
@@ -61,22 +60,19 @@ SERIES = {      # {name: (a field of Shape, its values, the law of a step's time
 }
 PROCESSES_TRAIN = {     # {name: options of the training that several processes share}
     "story": "--epochs 10 --tokenizer story",
-    "gpt2-small": "--preset gpt2-small --full-vocab --tokenizer gpt2 --batch-size 8 --max-steps 12",
+    "gpt2-small": "--preset gpt2-small --tokenizer gpt2 --batch-size 8 --max-steps 12",
 }
 
 def peak_megabytes():
     """The peak memory of this process so far."""
     return common.peak_megabytes(resource.getrusage(resource.RUSAGE_SELF))
 
-def time_steps(run, batches):
-    """The median milliseconds of some steps with batches from an iterator, after a warm-up. Making
-    the batch is part of the step."""
-    from story_llm import training_step
+def time_steps(step):
+    """The median milliseconds of some calls of `step`, after a warm-up."""
     times = []
     for _ in range(WARM_UP + STEPS):
         start = time.perf_counter()
-        inputs, targets = next(batches)
-        training_step(run, inputs, targets)
+        step()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times[WARM_UP:])
 
@@ -86,9 +82,9 @@ def shape_point(series, value):
     shape = BASE._replace(**{SERIES[series][0]: value})
     T = shape.context_length
     windows = torch.randint(shape.vocab_size, (TOKENS // T, T + 1))
-    run = common.make_run(common.make_model("story_llm", shape, None), len(windows))
-    batches = repeat((windows[:, :-1], windows[:, 1:]))
-    return {"ms": time_steps(run, batches), "mb": peak_megabytes()}
+    _, step = common.make_run(common.make_model("story_llm", shape, None), len(windows))
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    return {"ms": time_steps(lambda: step(inputs, targets)), "mb": peak_megabytes()}
 
 def write_text(megabytes, folder):
     """Write a file of the story's sentences in random order; return its path."""
@@ -114,20 +110,22 @@ def tokenize_point(path):
             "mb": peak_megabytes() - before}
 
 def train_point(path):
-    """Training steps on a file of tokens, with windows from all over it."""
+    """Training steps on a file of tokens, with windows from all over it. Making the batch is part
+    of a step."""
     import library
     import story_llm
     before = peak_megabytes()
-    story_llm.keep_memory()
+    story_llm.keep_freed_memory()
     config = story_llm.GPTConfig(**BASE._asdict())
     train_config = story_llm.TrainConfig(batch_size=TOKENS // config.context_length,
-                                         prompt_windows=0.0, max_steps=WARM_UP + STEPS)
+                                         prompt_windows=0.0, max_steps=1_000_000,
+                                         eval_every=1_000_000)
     corpus = library.library_corpus(f"{path}.bin", train_config.val_fraction,
                                     config.context_length)
     run = story_llm.new_run(corpus, config, train_config)
-    story_llm.start_optimizer(run)
-    milliseconds = time_steps(run, story_llm.training_batches(run, corpus))
-    return {"ms": milliseconds, "steps": run.steps_per_epoch, "mb": peak_megabytes() - before}
+    steps = story_llm.training_steps(run, corpus)
+    return {"ms": time_steps(lambda: next(steps)), "steps": run.steps_per_epoch,
+            "mb": peak_megabytes() - before}
 
 def growth_exponents(x, y):
     """The growth from point to point: [None, log of the ratio of y over log of that of x, ...]."""
@@ -222,7 +220,7 @@ def measure_recite(text, sizes, options):
         steps = re.search(r"([\d,]+) steps", done.stdout)[1]
         vocabulary, parameters = re.search(r"vocabulary ([\d,]+); ([\d,]+) parameters",
                                            done.stdout).groups()
-        recall = re.search(r"Recall (.*) sentences", done.stdout)
+        recall = re.search(r"Recall (.*) continued", done.stdout)
         seconds.append(done.seconds)
         rows.append([f"{size:g}", vocabulary, parameters, steps, f"{done.seconds:.1f}",
                      f"{done.seconds / size:.2f}", f"{done.peak_mb:,.0f}",

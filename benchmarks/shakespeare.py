@@ -10,7 +10,8 @@ keep the last tenth of the text for validation. (story_llm cuts at the space bef
 characters earlier.)
 
 The seconds are those of the whole process of a training, from start to exit. story_llm also learns
-its tokenizer, evaluates its losses, measures recall and draws a picture in this time. nanoGPT's prepare.py, which turns the text into token ids, is not timed.
+its tokenizer, evaluates its losses, measures recall and draws a picture in this time. nanoGPT's
+prepare.py, which turns the text into token ids, is not timed.
 
 Then each model is loaded from its checkpoint and measured in the same way, in fp32. The validation
 part is cut into windows that do not overlap, each as long as the model's context, so a model sees
@@ -112,7 +113,7 @@ def measure_story_llm(folder, text, n_characters):
     import torch
     import story_llm
     run = story_llm.load_checkpoint(folder / "story_llm.pt")
-    _, val_text = story_llm.split_text(story_llm.load_text([text]), run.train_config.val_fraction)
+    _, val_text = story_llm.split_text(story_llm.load_text(text), run.train_config)
     val_ids = torch.tensor(run.tokenizer.encode(val_text))
     nats = nats_per_character(run.model, val_ids, run.config.context_length, len(val_text))
     sampling = story_llm.Sampling(temperature=0.8, seed=1)

@@ -6,8 +6,8 @@
     python benchmarks/throughput.py --parts                         (where the time of a step goes)
 
 A step is everything that training does with a batch of random tokens: forward pass, loss, backward
-pass, gradient clipping where the project clips, and AdamW. For story_llm it is `training_step`,
-under `keep_memory`, as the program runs it, so that glibc keeps freed memory. The peers run as they
+pass, gradient clipping where the project clips, and AdamW. For story_llm it is a step of
+`training_steps`, under `keep_freed_memory`, as the program runs it. The peers run as they
 are. Vocabulary, context length, width, depth and dropout (0, or --dropout) are the same for all,
 and each project has its own settings of the optimizer. On a GPU, the projects that compile their
 model are compiled. nanoGPT and Hugging Face use one matrix for embedding and output head, so their
@@ -120,8 +120,7 @@ def training_speed(contender, shape, batch_size, steps, options):
     model = common.make_model(project, shape, options).to(device).train()
     if project == "story_llm":
         import story_llm
-        run = common.make_run(model, batch_size)
-        step = partial(story_llm.training_step, run)
+        run, step = common.make_run(model, batch_size)
         bf16 = story_llm.use_bf16(device, run.train_config.precision)
     else:
         step = make_peer_step(project, precision, model, device)
@@ -153,7 +152,7 @@ def time_parts(shape, batch_size, steps, options):
     V, T, C, H, L, _ = shape
     N = batch_size * T
     model = common.make_model("story_llm", shape, options)
-    run = common.make_run(model, batch_size)
+    run, training_step = common.make_run(model, batch_size)
     bf16 = story_llm.use_bf16(torch.device("cpu"), run.train_config.precision)
     dtype = torch.bfloat16 if bf16 else torch.float32       # of matrix products
     windows = torch.randint(V, (batch_size, T + 1))
@@ -204,11 +203,11 @@ def time_parts(shape, batch_size, steps, options):
         loss.backward()
         return 1000 * (ends[0] - start)
 
-    step = milliseconds(story_llm.training_step, run, inputs, targets)
+    step = milliseconds(training_step, inputs, targets)
     parts = {"softmax of the loss":
              statistics.median(loss_milliseconds() for _ in range(WARM_UP + steps))}
     parts["clipping"] = milliseconds(nn.utils.clip_grad_norm_, list(model.parameters()), 1.0)
-    parts["AdamW"] = milliseconds(run.optimizer.step)
+    parts["AdamW"] = milliseconds(run.optimizer.step, 1e-3)
     if bf16:
         parts["weights to bf16, gradients back"] = milliseconds(cast_weights)
     parts["matrix products"] = matrix_product(C, V) + L * (

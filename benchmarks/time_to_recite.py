@@ -39,6 +39,10 @@ from pathlib import Path
 import common
 
 EPOCHS, BATCH_SIZE, EVAL_EVERY = 10, 2, 5       # of the reference
+OPTIMIZERS = {      # {name: options of `train`}
+    "adamw": [],
+    "muon": ["--optimizer", "muon", "--learning-rate", "0.01", "--epochs", "10"],
+}
 
 def measure_training(name, seed, text, with_recall=True):
     """Measure the reference, or one run of the program with a tokenizer and an optimizer."""
@@ -49,7 +53,7 @@ def measure_training(name, seed, text, with_recall=True):
         model = Path(folder, "story_llm.pt")
         done = common.run_process([
             sys.executable, common.ROOT / "story_llm.py", "train", "--text", text, "--seed",
-            str(seed), "--tokenizer", tokenizer, "--optimizer", optimizer, "--model", model,
+            str(seed), "--tokenizer", tokenizer, *OPTIMIZERS[optimizer], "--model", model,
             "--plot", Path(folder, "loss.png")])
         if done.status != 0:
             reason = (done.stderr.strip().splitlines() or [done.status])[-1]
@@ -77,7 +81,7 @@ def saved_recall(model, text):
     import story_llm
     run = story_llm.load_checkpoint(model)
     text = story_llm.load_text(text)
-    train_text, _ = story_llm.split_text(text, run.train_config.val_fraction)
+    train_text, _ = story_llm.split_text(text, run.train_config)
     return {"recall": story_llm.measure_recall(run.model, run.tokenizer, train_text)}
 
 def median_seconds(function, times=1):
@@ -199,8 +203,9 @@ def parse():
                         help="the story")
     parser.add_argument("--tokenizers", nargs="+", default=["gpt2", "story", "word"],
                         help="story_llm's tokenizers (default: gpt2 story word)")
-    parser.add_argument("--optimizers", nargs="+", default=["adamw"],
-                        help="story_llm's optimizers (default: adamw)")
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"],
+                        help="story_llm's optimizers; muon has the learning rate and the number of "
+                        "epochs that suit it (default: adamw)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44],
                         help="one round for each (default: 42 43 44)")
     parser.add_argument("--reference-steps", type=int, default=5, metavar="N",

@@ -7,27 +7,25 @@
 `train` has all options of `python story_llm.py train`, and up to rounding its steps are the same.
 But each batch is divided among the processes (data parallelism), and each process works through its
 share in several micro-batches (gradient accumulation), which takes less memory. The gradients are
-added up, so that all processes make the same step. Therefore --resume may continue a training with
-other numbers of processes and micro-batches.
+added up, so that all processes make the same step. Therefore --resume may continue a run with other
+numbers of processes and micro-batches.
 
-This is also an example of how an extra replaces the training step. story_llm.train is a short loop
-over story_llm.training_batches. The function `train` in this file is the same loop with another
-step in it, and everything else is imported.
+This is also an example of how an extra changes the training loop: `training_steps` is that of
+story_llm with another backward pass in it, and everything else is imported.
 """
-import argparse
 import contextlib
+import math
 import os
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
+import story_llm        # before torch, whose threads it tells to sleep when they wait
+from story_llm import IGNORE_INDEX, StoryError, check, log
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
-import story_llm
-from story_llm import IGNORE_INDEX, StoryError, check, log
 
 # torchrun tells each process its number and how many there are, in total and on this machine.
 RANK = int(os.environ.get("RANK", 0))
@@ -114,122 +112,123 @@ def check_compiler(device):
         raise StoryError(f"this machine cannot compile a model ({reason}): install what is "
                          "missing, for example a C++ compiler, or leave out --compile") from None
 
-class ParallelStep:
-    """story_llm.training_step, divided among processes and micro-batches."""
-    def __init__(self, run, accumulate, compiled):
-        batch_size = run.train_config.batch_size
-        self.accumulate = accumulate
-        self.n_micro_batches = PROCESSES * accumulate
-        check(accumulate >= 1, f"--accumulate must be at least 1, not {accumulate}")
-        check(self.n_micro_batches <= batch_size, f"a batch of {batch_size} windows cannot be "
-              f"divided into {self.n_micro_batches} micro-batches: use a larger --batch-size or a "
-              "smaller --accumulate")
-        self.unread = None      # (loss, gradient norm) of the last step, as tensors on the device
-        self.batch_loss = BatchLoss(run.model)
-        if compiled or run.model.tok_emb.weight.is_cuda:
-            pad_head(run.model.out_head)
-        if compiled:
-            self.batch_loss = torch.compile(self.batch_loss)
-        self.no_sync = contextlib.nullcontext
-        if distributed.is_initialized():
-            self.batch_loss = nn.parallel.DistributedDataParallel(self.batch_loss,
-                                                                  gradient_as_bucket_view=True)
-            self.no_sync = self.batch_loss.no_sync
+def parallel_loss(run, accumulate, compiled):
+    """Return `story_llm.batch_loss` of the model of a run, (inputs, targets) -> loss, as a module
+    whose gradients are averaged over all processes."""
+    batch_size = run.train_config.batch_size
+    n_micro_batches = PROCESSES * accumulate
+    check(accumulate >= 1, f"--accumulate must be at least 1, not {accumulate}")
+    check(n_micro_batches <= batch_size, f"a batch of {batch_size} windows cannot be divided into "
+          f"{n_micro_batches} micro-batches: use a larger --batch-size or a smaller --accumulate")
+    batch_loss = BatchLoss(run.model)
+    if compiled or story_llm.device_of(run.model).type == "cuda":
+        pad_head(run.model.out_head)
+    if compiled:
+        batch_loss = torch.compile(batch_loss)
+    if distributed.is_initialized():
+        batch_loss = nn.parallel.DistributedDataParallel(batch_loss, gradient_as_bucket_view=True)
+    return batch_loss
 
-    def __call__(self, run, inputs, targets):
-        """Learn from one batch of token ids, (B, T) each; every process gets the whole batch."""
-        self.read_loss(run)
-        n_examples = (targets != IGNORE_INDEX).sum().item()
-        # All micro-batches get the same number of windows, because a compiled model is compiled
-        # anew for every shape. So the batch is padded with windows without targets.
-        n_padding = -len(inputs) % self.n_micro_batches
-        inputs = F.pad(inputs, (0, 0, 0, n_padding))
-        targets = F.pad(targets, (0, 0, 0, n_padding), value=IGNORE_INDEX)
-        own_inputs = inputs[RANK::PROCESSES].chunk(self.accumulate)
-        own_targets = targets[RANK::PROCESSES].chunk(self.accumulate)
-        last = self.accumulate - 1
+def own_micro_batches(inputs, targets, accumulate):
+    """Divide a batch (B, T) among all processes, and the share of this one into micro-batches. All
+    of them get the same number of windows, because a compiled model is compiled anew for every
+    shape. So the batch is padded with windows without targets."""
+    n_padding = -len(inputs) % (PROCESSES * accumulate)
+    inputs = F.pad(inputs, (0, 0, 0, n_padding))
+    targets = F.pad(targets, (0, 0, 0, n_padding), value=IGNORE_INDEX)
+    return list(zip(inputs[RANK::PROCESSES].chunk(accumulate),
+                    targets[RANK::PROCESSES].chunk(accumulate)))
 
-        run.model.train()
-        run.optimizer.zero_grad()
-        loss = 0.0
-        with self.no_sync():        # the processes add up their gradients once, at the end
-            for i in range(last):
-                loss += self.backward(run, i, own_inputs[i], own_targets[i], n_examples)
-        loss += self.backward(run, last, own_inputs[last], own_targets[last], n_examples)
+def count_targets(targets):
+    return (targets != IGNORE_INDEX).sum().item()
 
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.train_config.grad_clip)
-        for group in run.optimizer.param_groups:
-            group["lr"] = story_llm.learning_rate(run.step, run.total_steps, run.train_config)
-        run.optimizer.step()
-        run.model.eval()
-        self.unread = loss, norm
+def add_gradients(run, batch_loss, inputs, targets, accumulate):
+    """Compute the gradients of a batch, of which every process gets the whole. Return the loss of
+    the share of this process: its part of the mean over all targets of the batch."""
+    n_targets = count_targets(targets)
+    *others, last = own_micro_batches(inputs, targets, accumulate)
+    loss = 0.0
+    # The processes exchange their gradients once, with those of the last micro-batch.
+    with batch_loss.no_sync() if distributed.is_initialized() else contextlib.nullcontext():
+        for inputs, targets in others:
+            loss += backward(run, batch_loss, inputs, targets, n_targets)
+    return loss + backward(run, batch_loss, *last, n_targets)
 
-    def backward(self, run, i, inputs, targets, n_examples):
-        """Add the gradients of micro-batch number i to those before it, and return its loss: its
-        part of the mean over all training examples of the batch, in all processes."""
-        share = (targets != IGNORE_INDEX).sum().item() / n_examples
-        if share == 0:      # a mean over no examples is NaN; with any other targets, 0 * loss is 0
-            targets = targets.clamp(min=0)
-        with story_llm.mixed_precision(run), story_llm.dropout_seed(run, RANK, i):
-            loss = share * self.batch_loss(inputs, targets)
-        # DistributedDataParallel averages the gradients over the processes, and we want their sum.
-        (PROCESSES * loss).backward()
-        return loss.detach()
+def backward(run, batch_loss, inputs, targets, n_targets):
+    """Add the gradients of a micro-batch to those before it, and return its part of the loss."""
+    share = count_targets(targets) / n_targets
+    if share == 0:      # a mean over no targets is NaN; with any other targets, 0 * loss is 0
+        targets = targets.clamp(min=0)
+    with story_llm.mixed_precision(run):
+        loss = share * batch_loss(inputs, targets)
+    # DistributedDataParallel averages the gradients over the processes, and we want their sum.
+    (PROCESSES * loss).backward()
+    return loss.detach()
 
-    def read_loss(self, run):
-        """Set `run.loss` to the loss of the step before. Reading a number from a GPU means waiting
-        until it has done all its work. So this is done only now, when the next batch has already
-        been prepared while the GPU was working."""
-        if self.unread is not None:
-            loss, norm = self.unread
-            run.loss = sum_over_processes(loss, norm.device)
-            story_llm.check_finite(run, run.loss + norm.item())
+def own_dropout(run):
+    """Return a context with random numbers that are different in every process and step."""
+    seed = hash((run.train_config.seed, run.step, RANK))
+    return story_llm.seeded_rng(seed, story_llm.device_of(run.model))
 
-def train(run, corpus, step):
-    """Train a run to its last step: story_llm.train, but with step(run, inputs, targets) in place
-    of its training step. A generator, which yields after every step."""
-    story_llm.start_optimizer(run)
-    if run.step == 0:
-        run.history = []
-        story_llm.record_evaluation(run, corpus)
+def training_steps(run, corpus, batch_loss, accumulate):
+    """story_llm.training_steps, with a backward pass that is divided among processes and
+    micro-batches."""
+    story_llm.start_training(run, corpus)
+    config = run.train_config
     for inputs, targets in story_llm.training_batches(run, corpus):
-        step(run, inputs, targets)
+        with story_llm.training_mode(run), own_dropout(run):
+            run.optimizer.zero_grad()
+            loss = add_gradients(run, batch_loss, inputs, targets, accumulate)
+            nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
+            run.optimizer.step(story_llm.learning_rate(run.step, run.total_steps, config))
         run.step += 1
+        run.loss = sum_over_processes(loss, inputs.device)
+        check(math.isfinite(run.loss), f"the loss became {run.loss} at step {run.step}, so "
+              "training stops; the last checkpoint is kept. Try a smaller --learning-rate, or "
+              "--precision fp32")
         if story_llm.evaluation_due(run):
             story_llm.record_evaluation(run, corpus)
         yield run
 
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
+def make_run(args):
+    """Return (a new or resumed run, its corpus), after the checks of story_llm.command_train."""
+    story_llm.check_writable(args.model)
+    story_llm.check_writable(args.plot, story_llm.PICTURES)
+    story_llm.check_different(args.model, args.plot, *args.text)
+    story_llm.check_different(args.plot, *args.text)
+    if not args.resume:
+        return story_llm.new_run_from_args(args)
+    run, corpus = story_llm.run_to_resume(args)
+    check(run.step < run.total_steps, f"{args.model} has already been trained for {run.step} "
+          "steps: set a larger --epochs or --max-steps")
+    return run, corpus
+
 def command_train(args, accumulate, compiled):
     device = choose_device(args.device)
     connect_processes(device)
     if compiled:
         check_compiler(device)
     args.device = "cpu"         # on which the first process makes the run for all
-    run, corpus = from_first(lambda: story_llm.run_to_train(args))
+    run, corpus = from_first(lambda: make_run(args))
     run.model.to(device)
-    step = ParallelStep(run, accumulate, compiled)
+    batch_loss = parallel_loss(run, accumulate, compiled)
     if RANK == 0:
         log(f"{story_llm.count_parameters(run.model):,} parameters; {run.total_steps} steps; "
             f"processes: {PROCESSES}; micro-batches of each per step: {accumulate}")
-    first_step, stop = run.step, False
-    progress = story_llm.Progress(run, args.model, args.resume)
-    with story_llm.collect_signals() as received:
-        for _ in train(run, corpus, step):
+    progress = story_llm.Progress(run, args.model)
+    with story_llm.stop_requests() as requests:
+        for _ in training_steps(run, corpus, batch_loss, accumulate):
+            from_first(lambda: progress.update(run))
             # A signal that reaches any process stops all of them after the same step.
-            stop = sum_over_processes(len(received), device) > 0
-            is_last = stop or run.step >= run.total_steps
-            from_first(lambda: progress.update(run, is_last))
-            if stop:
+            if sum_over_processes(len(requests), device) > 0:
                 break
-    if RANK == 0:
-        story_llm.finish_training(args, run, corpus, first_step)
-    elif run.step < run.total_steps:
-        raise KeyboardInterrupt
+        from_first(lambda: progress.save(run))
+    return from_first(lambda: story_llm.finish_training(args, run, corpus))
 
 def run_command(argv):
-    parser = argparse.ArgumentParser(
-        prog="scale.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
+    parser = story_llm.Parser(
+        prog="extras/scale.py", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False,
         epilog="All options of `python story_llm.py train` can be given as well.")
     parser.add_argument("command", choices=("train",))
     parser.add_argument("--accumulate", type=int, default=1, metavar="N",
@@ -238,10 +237,8 @@ def run_command(argv):
                         help="compile the model: a slow start, then faster steps on a GPU")
     own, others = parser.parse_known_args(argv)
     try:
-        command_train(story_llm.parse(["train", *others]), own.accumulate, own.compile)
-    except torch.OutOfMemoryError:
-        raise StoryError("the GPU does not have enough memory: use a larger --accumulate, or a "
-                         "smaller model") from None
+        args = story_llm.parse(["train", *others])
+        return command_train(args, own.accumulate, own.compile)
     except StoryError:
         if LOCAL_RANK == 0:         # one process of each machine reports the mistake
             raise
@@ -256,7 +253,8 @@ def main(argv=None):
     return story_llm.exit_status(run_command, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
-    story_llm.keep_memory()
+    torch.set_float32_matmul_precision("high")      # as story_llm.py does when it runs
+    story_llm.keep_freed_memory()
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
