@@ -2736,8 +2736,8 @@ def run_to_resume(args):
 def check_different(output, *others):
     """Raise StoryError if one of the files to be written is also used for something else."""
     for path in others:
-        check(os.path.realpath(path) != os.path.realpath(output), f"{output} cannot be used for "
-              "two things: give --text, --model and --plot different files")
+        check(os.path.realpath(path) != os.path.realpath(output),
+              f"{output} cannot be used for two things: give different files")
 
 def load_or_create_run(args):
     if args.untrained:

@@ -14,7 +14,6 @@ more with --seed.
 No file is changed. The source of story_llm.py is changed in memory, and the result is run as a
 module of its own. Your own experiment is one more entry in EXPERIMENTS.
 """
-import argparse
 import contextlib
 import math
 import sys
@@ -84,8 +83,7 @@ EXPERIMENTS = {
         shows="The loss is 3.07, and no sentence is recited, even with a learning rate of 1.0, "
               "the best of those that we tried. It is 4.03 with 0.3, 4.79 with 3, and 7.27 "
               "with the 0.0025 of AdamW.",
-        replacements=(("AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98)",
-                       "SGD(groups, lr=config.learning_rate"),),
+        replacements=(("lr * mean / (usual_size + 1e-8)", "lr * p.grad"),),
         settings={"learning_rate": 1.0}),
     "high-learning-rate": Experiment(
         step=10, change="a learning rate ten times as high",
@@ -116,6 +114,7 @@ def changed_program(replacements):
               "clear what to replace: adapt the replacement in EXPERIMENTS")
         source = source.replace(old, new)
     program = types.ModuleType("changed_story_llm")
+    sys.modules[program.__name__] = program     # where dataclasses look for the names of types
     program.__file__ = story_llm.__file__
     exec(compile(source, story_llm.__file__, "exec"), program.__dict__)
     return program
@@ -124,14 +123,14 @@ def train_changed(corpus, replacements=(), settings=None, prompt=None):
     """Train the program on a corpus after these changes, on the CPU. Return (its losses on the
     training split after a ninth, a third and all of the steps, as {step: loss}; its recall, or None
     if the text has no long sentence; what it writes after the prompt). A loss is NaN if training
-    stopped before, because the loss or the gradient was no longer finite."""
+    stopped before that step, because the loss of a batch was no longer finite."""
     program = changed_program(replacements)
     config, train_config = [program.override_settings(part, settings or {})
                             for part in (program.GPTConfig(), program.TrainConfig())]
     run = program.new_run(corpus, config, train_config)
     losses = {max(run.total_steps // share, 1): math.nan for share in (9, 3, 1)}
-    with contextlib.suppress(program.StoryError):       # raised by check_finite
-        for _ in program.train(run, corpus):
+    with contextlib.suppress(program.StoryError):       # raised when the loss is not finite
+        for _ in program.training_steps(run, corpus):
             if run.step in losses:
                 losses[run.step] = program.mean_loss(run.model, corpus.train_ids)
     prompt = prompt or run.prompt
@@ -184,8 +183,8 @@ def log_results(results):
     log()
 
 def run_command(argv):
-    parser = argparse.ArgumentParser(prog="experiments.py", allow_abbrev=False,
-                                     description=(__doc__ or "").partition("\n")[0])
+    parser = story_llm.Parser(prog="extras/experiments.py", allow_abbrev=False,
+                              description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", nargs="?", help="an experiment (default: all of them)")
     parser.add_argument("--list", action="store_true", help="say what each experiment shows")
     for name in ("text", "max_steps", "seed"):
@@ -205,10 +204,13 @@ def run_command(argv):
     corpus = story_llm.corpus_from_text(text)
     run = story_llm.new_run(corpus, train_config=story_llm.TrainConfig(**given))
     settings = {**given, "max_steps": run.total_steps}      # the same for every experiment
-    log(f"{corpus.tokenizer.kind} tokenizer, {run.total_steps} steps\n")
+    log(f"{corpus.tokenizer.kind} tokenizer, {run.total_steps} steps. (The texts below say what we "
+        "measured with Short_Story.txt, GPT-2's tokens and 180 steps.)\n")
+    log("training the unchanged program ...", sys.stderr)
     unchanged = train_changed(corpus, (), settings, prompt)
     for name in names:
         log_description(name)
+        log(f"training {name} ...", sys.stderr)
         experiment = EXPERIMENTS[name]
         changed = train_changed(corpus, experiment.replacements,
                                 {**settings, **experiment.settings}, prompt)
@@ -219,5 +221,4 @@ def main(argv=None):
     return story_llm.exit_status(run_command, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
-    story_llm.keep_memory()
     sys.exit(main())

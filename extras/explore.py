@@ -18,10 +18,11 @@ default model, and how often the most likely token changed, over windows from th
 The recall stays at 100 % with each of them. The page uses the integers. All weights of a row have
 about the same size, so the exponent that a floating-point number stores for every weight is wasted.
 """
-import argparse
 import base64
+import copy
 import hashlib
 import json
+import os
 import re
 import sys
 from dataclasses import asdict, fields
@@ -37,23 +38,77 @@ TEMPLATE = Path(__file__).with_name("explore.html")
 MAX_BYTES = 60_000_000
 LARGEST_INT16 = 32767
 
+# ─── What the page can show ────────────────────────────────────────────────────────────────────
+# The page computes a model with these settings and values. A setting that story_llm.py gets later
+# must have its default, and the weights must be those listed below, so that a model which the page
+# would compute wrongly is refused. If only the code of the model has changed, the page notices.
+SUPPORTED = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "drop_rate",
+             "qkv_bias", "tie_weights", "gelu", "position")
+VALUES = {"gelu": ("exact", "tanh"), "position": ("learned", "sinusoidal", "rotary")}
+
+def expected_shapes(config):
+    """{name: shape} of the weights that the page needs for a model with these settings."""
+    V, T, C = config.vocab_size, config.context_length, config.emb_dim
+    block = {"att.out_proj.weight": (C, C), "att.out_proj.bias": (C,),
+             "ff.expand.weight": (4 * C, C), "ff.expand.bias": (4 * C,),
+             "ff.project.weight": (C, 4 * C), "ff.project.bias": (C,)}
+    for norm in ("norm1", "norm2"):
+        block |= {f"{norm}.weight": (C,), f"{norm}.bias": (C,)}
+    for layer in ("att.query", "att.key", "att.value"):
+        block[f"{layer}.weight"] = (C, C)
+        if config.qkv_bias:
+            block[f"{layer}.bias"] = (C,)
+    shapes = {"tok_emb.weight": (V, C), "pos_emb.weight": (T, C), "out_head.weight": (V, C),
+              "final_norm.weight": (C,), "final_norm.bias": (C,)}
+    for i in range(config.n_layers):
+        shapes |= {f"trf_blocks.{i}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+def check_supported(model):
+    """Raise StoryError if the page cannot compute this model."""
+    for f in fields(model.config):
+        value = getattr(model.config, f.name)
+        known = f.name in SUPPORTED and value in VALUES.get(f.name, [value])
+        check(known or value == f.default, f"the page cannot compute a model with {f.name} {value}: train one without "
+              f"{story_llm.option_string(f.name)}, or teach it to explore.html")
+    found = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    expected = expected_shapes(model.config)
+    for name in sorted(found.keys() | expected.keys()):
+        check(found.get(name) == expected.get(name), f"the page cannot compute this model, because "
+              f"the shape of its weight {name} is {found.get(name)} and not {expected.get(name)}: "
+              "if you have changed the model in story_llm.py, change explore.html as well")
+
 # ─── Weights ───────────────────────────────────────────────────────────────────────────────────
 def as_base64(tensor):
     """The numbers of a tensor as base64, in little-endian byte order."""
     array = tensor.contiguous().numpy()
     return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode("ascii")
 
+def to_integers(matrix):
+    """Return (16-bit integers, a scale for each row). A number of the matrix is its integer times
+    the scale of its row."""
+    matrix = matrix.double()
+    scales = matrix.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / LARGEST_INT16
+    integers = (matrix / scales).round().to(torch.int16)
+    return integers, scales.float()
+
 def pack(weight):
-    """Describe a weight in values that JSON can express. A matrix becomes 16-bit integers and a
-    scale for each row, so that a number is its integer times the scale of its row. Vectors, which
-    are biases and the parameters of LayerNorm, stay as they are, because they take no space."""
+    """Describe a weight in values that JSON can express. Vectors, which are biases and the
+    parameters of LayerNorm, stay as they are, because they take no space."""
     packed = {"shape": list(weight.shape)}
     if weight.dim() < 2:
-        return packed | {"float32": as_base64(weight.float())}
-    weight = weight.double()
-    scales = weight.abs().amax(dim=1).clamp(min=1e-30) / LARGEST_INT16
-    integers = (weight / scales[:, None]).round().to(torch.int16)
-    return packed | {"int16": as_base64(integers), "scales": as_base64(scales.float())}
+        return packed | {"float32": as_base64(weight)}
+    integers, scales = to_integers(weight)
+    return packed | {"int16": as_base64(integers), "scales": as_base64(scales)}
+
+def round_weights(model):
+    """Return a copy of the model, on the CPU, with the weights that the page has."""
+    model = copy.deepcopy(model).cpu().eval()
+    for weight in model.state_dict().values():
+        if weight.dim() == 2:
+            integers, scales = to_integers(weight)
+            weight.copy_(integers * scales)
+    return model
 
 def weights_to_store(model):
     """{name: tensor} of a model. A matrix that is used twice (weight tying) is stored once."""
@@ -90,22 +145,22 @@ def describe_settings(settings):
             for f in fields(settings)]
 
 def describe_run(run, name):
-    """Everything that the page needs to know, in values that JSON can express. `check` is a short
-    window with its logits, with which the page can tell whether it computes what Python does."""
-    model = story_llm.on_cpu(run.model).eval()
-    ids = torch.arange(min(8, run.config.context_length)) % run.config.vocab_size
+    """Everything that the page needs to know, in values that JSON can express. `check` is a window
+    and the logits after it, with which the page can tell whether it computes what Python does."""
+    config = run.config
+    ids = torch.linspace(0, config.vocab_size - 1, config.context_length).long()
     with torch.no_grad():
-        logits = model(ids[None])[0, -1].float()
+        logits = round_weights(run.model)(ids[None])[0, -1]
     texts = [Path(path).name for path in run.text_paths]
     return {"name": name, "text_name": ", ".join(texts), "prompt": run.prompt,
-            "beginnings": run.beginnings, "step": run.step, "total_steps": run.total_steps,
-            "parameters": story_llm.count_parameters(model),
-            "config": asdict(run.config),
-            "settings": describe_settings(run.config) + describe_settings(run.train_config),
+            "beginnings": run.beginnings, "step": story_llm.step_of_weights(run),
+            "parameters": story_llm.count_parameters(run.model), "config": asdict(config),
+            "settings": describe_settings(config) + describe_settings(run.train_config),
             "history": [asdict(evaluation) for evaluation in run.history],
             "tokenizer": describe_tokenizer(run.tokenizer),
             "check": {"ids": ids.tolist(), "logits": as_base64(logits)},
-            "weights": {name: pack(weight) for name, weight in weights_to_store(model).items()}}
+            "weights": {name: pack(weight.cpu())
+                        for name, weight in weights_to_store(run.model).items()}}
 
 def check_size(n_bytes):
     check(n_bytes <= MAX_BYTES, f"the page would have {n_bytes / 1e6:,.0f} MB, and browsers become "
@@ -113,7 +168,8 @@ def check_size(n_bytes):
 
 def make_page(run, name="story_llm.pt"):
     """Return the page of a run; `name` is what the page calls it. Raises StoryError if the page
-    would be too large."""
+    would be too large, or cannot compute the model."""
+    check_supported(run.model)
     matrices = sum(weight.numel() for weight in weights_to_store(run.model).values())
     check_size(matrices * 2 * 4 // 3)       # two bytes each, and base64 makes four of three
     # A story is data and must stay data. JSON escapes everything that is not ASCII, and without
@@ -130,22 +186,32 @@ def make_page(run, name="story_llm.pt"):
     check_size(len(page))
     return page
 
+def write_page(path, page):
+    """Write the page to a temporary file, which then replaces the file at `path`, so that `path`
+    never holds half a page. Raises StoryError."""
+    path = story_llm.check_file_path(path)
+    temporary = story_llm.temporary_path(path)
+    try:
+        temporary.write_text(page, encoding="utf-8", newline="\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoryError(f"{path} could not be written ({error.strerror}): free some disk space, "
+                         "or choose another path") from None
+    finally:
+        temporary.unlink(missing_ok=True)       # after a failure; else it has been renamed
+
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
 def run_command(argv):
-    parser = argparse.ArgumentParser(prog="explore.py",
-                                     description=(__doc__ or "").partition("\n")[0],
-                                     allow_abbrev=False)
-    parser.add_argument("page", help="the HTML file to write")
-    parser.add_argument("--model", default="story_llm.pt",
+    parser = story_llm.Parser(prog="extras/explore.py", allow_abbrev=False,
+                              description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("page", metavar="PAGE.html", help="the HTML file to write")
+    parser.add_argument("--model", default="story_llm.pt", metavar="FILE",
                         help="the checkpoint (default: story_llm.pt)")
     args = parser.parse_args(argv)
+    story_llm.check_different(args.page, args.model)
     story_llm.check_writable(args.page, (".html", ".htm"))
-    run = story_llm.load_checkpoint(args.model)
-    page = make_page(run, Path(args.model).name)
-    try:
-        Path(args.page).write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise StoryError(f"{args.page} could not be written ({error.strerror})") from None
+    page = make_page(story_llm.load_checkpoint(args.model), Path(args.model).name)
+    write_page(args.page, page)
     log(f"wrote {args.page}: {len(page) / 1e6:.1f} MB. Open it in a browser")
 
 def main(argv=None):

@@ -16,6 +16,7 @@ other names, the matrices are transposed, and those of queries, keys and values 
 """
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -294,14 +295,14 @@ def read_folder(folder):
 def load(folder):
     """Return the Run of a folder, ready to generate. Raises StoryError."""
     config, tokenizer, weights = read_folder(folder)
-    model = story_llm.new_model(config)
-    model.load_state_dict(weights)
+    model = story_llm.restore_model(config, weights)
     return Run(model, tokenizer, TrainConfig(), fingerprint="", steps_per_epoch=1, total_steps=1,
                prompt="Once upon a time")
 
 def load_to_train(folder, text, train_config, context_length=None, drop_rate=0.0):
-    """Return (a run at step 0 with the weights of a folder, the corpus of a text). A context length
-    shorter than GPT-2's takes less time and memory. Raises StoryError."""
+    """Return (a run at step 0 with the weights of a folder, the corpus of a text, which is split as
+    `train_config` says). A context length shorter than GPT-2's takes less time and memory. Raises
+    StoryError."""
     config, tokenizer, weights = read_folder(folder)
     n_positions = config.context_length
     if context_length is None:
@@ -309,7 +310,7 @@ def load_to_train(folder, text, train_config, context_length=None, drop_rate=0.0
     check(context_length <= n_positions, f"--context-length {context_length} is too long: this "
           f"GPT-2 has learned only {n_positions} positions")
     config = replace(config, context_length=context_length, drop_rate=drop_rate)
-    corpus = story_llm.corpus_from_text(text, tokenizer, train_config.val_fraction, context_length)
+    corpus = story_llm.corpus_from_text(text, tokenizer, train_config)
     run = story_llm.new_run(corpus, config, train_config)       # may reduce the context length
     weights["pos_emb.weight"] = weights["pos_emb.weight"][:run.config.context_length]
     run.model.load_state_dict(weights)
@@ -323,7 +324,7 @@ def save(run, folder):
     check(run.tokenizer.kind != "word", "GPT-2's format cannot express a word tokenizer: train a "
           "model with another --tokenizer")
     settings, weights = config_json(run), {}
-    for name, weight in to_gpt2(story_llm.on_cpu(run.model)).items():
+    for name, weight in to_gpt2(copy.deepcopy(run.model).cpu()).items():
         weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight
     safetensors = import_safetensors()
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
@@ -354,11 +355,8 @@ def run_from_args(args):
     text = story_llm.load_text(args.text, args.encoding)
     run, corpus = load_to_train(args.folder, text, train_config,
                                 args.given.get("context_length"), args.drop_rate)
-    if train_config.val_fraction > run.train_config.val_fraction:
-        note(f"note: {train_config.val_fraction:.0%} of the text would not fill a window, so there "
-             "is no validation split")
     if run.config.context_length == len(corpus.train_ids) - 1:
-        note(f"note: the text has only {len(corpus.train_ids)} tokens, so the context length is "
+        note(f"the text has only {len(corpus.train_ids)} tokens, so the context length is "
              f"{run.config.context_length}")
     run.text_paths, run.encoding = list(args.text), args.encoding
     run.prompt = args.given.get("prompt", run.prompt)
@@ -366,8 +364,12 @@ def run_from_args(args):
 
 def command_load(args):
     story_llm.check_writable(args.model)
+    story_llm.check_different(args.model, *args.text)
     run = run_from_args(args)
-    story_llm.Progress(run, args.model).save(run, is_last=True)     # keeps another model beside
+    kept = story_llm.keep_finished_model(args.model)
+    if kept:
+        note(f"the model that was at {args.model} is kept as {kept}")
+    story_llm.save_checkpoint(args.model, run)
     log(f"saved {args.model}: {story_llm.count_parameters(run.model):,} parameters, vocabulary "
         f"{run.config.vocab_size:,}, context length {run.config.context_length}")
     if run.text_paths:
@@ -379,9 +381,9 @@ def command_save(args):
     log(f"saved {args.folder}")
 
 def parse(argv):
-    """Parse a command line into a namespace. Its `given` contains what was really given."""
-    parser = argparse.ArgumentParser(prog="huggingface.py",
-                                     description=(__doc__ or "").partition("\n")[0])
+    """Parse a command line into a namespace. `given` holds only the options that were typed."""
+    parser = story_llm.Parser(prog="extras/huggingface.py",
+                              description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(title="commands", dest="command", required=True)
 
     command = commands.add_parser("load", allow_abbrev=False,
@@ -416,5 +418,4 @@ def main(argv=None):
     return story_llm.exit_status(run_command, sys.argv[1:] if argv is None else argv)
 
 if __name__ == "__main__":
-    story_llm.keep_memory()
     sys.exit(main())

@@ -28,7 +28,7 @@ TEXTS = [TEXT, "  two  spaces\n\n\tand\r\nlines 12345 it's I'LL", "漢字 日本
 @pytest.fixture(scope="module")
 def vocabulary():
     """The byte strings of a trained tokenizer, without <|endoftext|>."""
-    return story_llm.train_bpe_fast(Path(STORY).read_text(encoding="utf-8"), 400)
+    return story_llm.train_bpe(Path(STORY).read_text(encoding="utf-8"), 400)
 
 
 @pytest.fixture
@@ -130,22 +130,20 @@ def test_the_single_tokenizer_file_that_transformers_writes_can_be_loaded(make_f
     assert huggingface.load(folder).tokenizer.tokens == expected.tokens
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_text_has_the_same_tokens_as_in_transformers(make_folder, text):
+def test_texts_have_the_same_tokens_as_in_transformers(make_folder):
     folder, _ = make_folder(**SHAPES[0])
     ours, theirs = huggingface.load(folder).tokenizer, transformers.GPT2Tokenizer.from_pretrained(folder)
-    assert ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
+    for text in TEXTS:
+        assert ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text
 
 
-@pytest.mark.parametrize("command", [["generate", "--prompt", "The old", "--max-new-tokens", "20"],
-                                     ["next", "--prompt", "The old"],
-                                     ["attention", "--prompt", "The old"], ["evaluate", "--text", "my.txt"]])
-def test_the_commands_of_story_llm_work_with_a_loaded_model(make_folder, tmp_path, monkeypatch, capsys, command):
-    folder, _ = make_folder(**SHAPES[1])
+def test_the_commands_of_story_llm_work_with_a_loaded_model(make_folder, tmp_path, monkeypatch, capsys):
+    make_folder("gpt2", **SHAPES[1])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
-    assert huggingface.main(["load", str(folder)]) == 0
-    assert story_llm.main([*command, "--model", "gpt2.pt"]) == 0, capsys.readouterr().err
+    assert huggingface.main(["load", "gpt2"]) == 0
+    for command in (["generate", "--prompt", "The old"], ["next"], ["attention"], ["evaluate", "--text", "my.txt"]):
+        assert story_llm.main([*command, "--model", "gpt2.pt"]) == 0, capsys.readouterr().err
 
 
 # load --text
@@ -168,77 +166,74 @@ def test_a_model_is_loaded_trained_on_a_text_and_generates(story_folder, capsys)
     assert "python story_llm.py train --resume --model gpt2.pt" in capsys.readouterr().out
     assert story_llm.main(["train", "--resume", "--model", "gpt2.pt", "--max-steps", "30"]) == 0
     run = story_llm.load_checkpoint("gpt2.pt")
-    assert run.step == 30 and [evaluation.step for evaluation in run.history][::len(run.history) - 1] == [0, 30]
+    assert (run.step, run.history[0].step, run.history[-1].step) == (30, 0, 30)
     assert run.history[-1].train_loss < 0.7 * run.history[0].train_loss
     capsys.readouterr()
     assert story_llm.main(["generate", "--model", "gpt2.pt", "--prompt", "The old", "--max-new-tokens", "20"]) == 0
     assert capsys.readouterr().out.startswith("The old")
 
 
-def test_a_run_to_train_has_the_weights_of_the_folder_and_a_shorter_context(story_folder):
+def test_a_run_to_train_has_the_weights_of_the_folder_a_shorter_context_and_the_split_of_its_settings(story_folder):
     whole = huggingface.load("theirs")
-    config = story_llm.TrainConfig()
+    config = story_llm.TrainConfig(val_fraction=0.4)
     run, corpus = huggingface.load_to_train("theirs", TEXT, config, context_length=16)
     assert run.tokenizer.tokens == whole.tokenizer.tokens and run.config.context_length == 16
-    token_ids = corpus.train_ids[None, :16]
     with torch.no_grad():
-        assert torch.equal(run.model(token_ids), whole.model(token_ids))
-    assert len(corpus.train_ids) + len(corpus.val_ids) > 200 and run.fingerprint == corpus.fingerprint
+        assert torch.equal(run.model(corpus.train_ids[None, :16]), whole.model(corpus.train_ids[None, :16]))
+    assert run.train_config == config and 0.5 < len(corpus.train_text) / len(TEXT) < 0.61
+    assert run.tokenizer.decode(corpus.val_ids.tolist()) == TEXT[len(corpus.train_text):]
     longest, _ = huggingface.load_to_train("theirs", TEXT, config)
-    assert longest.config == dataclasses.replace(whole.config)
-    assert weights_equal(longest.model, whole.model)
+    assert longest.config == whole.config and weights_equal(longest.model, whole.model)
 
 
 def test_training_from_the_checkpoint_is_training_from_the_loaded_run(story_folder):
-    options = {"context_length": 16, "batch_size": 8, "max_steps": 5, "seed": 7, "precision": "fp32"}
+    options = {"batch_size": 8, "max_steps": 5, "seed": 7, "precision": "fp32", "val_fraction": 0.3}
     words = [word for name, value in options.items() for word in (story_llm.option_string(name), str(value))]
-    assert huggingface.main(["load", "theirs", "--text", "my.txt", *words]) == 0
+    assert huggingface.main(["load", "theirs", "--text", "my.txt", "--context-length", "16", *words]) == 0
     assert story_llm.main(["train", "--resume", "--model", "gpt2.pt"]) == 0
-    del options["context_length"]
     train_config = story_llm.TrainConfig(learning_rate=1.25e-3, **options)
     run = train_to(*huggingface.load_to_train("theirs", TEXT, train_config, 16))
     assert weights_equal(run.model, story_llm.load_checkpoint("gpt2.pt").model)
 
 
-@pytest.mark.parametrize("options, name, value", [
-    ([], "learning_rate", 1.25e-3), (["--learning-rate", "0.01"], "learning_rate", 0.01), (["--seed", "3"], "seed", 3),
-    (["--optimizer", "muon"], "optimizer", "muon"), (["--val-fraction", "0.2"], "val_fraction", 0.2),
-    (["--max-steps", "7"], "total_steps", 7), (["--drop-rate", "0.1"], "drop_rate", 0.1), ([], "drop_rate", 0.0),
-    (["--prompt", "At night"], "prompt", "At night"), ([], "prompt", "The old ferryman tied his"),
-    ([], "text_paths", ["my.txt"]), ([], "context_length", 40)])
-def test_options_of_the_training_are_saved_in_the_checkpoint(story_folder, options, name, value):
-    assert huggingface.main(["load", "theirs", "--text", "my.txt", *options]) == 0
+@pytest.mark.parametrize("options, expected", [
+    ("", {"learning_rate": 1.25e-3, "drop_rate": 0.0, "prompt": "The old ferryman tied his", "text_paths": ["my.txt"],
+          "context_length": 40}),
+    ("--learning-rate 0.01 --seed 3 --optimizer muon --val-fraction 0.2 --max-steps 7 --drop-rate 0.1 --keep-best "
+     "--prompt One\\\\nTwo", {"learning_rate": 0.01, "seed": 3, "optimizer": "muon", "val_fraction": 0.2,
+                               "total_steps": 7, "drop_rate": 0.1, "keep_best": True, "prompt": "One\nTwo"})])
+def test_options_of_the_training_are_saved_in_the_checkpoint(story_folder, options, expected):
+    assert huggingface.main(["load", "theirs", "--text", "my.txt", *shlex.split(options)]) == 0
     run = story_llm.load_checkpoint("gpt2.pt")
-    assert value in [getattr(part, name, None) for part in (run, run.config, run.train_config)]
-
-
-def test_every_setting_of_the_training_can_be_given(story_folder, capsys):
-    assert huggingface.main(["load", "--help"]) == 0
-    text = capsys.readouterr().out
-    for name in story_llm.names_of(story_llm.TrainConfig):
-        assert f"{story_llm.option_string(name)} " in text
-    assert "0.00125" in text and "0.0025" not in text
+    saved = {**vars(run), **vars(run.config), **vars(run.train_config)}
+    assert {name: saved[name] for name in expected} == expected
 
 
 def test_a_text_that_fills_no_window_gets_a_shorter_context_with_a_note(story_folder, capsys):
     (story_folder / "short.txt").write_text("The old ferryman tied his boat to the post.", encoding="utf-8")
     assert huggingface.main(["load", "theirs", "--text", "short.txt"]) == 0
     run = story_llm.load_checkpoint("gpt2.pt")
-    notes = capsys.readouterr().err
-    assert "no validation split" in notes and f"the context length is {run.config.context_length}" in notes
+    assert f"note: the text has only {run.config.context_length + 1} tokens" in capsys.readouterr().err
     assert run.config.context_length < 40
     assert story_llm.main(["train", "--resume", "--model", "gpt2.pt", "--max-steps", "2"]) == 0
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--text", "my.txt", "--context-length", "41"], "only 40 positions"),
-    (["--text", "my.txt", "--context-length", "0"], "context_length"),
-    (["--text", "my.txt", "--learning-rate", "-1"], "learning_rate"),
-    (["--text", "no.txt"], "no.txt"), (["--learning-rate", "0.1"], "--text"), (["--context-length", "8"], "--text"),
-    (["--max-steps", "8"], "--text"), (["--prompt", "The"], "--text"), (["--drop-rate", "0.1"], "--text")])
+    ("--text my.txt --context-length 41", "only 40 positions"), ("--text my.txt --context-length 0", "context_length"),
+    ("--text my.txt --learning-rate -1", "learning_rate"), ("--text no.txt", "no.txt"),
+    ("--text my.txt --model my.txt", "two things"), ("--learning-rate 0.1", "--text"),
+    ("--context-length 8", "--text"), ("--prompt The", "--text"), ("--drop-rate 0.1", "--text")])
 def test_wrong_options_are_refused_in_one_line_and_nothing_is_written(story_folder, capsys, options, words):
-    assert words in error_of(capsys, "load", "theirs", *options)
-    assert not Path("gpt2.pt").exists()
+    assert words in error_of(capsys, "load", "theirs", *options.split())
+    assert sorted(os.listdir()) == ["my.txt", "theirs"] and Path("my.txt").read_text(encoding="utf-8") == TEXT
+
+
+def test_a_command_line_without_a_folder_or_with_one_that_is_missing_is_one_line(tmp_path, capsys):
+    for folder in (tmp_path / "none", Path(STORY), tmp_path):
+        assert str(folder) in error_of(capsys, "load", folder, "--model", tmp_path / "gpt2.pt")
+    for arguments in (["load"], [], ["move", "x"]):
+        assert huggingface.main(arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 # save
@@ -246,7 +241,7 @@ def test_wrong_options_are_refused_in_one_line_and_nothing_is_written(story_fold
 @pytest.fixture(scope="module", params=["story", "gpt2"])
 def run(request, gpt2):
     """A run that has memorized TEXT, without the biases for queries, keys and values."""
-    return trained(tokenizer=request.param, emb_dim=64, context_length=40, epochs=150, eval_every=1000,
+    return trained(tokenizer=request.param, emb_dim=64, context_length=40, max_steps=250, eval_every=1000,
                    val_fraction=0.0, batch_size=16, learning_rate=4e-3)
 
 
@@ -281,56 +276,39 @@ def test_the_saved_tokenizer_gives_the_same_tokens(run, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_kind_of_model_is_saved_with_equal_logits_or_refused(tmp_path, kind):
     run = lively_run(**kind)
-    try:
-        huggingface.save(run, tmp_path / "out")
-    except story_llm.StoryError as error:
-        assert "GPT-2's format cannot express" in str(error) and not (tmp_path / "out").exists()
+    if run.config.position != "learned":
+        with pytest.raises(story_llm.StoryError, match="without --position"):
+            huggingface.save(run, tmp_path / "out")
+        assert not os.listdir(tmp_path)
         return
+    huggingface.save(run, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (model.config.n_layer, model.config.resid_pdrop) == (run.config.n_layers, run.config.drop_rate)
     token_ids = torch.arange(2 * run.config.context_length).view(2, -1) % run.config.vocab_size
     with torch.no_grad():
         assert run.model(token_ids).std() > 0.1
         torch.testing.assert_close(model(token_ids).logits, run.model(token_ids), rtol=1e-4, atol=1e-4)
-
-
-def test_what_gpt2_can_express_is_saved_and_the_rest_is_refused(tmp_path):
-    """The test above would pass if everything were refused."""
-    expressible = [{}, {"tie_weights": True, "qkv_bias": True, "gelu": "tanh"}, {"drop_rate": 0.3, "n_layers": 3}]
-    for number, changes in enumerate(expressible):
-        run = lively_run(**changes)
-        huggingface.save(run, tmp_path / str(number))
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
-        assert (model.config.n_layer, model.config.resid_pdrop) == (run.config.n_layers, run.config.drop_rate)
-        model.save_pretrained(tmp_path / "theirs")
-        ours = safetensors_torch.load_file(tmp_path / str(number) / "model.safetensors")
-        assert ours.keys() == safetensors_torch.load_file(tmp_path / "theirs" / "model.safetensors").keys()
-    for position in ("rotary", "sinusoidal"):
-        with pytest.raises(story_llm.StoryError, match=f"position {position}: train a model without --position"):
-            huggingface.save(lively_run(position=position), tmp_path / position)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = [safetensors_torch.load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs")]
+    assert ours.keys() == theirs.keys()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaterConfig(story_llm.GPTConfig):
-    """A GPTConfig with a setting that this version does not have."""
+    """A GPTConfig with a setting and a value that this version does not have."""
     attention_window: int = story_llm.setting(0, "tokens that a token attends to (0: all)")
+    gelu: str = story_llm.setting("exact", "activation function", choices=("exact", "tanh", "quick"))
 
 
-def test_a_setting_that_is_added_later_is_refused_unless_it_has_its_default(tmp_path, monkeypatch):
-    monkeypatch.setitem(story_llm.LIMITS, "attention_window", (0, 100))
+def test_a_setting_or_a_value_that_is_added_later_is_refused(tmp_path):
     run = lively_run()
-    run.model.config = LaterConfig(**dataclasses.asdict(run.config), attention_window=4)
-    with pytest.raises(story_llm.StoryError, match="attention_window 4"):
-        huggingface.save(run, tmp_path / "out")
-    run.model.config = LaterConfig(**{**dataclasses.asdict(run.config), "attention_window": 0})
+    settings = dataclasses.asdict(run.config)
+    for changes in ({"attention_window": 4}, {"gelu": "quick"}):
+        run.model.config = LaterConfig(**{**settings, **changes})
+        with pytest.raises(story_llm.StoryError, match=" ".join(map(str, *changes.items()))):
+            huggingface.save(run, tmp_path / "out")
+    run.model.config = LaterConfig(**settings)
     huggingface.save(run, tmp_path / "out")
-
-
-def test_a_value_that_is_added_later_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setitem(story_llm.CHOICES, "gelu", (*story_llm.CHOICES["gelu"], "quick"))
-    run = lively_run()
-    run.model.config = dataclasses.replace(run.config, gelu="quick")
-    with pytest.raises(story_llm.StoryError, match="gelu quick"):
-        huggingface.save(run, tmp_path / "out")
 
 
 def test_weights_that_gpt2_has_no_place_for_and_weights_that_it_needs_are_refused(tmp_path):
@@ -405,38 +383,27 @@ class Evil:
 
 WRONG = {
     "another architecture": (changed_config(model_type="llama"), "llama"),
-    "no type": (changed_config(model_type=None), "model_type"),
     "another epsilon": (changed_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon"),
     "another number of hidden units": (changed_config(n_inner=99), "n_inner"),
     "scores scaled by layer": (changed_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by"),
-    "scores not scaled": (changed_config(scale_attn_weights=False), "scale_attn_weights"),
     "another activation function": (changed_config(activation_function="relu"), "relu"),
-    "an activation function that is a list": (changed_config(activation_function=["gelu"]), ""),
     "a width that the heads cannot divide": (changed_config(n_head=5), "n_heads"),
     "more layers than weights": (changed_config(n_layer=4), "missing"),
-    "fewer layers than weights": (changed_config(n_layer=2), "not one of GPT-2's"),
     "a width that needs too much memory": (changed_config(n_embd=60000), "180000"),
     "a number that is a string": (changed_config(n_layer="3"), "n_layers"),
     "another vocabulary size": (changed_config(vocab_size=77), "vocab_size"),
     "an unknown kind of tokenizer": (changed_config(story_llm_tokenizer="x"), "story_llm_tokenizer"),
-    "half a config": (changed_file("config.json", lambda content: content[:-9]), ""),
     "a list as config": (changed_file("config.json", lambda content: b"[]"), ""),
     "a config that is nested too deeply": (changed_file("config.json", lambda content: b"[" * 100_000), ""),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "a missing weight": (
         changed_weights(lambda weights: weights.pop("transformer.h.1.mlp.c_fc.bias")), "h.1.mlp.c_fc.bias"),
     "an unknown weight": (changed_weights(lambda weights: weights.update(strange=torch.ones(2))), "strange"),
-    "an unknown weight in a block": (
-        changed_weights(lambda weights: weights.update({"h.0.x.weight": torch.ones(2)})), "h.0.x"),
     "a wrong shape": (
         changed_weights(lambda weights: weights.update({"transformer.ln_f.bias": torch.ones(2)})), "ln_f.bias"),
-    "a scalar for a matrix": (
-        changed_weights(lambda weights: weights.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(())})), "c_fc"),
     "a truncated file": (changed_file("model.safetensors", lambda content: content[:-100]), ""),
-    "an empty file": (changed_file("model.safetensors", lambda content: b""), ""),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     "a pickle with code": (pickled(lambda folder: {"wte.weight": Evil(folder / "harm")}), ""),
-    "a pickle of a list": (pickled(lambda folder: [torch.ones(2)]), ""),
     "a pickle of numbers": (pickled(lambda folder: {"wte.weight": 1}), "not tensors"),
     "token ids with gaps": (changed_file("vocab.json", lambda content: content.replace(b": 300,", b": 999,")), "gaps"),
     "a token that is no bytes": (
@@ -445,8 +412,6 @@ WRONG = {
         changed_file("vocab.json", lambda content: content.replace(b"<|endoftext|>", b"</s>")), "</s>"),
     "merges in another order": (
         changed_file("merges.txt", lambda content: b"\n".join(reversed(content.split(b"\n")))), "order"),
-    "half the merges": (changed_file("merges.txt", lambda content: content[:len(content) // 2]), "order"),
-    "a merge of three": (changed_file("merges.txt", lambda content: content + b"\na b c"), ""),
     "no merges": (lambda folder: (folder / "merges.txt").unlink(), "tokenizer.json"),
 }
 
@@ -469,15 +434,10 @@ def test_a_bug_in_the_model_keeps_its_traceback(make_folder, tmp_path, monkeypat
         huggingface.main(["load", str(folder), "--model", str(tmp_path / "gpt2.pt")])
 
 
-def test_a_missing_folder_is_reported_in_one_line(tmp_path, capsys):
-    for folder in (tmp_path / "none", Path(STORY), tmp_path):
-        assert str(folder) in error_of(capsys, "load", folder, "--model", tmp_path / "gpt2.pt")
-
-
-def test_a_word_tokenizer_is_refused(tmp_path, capsys):
-    story_llm.save_checkpoint(tmp_path / "model.pt", lively_run(tokenizer="word"))
-    assert "word tokenizer" in error_of(capsys, "save", "--model", tmp_path / "model.pt", tmp_path / "out")
-    assert os.listdir(tmp_path) == ["model.pt"]
+def test_a_word_tokenizer_is_refused(tmp_path):
+    with pytest.raises(story_llm.StoryError, match="word tokenizer"):
+        huggingface.save(lively_run(tokenizer="word"), tmp_path / "out")
+    assert not os.listdir(tmp_path)
 
 
 def full_disk(*arguments):
@@ -523,7 +483,7 @@ def test_the_commands_of_the_readme_work_as_they_are(make_folder, tmp_path, monk
     make_folder("gpt2", n_layer=1, n_head=2, n_embd=16, n_positions=130)
     (tmp_path / "my_story.txt").write_text(5 * TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(story_llm, "TRAINING_LENGTH", {"adamw": (1, 2)})
+    monkeypatch.setattr(story_llm, "count_steps", lambda steps_per_epoch, config: 2)
     printed = []
     for _, program, *arguments in commands:
         if program == "-c":
@@ -532,8 +492,3 @@ def test_the_commands_of_the_readme_work_as_they_are(make_folder, tmp_path, monk
             assert {"extras/huggingface.py": huggingface, "story_llm.py": story_llm}[program].main(arguments) == 0
     assert len(commands) >= 4 and printed[0][0]["generated_text"].startswith("Once")
     assert story_llm.load_checkpoint("my_story.pt").config.context_length == 128
-
-
-def test_a_line_break_can_be_typed_in_the_prompt():
-    args = huggingface.parse(["load", "folder", "--text", "my.txt", "--prompt", r"One\nTwo"])
-    assert args.prompt == args.given["prompt"] == "One\nTwo"
