@@ -109,7 +109,7 @@ def split_text(text, config):
         return text, ""
     # the last space or line end in the 50 characters before the cut; if there is none, as in
     # Chinese, cut anyway
-    space = max(text.rfind(white, cut - 50, cut + 1) for white in " \n")
+    space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")
     if space > 0:
         cut = space
     return text[:cut], text[cut:]
@@ -2122,11 +2122,11 @@ IGNORE_INDEX = -100     # the target of padding; `batch_loss` ignores it
 def prompt_window(corpus, start, T):
     """Return T + 1 token ids of the training text, starting at character `start`. Where the text
     ends, `<|endoftext|>` follows, and then padding."""
-    # Hardly any token has more than 32 characters. If more tokens are found than are needed, those
-    # that are needed do not depend on where the text was cut.
+    # Hardly any token has more than 32 characters. The last tokens of a piece may be wrong, because
+    # it ends within a word, so there must be some more than are needed.
     for length in (32 * (T + 1), 1024 * (T + 1), len(corpus.train_text)):
         token_ids = corpus.tokenizer.encode(corpus.train_text[start:start + length])
-        if len(token_ids) > T + 1:
+        if len(token_ids) > T + 20:
             return token_ids[:T + 1]
     token_ids = [*token_ids, corpus.tokenizer.end_of_text][:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
@@ -2315,6 +2315,8 @@ def read_checkpoint(path):
         with open(path, "rb") as file:
             saved = load_plain(file)
         restore_objects(saved)
+    except ModuleNotFoundError:     # tiktoken is not installed
+        raise
     except Exception as error:      # a damaged or hostile file can make torch raise anything
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
         raise StoryError(f"{path} is not a checkpoint that this version of story_llm can read "
@@ -2339,6 +2341,7 @@ def load_plain(file):
         check(archive.testzip() is None, "a checksum is wrong")     # compares every CRC-32
     file.seek(0)
     saved = torch.load(file, map_location="cpu", weights_only=True)
+    check(type(saved) is dict, "it holds no dictionary")
     check(saved["format"] == FORMAT, f"its format is {reprlib.repr(saved['format'])}, of another "
           f"version, and not {FORMAT}")
     # Tensors that share their memory could claim more of it than the file has.
@@ -2413,7 +2416,7 @@ def keep_finished_model(path):
     """Before a new run first saves to `path`: copy what is there to NAME.old.pt, unless it is only
     the beginning of a training. Return the name of the copy, or None."""
     path = Path(os.path.realpath(path))
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     with contextlib.suppress(StoryError):
         previous = load_checkpoint(path)
@@ -2430,7 +2433,7 @@ def check_file_path(path, endings=()):
     """Return the path with links resolved. Raises StoryError if something that is not a file is
     there, or if its name does not have one of these endings."""
     path = Path(os.path.realpath(path))
-    check(path.is_file() or not os.path.lexists(path),
+    check(os.path.isfile(path) or not os.path.lexists(path),
           f"{path} is a folder or a device: give the path of a file")
     check(not endings or path.suffix.lower() in endings,
           f"{path.name} must end in {', '.join(endings)}")
@@ -2439,7 +2442,7 @@ def check_file_path(path, endings=()):
 def check_writable(path, endings=()):
     """Raise StoryError if a file cannot be written, before hours are spent on its contents."""
     folder = check_file_path(path, endings).parent
-    check(os.access(folder, os.W_OK), f"{path} cannot be written: give a path in a folder that "
+    check(folder.is_dir() and os.access(folder, os.W_OK), f"{path} cannot be written: give a path in a folder that "
           "exists and that you may write to")
 
 def temporary_path(path):
@@ -3307,7 +3310,7 @@ def keep_freed_memory():
 # What `from story_llm import *` brings: what this file defines, and what its examples need.
 __all__ = ["math", "torch", "nn", "F", "islice"]
 __all__ += [name for name, value in list(globals().items())
-            if getattr(value, "__module__", None) == __name__]
+            if getattr(value, "__module__", None) == __name__ and not name.startswith("_")]
 
 # The threads of torch on Linux (libgomp) wait for each other by spinning. This is fast, but when
 # another program needs the processor, spinning threads hold up the ones that have work to do.

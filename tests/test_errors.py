@@ -23,7 +23,7 @@ def assert_one_line(result, *words):
 # a model that the reader has broken
 
 BROKEN = {      # {where: (the line, what the reader made of it, what the traceback names)}
-    "split_heads": ("        B, T, C = x.shape\n", "        B, T = x.shape\n",
+    "split_heads": ("        B, T, _ = x.shape\n", "        B, T = x.shape\n",
                     ["in split_heads", "    B, T = x.shape\n", "ValueError: too many values to unpack"]),
     "FeedForward": ("        return self.project(F.gelu(self.expand(x), ", "        return self.project(F.gelu(self.expand(x).mT, ",
                     ["in forward", "    return self.project(F.gelu(self.expand(x).mT, ", "RuntimeError: "]),
@@ -53,30 +53,18 @@ def test_whoever_breaks_the_model_sees_in_every_command_the_line_that_fails(fold
 
 
 def test_a_changed_model_that_works_is_told_from_the_saved_one(folder, trained_here, call, monkeypatch):
-    """Other shapes, or the same shapes and another result."""
+    """Other names, other shapes, or the same shapes and another result."""
+    make_linear = story_llm.make_linear
     with monkeypatch.context() as patch:
         patch.setattr(story_llm, "make_norm", lambda config: torch.nn.RMSNorm(config.emb_dim))
-        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "GPTModel", "train")
+        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
+    with monkeypatch.context() as patch:
+        patch.setattr(story_llm, "make_linear", lambda n, m, *rest, **options: make_linear(
+            n, m + 2 if m == 4 * n else m, *rest, **options))
+        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
     with monkeypatch.context() as patch:
         patch.setattr(story_llm.F, "gelu", lambda x, approximate: torch.relu(x))
         assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
-
-
-@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["evaluate"],
-                                     ["train", "--resume", "--epochs", "9"]])
-def test_a_layer_of_a_wrong_size_shows_where_it_fails_although_the_checkpoint_is_of_another_model(
-        folder, trained_here, capsys, monkeypatch, command):
-    """The reader edits a layer and runs the old model. The line that fails helps more than that the shapes differ."""
-    class FeedForward(story_llm.FeedForward):
-        def __init__(self, config):
-            super().__init__(config)
-            self.expand = torch.nn.Linear(config.emb_dim, 3 * config.emb_dim)
-
-    monkeypatch.setattr(story_llm, "FeedForward", FeedForward)
-    with pytest.raises(RuntimeError) as raised:
-        story_llm.main(command)
-    assert "forward" in [entry.name for entry in raised.traceback] and "96" in str(raised.value)
-    assert capsys.readouterr().err == ""
 
 
 # a bug anywhere
@@ -88,8 +76,7 @@ class Mistake(Exception):
 @pytest.mark.parametrize("bug", [
     KeyError("no such key"), ValueError("too many values"), OSError(2, "No such file"), PermissionError(13, "denied"),
     ImportError("cannot import name"), ModuleNotFoundError("No module named 'numpyy'", name="numpyy"),
-    TypeError("not iterable"), AttributeError("no attribute"), IndexError("out of range"), AssertionError(),
-    ZeroDivisionError(), NameError("y"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     RuntimeError("CUDA error: an illegal memory access was encountered"), RecursionError(), Mistake()],
     ids=lambda bug: f"{type(bug).__name__}-{str(bug)[:10]}")
 def test_an_exception_that_is_not_a_users_mistake_keeps_its_traceback(folder, capsys, monkeypatch, bug):
@@ -123,16 +110,16 @@ def test_from_python_a_mistake_is_a_story_error(folder):
 
 @pytest.mark.parametrize("command", ["words", "bpe", "windows", "model", "evaluate", "train"])
 def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, command):
-    (folder / "empty.txt").write_bytes(b"")
-    (folder / "blank.txt").write_bytes(b" \n\t\n")
-    (folder / "latin.txt").write_bytes("Once there was a café by the river.".encode("latin-1"))
-    (folder / "letter.docx").write_bytes(b"PK\x03\x04" + bytes(100))
+    contents = {"empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": "Once there was a café.".encode("latin-1"),
+                "letter.docx": b"PK\x03\x04" + bytes(100), "zeros.txt": bytes(100), "picture.gif": b"GIF89a\1\0\1\0;"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
     (folder / "folder").mkdir()
-    for text, *words in (("missing.txt", "give a text file"), ("folder", "no .txt file", "give a text file"),
-                         ("nowhere/my.txt",), ("empty.txt", "empty"), ("blank.txt", "empty"),
-                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip", "text")):
+    for text, *words in (("missing.txt",), ("folder", "folder"), ("nowhere/my.txt",), ("empty.txt",), ("blank.txt",),
+                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip"),
+                         ("zeros.txt", "not plain text"), ("picture.gif", "not plain text")):
         result = call(*small(command, "--text", text))
-        assert_one_line(result, *([] if "empty" in words else [text]), *words)
+        assert_one_line(result, *(["empty"] if text in ("empty.txt", "blank.txt") else [text]), *words)
         assert result[1] == ""
     assert_one_line(call(*small(command, "--text", "latin.txt", "--encoding", "utf-9")), "utf-9", "cp1252")
     assert_one_line(call(*small(command, "--text", "my.txt", "missing.txt")), "missing.txt")
@@ -143,58 +130,51 @@ def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, c
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["next"], ["evaluate"], ["plot"], ["attention"],
                                      ["train", "--resume"]])
-def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, trained_here, call, command):
+def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, trained_here, call, recwarn, command):
     content = (folder / "story_llm.pt").read_bytes()
     (folder / "half.pt").write_bytes(content[:len(content) // 2])
     (folder / "bit.pt").write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
     (folder / "empty.pt").write_bytes(b"")
     torch.save(torch.zeros(3), "tensor.pt")
-    torch.save({"format": story_llm.FORMAT + 1}, "newer.pt")
+    torch.save({"format": story_llm.FORMAT - 1}, "older.pt")
+    torch.save({"format": torch.tensor([1, 2])}, "odd.pt")
     torch.save({"format": story_llm.FORMAT}, "hollow.pt")
     (folder / "folder.pt").mkdir()
     before = sorted(os.listdir())
-    for model, word in (("missing.pt", "train one"), ("half.pt", "damaged"), ("bit.pt", "damaged"),
-                        ("empty.pt", "damaged"), ("my.txt", "damaged or not"), ("loss.png", "damaged or not"),
-                        ("tensor.pt", "not a checkpoint"),
-                        ("newer.pt", "version"), ("hollow.pt", "not compatible"), ("folder.pt", "")):
-        result = call(*command, "--model", model, *(["--plot", "new.png"] if command == ["train", "--resume"] else []))
+    for model, word in (("missing.pt", "train one"), ("half.pt", ""), ("bit.pt", "checksum"), ("empty.pt", ""),
+                        ("my.txt", ""), ("loss.png", ""), ("tensor.pt", ""), ("older.pt", "version"), ("odd.pt", ""),
+                        ("hollow.pt", ""), ("folder.pt", "folder")):
+        result = call(*command, "--model", model, *(["--plot", "new.png"] if command != ["evaluate"] and command[0] in
+                                                    ("plot", "attention", "train") else []))
         assert_one_line(result, model, word)
         assert result[1] == ""
-    assert sorted(os.listdir()) == before
-
-
-@pytest.mark.parametrize("name", [
-    "fingerprint", "text_paths", "encoding", "beginnings", "best_weights", "prompt", "step", "total_steps",
-    "steps_per_epoch", "test_loss", "weights", "optimizer", "history", "config", "train_config", "tokenizer"])
-def test_a_checkpoint_with_an_entry_missing_or_of_another_type_is_one_line(folder, trained_here, call, name):
-    saved = torch.load("story_llm.pt", weights_only=True)
-    others = {other: value for other, value in saved.items() if other != name}
-    for broken in (others, {**others, name: torch.zeros(2)}, {**others, name: 3.5 if name != "test_loss" else "3.5"}):
-        torch.save(broken, "broken.pt")
-        assert_one_line(call("generate", "--model", "broken.pt", "--prompt", PROMPT), "broken.pt")
+    assert sorted(os.listdir()) == before and not list(recwarn)     # a warning would be a second line
 
 
 # prompts
 
-@pytest.mark.parametrize("command", [["generate"], ["next"], ["attention"], ["train"], ["generate", "--untrained"],
+@pytest.mark.parametrize("command", [["generate"], ["next"], ["attention"], ["generate", "--untrained"],
                                      ["next", "--untrained"]])
 def test_an_empty_prompt_is_one_line(folder, trained_here, call, small, command):
-    words = small("train", "--model", "new.pt") if command == ["train"] else command
-    if "--untrained" in command:
-        words = small(command[0])
+    words = small(command[0]) if "--untrained" in command else command
     assert_one_line(call(*words, "--prompt", ""), "prompt", "empty")
-    assert not (folder / "new.pt").exists()
 
 
 # files that cannot be written
 
 @pytest.mark.parametrize("option, path", [
     ("--model", "nowhere/story.pt"), ("--plot", "nowhere/loss.png"), ("--model", "."), ("--model", "my.txt/story.pt"),
-    ("--model", "x" * 300 + ".pt"), ("--plot", "x" * 300 + ".png"), ("--plot", "loss.txt"), ("--plot", "loss")])
+    ("--plot", "loss.txt"), ("--plot", "loss")])
 def test_a_path_that_cannot_be_written_is_one_line_before_the_training(folder, call, small, option, path):
     result = call(*small("train", option, path))
     assert_one_line(result, path if path != "." else "folder")
     assert result[1] == "" and os.listdir() == ["my.txt"]
+
+
+@pytest.mark.parametrize("option, path", [("--model", "x" * 300 + ".pt"), ("--plot", "x" * 300 + ".png")])
+def test_a_name_that_is_too_long_for_the_system_is_one_line(folder, call, small, option, path):
+    status, _, err = call(*small("train", option, path))
+    assert (status, err.count("\n")) == (1, 1) and err.startswith("error: ") and path in err
 
 
 def test_a_folder_in_which_nothing_may_be_written_is_one_line_before_the_training(folder, trained_here, call, small):
@@ -233,11 +213,6 @@ def test_a_link_to_itself_causes_no_traceback(folder, call, small):
     assert "Traceback" not in call(*small("train", "--model", "loop.pt"))[2]
 
 
-def test_the_tour_in_a_folder_where_it_cannot_write_is_one_line(folder, call):
-    (folder / "story_llm_tour").write_text("not a folder")
-    assert_one_line(call("tour"), "story_llm_tour")
-
-
 @pytest.fixture
 def full_disk():
     """Until the end of the test no file can grow beyond 8 kB, so writing more fails as on a full disk."""
@@ -252,11 +227,11 @@ def test_a_full_disk_while_training_is_one_line_and_keeps_what_was_there(folder,
     before = (folder / "story_llm.pt").read_bytes()
     status, out, err = call("train", "--resume", "--epochs", "6")
     *notes, error = err.splitlines(keepends=True)
-    assert_one_line((status, out, error), "story_llm.pt", "could not be written")
-    assert all(note.startswith("note: ") for note in notes)     # of earlier evaluations; it tries again at the next one
+    assert_one_line((status, "", error), "story_llm.pt", "could not be written")
+    assert all(note.startswith("note: ") for note in notes)
     assert "enforce fail" not in err        # which is torch's way to say so
     assert (folder / "story_llm.pt").read_bytes() == before
-    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
+    assert not [name for name in os.listdir() if name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize("picture", ["curve.png", "curve.svg", "curve.pdf"])
@@ -274,14 +249,6 @@ def test_whatever_keeps_a_checkpoint_from_being_written_is_a_story_error(folder,
     with pytest.raises(StoryError, match="could not be written"):
         save_checkpoint("story_llm.pt", run)
     assert (folder / "story_llm.pt").read_bytes() == before
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_output_to_a_full_disk_is_one_line(folder):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, PROGRAM, "words", "--text", "my.txt"], stdout=full,
-                              stderr=subprocess.PIPE, text=True)
-    assert_one_line((done.returncode, "", done.stderr), "No space left on device")
 
 
 # the machine
@@ -306,13 +273,13 @@ def test_too_little_memory_is_one_line(folder, call, small, monkeypatch, error):
     assert_one_line(call(*small("train")), "memory", "--batch-size")
 
 
-def test_a_loss_that_becomes_nan_is_one_line_and_moves_no_model(folder, trained_here, call, small):
+def test_a_loss_that_becomes_nan_is_one_line_and_replaces_no_model(folder, trained_here, call, small):
     before = (folder / "story_llm.pt").read_bytes()
     (folder / "other.txt").write_text(TEXT.replace("boat", "raft"))
-    result = call(*small("train", "--text", "other.txt", "--learning-rate", "1e8"))
-    assert_one_line(result, "--learning-rate")
-    assert "nan" in result[2] or "inf" in result[2]
-    assert (folder / "story_llm.pt").read_bytes() == before and not (folder / "story_llm.old.pt").exists()
+    status, out, err = call(*small("train", "--text", "other.txt", "--learning-rate", "1e8"))
+    assert_one_line((status, out, err.splitlines(keepends=True)[-1]), "--learning-rate")
+    assert "nan" in err.lower() or "inf" in err
+    assert (folder / "story_llm.pt").read_bytes() == before
 
 
 # packages that are not installed
@@ -402,11 +369,3 @@ def test_an_old_python_is_told_so_in_one_line(start_without, version):
     status, out, err = start_without("run", version)
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
     assert "Python 3.11 or later" in err and version in err
-
-
-def test_torchrun_is_told_which_program_trains_with_several_processes(folder, call, small, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_one_line(call(*small("train")), "extras/scale.py")
-    assert os.listdir() == ["my.txt"]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert call(*small("train"))[::2] == (0, "")

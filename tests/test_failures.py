@@ -22,7 +22,7 @@ def trained_without(gpt2):
             module = changed_program(EXPERIMENTS[part].replacements if part in EXPERIMENTS else ())
             corpus = module.corpus_from_text(module.load_text(STORY), "gpt2")
             run = module.new_run(corpus)
-            for _ in module.train(run, corpus):
+            for _ in module.training_steps(run, corpus):
                 if run.step == STEPS:
                     break
             runs[part] = module, run, corpus

@@ -1,4 +1,4 @@
-"""A notebook: the code of the README's section "From Python", in a real kernel."""
+"""A notebook: the code of the README's section "From Python", in a real kernel, one cell a block."""
 import re
 import shutil
 import sys
@@ -9,15 +9,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from helpers import ROOT, STORY, bare_environment
-
-FEW_STEPS = "new_run(corpus, train_config=story_llm.TrainConfig(max_steps=3))"
-
-
-def code_of_the_readme():
-    """The lines of the first code block of the section."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## From Python\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].splitlines()
+from helpers import ROOT, STORY, bare_environment, story_llm
 
 
 class ThisPython(AsyncKernelManager):
@@ -27,10 +19,17 @@ class ThisPython(AsyncKernelManager):
         return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], env={})
 
 
-@pytest.fixture
-def execute(tmp_path, monkeypatch):
-    """execute(code, ...) runs these cells in a new kernel, in a folder with the program and the story. Returns the
-    executed cells."""
+def execute(folder, cells):
+    """Run these cells in a new kernel, in a folder. Return the executed cells. An error in a cell is raised."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = NotebookClient(notebook, timeout=300, kernel_manager_class=ThisPython, kernel_name="python3",
+                            resources={"metadata": {"path": str(folder)}})
+    client.execute()
+    return notebook.cells
+
+
+def test_the_code_of_the_readme_works_in_a_notebook(tmp_path, monkeypatch):
+    """With three steps, in a folder with the program and the story. A cell that ends with a picture shows it."""
     for path in (STORY, ROOT / "story_llm.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "home").mkdir()
@@ -38,38 +37,20 @@ def execute(tmp_path, monkeypatch):
                         "JUPYTER_RUNTIME_DIR": str(tmp_path / "home"), "PYTHONPATH": "",
                         "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-
-    def run(*cells):
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-        client = NotebookClient(notebook, timeout=300, kernel_manager_class=ThisPython, kernel_name="python3",
-                                resources={"metadata": {"path": str(tmp_path)}})
-        client.execute()
-        return notebook.cells
-    return run
-
-
-def kinds(cell):
-    """The MIME types of what a cell shows, and the names of the streams that it has written to."""
-    shown = [set(output.get("data", ())) | {output.get("name")} - {None} for output in cell.outputs]
-    return set().union(*shown)
-
-
-def test_the_code_of_the_readme_works_in_a_notebook(execute, tmp_path):
-    """With a few steps. Then come cells of one line each, as a teacher might go on."""
-    lines = code_of_the_readme()
-    code = "\n".join(lines).replace('new_run(corpus, device="auto")', FEW_STEPS)
-    assert FEW_STEPS in code and len(lines) >= 5
-    *cells, last = execute(code, "run.attention(run.prompt)", "print(run.next(run.prompt))", "run.next(run.prompt)",
-                           "run.write(run.prompt, 3)", "run",
-                           "story_llm.plot_losses(run.history, run.config.vocab_size)")
-    training, attention, printed, table, _, run = cells
-    assert not any(output.output_type == "error" for cell in (*cells, last) for output in cell.outputs)
-    for figure in (attention, last):
-        assert "image/png" in kinds(figure)
-    assert table.outputs[0].data["text/plain"] == printed.outputs[0].text.rstrip("\n")
-    assert table.outputs[0].data["text/plain"].startswith("next token")
-    assert len(run.outputs[0].data["text/plain"]) < 200 and "step 3 of 3" in run.outputs[0].data["text/plain"]
-    if "train_with_progress" in code:
-        assert re.search(r"\(Step 000003\): Train loss", "".join(output.get("text", "") for output in training.outputs))
-    if lines[-1].lstrip().startswith(("story_llm.plot_losses(", "run.attention(")):
-        assert "image/png" in kinds(training)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## From Python\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    cells = [re.sub(r"max_steps=\d+", "max_steps=3", block) for block in blocks]
+    assert cells != blocks
+    pictures = 0
+    for cell in execute(tmp_path, cells):
+        shown = [kind for output in cell.outputs for kind in output.get("data", ())]
+        draws = re.match(r"[\w.]*plot_\w+\(", cell.source.strip().splitlines()[-1]) is not None
+        assert ("image/png" in shown) == draws, cell.source
+        pictures += draws
+        if re.search(r"\btrain\(", cell.source):
+            printed = "".join(output.get("text", "") for output in cell.outputs)
+            assert re.search(r"\(Step 000003\): Train loss", printed)
+    assert pictures > 0
+    for name in re.findall(r"[\w-]+\.pt\b", "".join(cells)):
+        run = story_llm.load_checkpoint(tmp_path / name)
+        assert run.step == run.total_steps == 3

@@ -77,14 +77,12 @@ def test_every_script_is_given_back_and_the_beginnings_of_its_sentences_are_know
         assert tokenizer.ids[UNKNOWN] not in ids and tokenizer.decode(ids).strip() == prompt.strip()
 
 
-def test_a_saved_vocabulary_makes_the_same_tokenizer_again():
+def test_a_saved_vocabulary_makes_the_same_tokenizer_again_and_a_damaged_one_is_refused():
+    """With a duplicate, with another type, or without the special tokens."""
     again = restore_tokenizer(OF_TEXT.kind, OF_TEXT.tokens)
     assert type(again) is WordTokenizer and again.kind == "word" and again.tokens == OF_TEXT.tokens
     assert again.encode(TEXT) == OF_TEXT.encode(TEXT)
-
-
-@pytest.mark.parametrize("tokens", [["a", "b"], ["a", UNKNOWN], ["a", END_OF_TEXT], ["a", *build_vocabulary("a")],
-                                    [b"a", END_OF_TEXT, UNKNOWN], [1, END_OF_TEXT, UNKNOWN], []])
-def test_a_saved_vocabulary_with_a_duplicate_or_another_type_or_without_the_special_tokens_is_refused(tokens):
-    with pytest.raises(StoryError, match="tokenizer"):
-        restore_tokenizer("word", tokens)
+    for tokens in (["a", "b"], ["a", UNKNOWN], ["a", END_OF_TEXT], ["a", *build_vocabulary("a")],
+                   [b"a", END_OF_TEXT, UNKNOWN], [1, END_OF_TEXT, UNKNOWN], []):
+        with pytest.raises(StoryError, match="tokenizer"):
+            restore_tokenizer("word", tokens)

@@ -1,13 +1,12 @@
-"""Step 5: sliding windows, and the corpus from which they are cut."""
-from unittest import mock
-
+"""Step 5: sliding windows, and the corpus from which they and the prompt windows are cut."""
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import TEXT, some_text, story_llm
+from helpers import STORY, TEXT, some_text
 from scripts import SCRIPTS
-from story_llm import SlidingWindowDataset, StoryError, UNKNOWN, corpus_from_text, split_text, train_bpe_fast
+from story_llm import (BPETokenizer, SlidingWindowDataset, StoryError, TrainConfig, UNKNOWN, corpus_from_text,
+                       fingerprint, gpt2_tokens, load_text, prompt_window, split_text)
 
 sizes = dict(extra=st.integers(1, 60), length=st.integers(1, 20), stride=st.integers(1, 25))
 
@@ -65,125 +64,124 @@ def test_too_few_tokens_for_a_window_and_its_targets_are_refused_with_both_numbe
 
 # the corpus
 
-def check_corpus(corpus, text, val_fraction, context_length):
+def corpus_of(text, tokenizer="word", val_fraction=0.0, vocab_size=300):
+    return corpus_from_text(text, tokenizer, TrainConfig(val_fraction=val_fraction), vocab_size)
+
+
+def check_corpus(corpus, text, val_fraction):
     """What must be true of every corpus."""
+    assert corpus.text == text
     assert corpus.train_ids.dtype == corpus.val_ids.dtype == torch.long
     *token_ids, last = corpus.train_ids.tolist()
     assert corpus.tokenizer.decode(token_ids) == corpus.train_text
     assert last == corpus.tokenizer.end_of_text and corpus.tokenizer.decode([last]) == "<|endoftext|>"
     assert last not in token_ids and last not in corpus.val_ids
-    if len(corpus.val_ids):
-        assert len(corpus.val_ids) > context_length      # a window and its last target
-        train_text, val_text = split_text(text, val_fraction)
-        assert corpus.train_text == train_text and corpus.val_ids.tolist() == corpus.tokenizer.encode(val_text)
-    else:
-        assert corpus.train_text == text
-
-
-words = st.lists(st.sampled_from("a king, who gave his salt away; the ferryman\nwaited".split(" ")), min_size=2)
-
-
-@pytest.mark.parametrize("kind", ["word", "story"])
-@given(text=words.map(" ".join), val_fraction=st.floats(0, 0.99), context_length=st.integers(1, 12))
-def test_a_corpus_has_a_validation_split_if_that_fills_a_window(kind, text, val_fraction, context_length):
-    corpus = corpus_from_text(text, kind, val_fraction, context_length, vocab_size=260)
-    check_corpus(corpus, text, val_fraction, context_length)
-    if kind == "word":
+    train_text, val_text = split_text(text, TrainConfig(val_fraction=val_fraction))
+    assert corpus.train_text == train_text and corpus.val_ids.tolist() == corpus.tokenizer.encode(val_text)
+    if corpus.tokenizer.kind == "word":
         assert corpus.tokenizer.ids[UNKNOWN] not in corpus.train_ids
-
-
-def test_there_is_no_validation_split_exactly_if_it_would_not_fill_a_window_and_its_targets():
-    val_ids = corpus_from_text(TEXT, "word", 0.2, 1).val_ids
-    for context_length, kept in [(len(val_ids) - 1, len(val_ids)), (len(val_ids), 0)]:
-        assert len(corpus_from_text(TEXT, "word", 0.2, context_length).val_ids) == kept
-
-
-def test_without_a_validation_split_the_words_at_the_end_are_learned_too():
-    """The tokenizer is made again, from the whole text."""
-    story = "Once there was a king who gave his whole kingdom away for love of one unforgettable ferrywoman."
-    assert "ferrywoman" in split_text(story, 0.1)[1] and "ferrywoman" not in split_text(story, 0.1)[0]
-    corpus = corpus_from_text(story, "word", 0.1, 32)
-    assert len(corpus.val_ids) == 0 and corpus.train_text == story
-    assert corpus.tokenizer.ids[UNKNOWN] not in corpus.train_ids
-    assert corpus.tokenizer.decode(corpus.train_ids[:-1].tolist()) == story
-    ends_oddly = TEXT + "ferrywoman ferrywoman ferrywoman"
-    corpus = corpus_from_text(ends_oddly, "story", 0.05, 32, vocab_size=600)
-    assert len(corpus.val_ids) == 0 and corpus.tokenizer.tokens == train_bpe_fast(ends_oddly, 600)
-
-
-def test_words_that_only_the_validation_split_has_stay_unknown():
-    corpus = corpus_from_text(TEXT, "word", 0.2, 4)
-    assert corpus.tokenizer.ids[UNKNOWN] not in corpus.train_ids and corpus.tokenizer.ids[UNKNOWN] in corpus.val_ids
-
-
-def test_with_gpt2s_merges_the_validation_split_is_encoded_as_gpt2_does(gpt2):
-    corpus = corpus_from_text(TEXT, "gpt2", 0.2, 4)
-    check_corpus(corpus, TEXT, 0.2, 4)
-    _, val_text = split_text(TEXT, 0.2)
-    assert [corpus.tokenizer.tokens[i] for i in corpus.val_ids.tolist()] == [
-        gpt2.decode_single_token_bytes(i) for i in gpt2.encode_ordinary(val_text)]
-    full = corpus_from_text(TEXT, "gpt2", 0.2, 4, full_vocab=True)
-    assert full.val_ids.tolist() == gpt2.encode_ordinary(val_text) and full.fingerprint == corpus.fingerprint
 
 
 FIVE_WORDS = "Once there was a king"
 STRANGE = [FIVE_WORDS, FIVE_WORDS + ".", "a b", "a", "ha " * 300, "😀\u200d👩 e\u0301 " * 60, "One.\n\nTwo.\n\nThree.\n",
-           "天地玄黄宇宙洪荒日月盈昃辰宿列張寒来暑往" * 20, "—" * 100, "a" * 100, "<|endoftext|> <|unk|>" * 9, *SCRIPTS.values()]
+           "天地玄黄宇宙洪荒日月盈昃辰宿列張寒来暑往" * 20, "—" * 400, "a" * 400, "<|endoftext|> <|unk|>" * 29, *SCRIPTS.values()]
 
 
 @pytest.mark.parametrize("kind", ["word", "story"])
 @pytest.mark.parametrize("text", STRANGE, ids=lambda text: text[:12])
-def test_short_and_strange_texts_and_every_script_make_a_corpus(text, kind):
+def test_short_and_strange_texts_and_every_script_make_a_corpus_in_which_special_tokens_are_plain_letters(text, kind):
     for val_fraction in (0.0, 0.1, 0.5):
-        check_corpus(corpus_from_text(text, kind, val_fraction, 16, vocab_size=300), text, val_fraction, 16)
+        check_corpus(corpus_of(text, kind, val_fraction), text, val_fraction)
+
+
+def test_without_a_validation_split_the_words_at_the_end_are_learned_too():
+    story = "Once there was a king who gave his whole kingdom away for love of one unforgettable ferrywoman."
+    corpus = corpus_of(story, "word", 0.1)
+    assert len(corpus.val_ids) == 0 and corpus.train_text == story and " ferrywoman" in corpus.tokenizer.tokens
+
+
+def test_words_that_only_the_validation_split_has_stay_unknown():
+    corpus = corpus_of(TEXT, "word", 0.3)
+    check_corpus(corpus, TEXT, 0.3)
+    assert corpus.tokenizer.ids[UNKNOWN] in corpus.val_ids
+
+
+def test_with_gpt2s_merges_the_validation_split_is_encoded_as_gpt2_does(gpt2):
+    corpus = corpus_of(TEXT, "gpt2", 0.3)
+    check_corpus(corpus, TEXT, 0.3)
+    _, val_text = split_text(TEXT, TrainConfig(val_fraction=0.3))
+    assert [corpus.tokenizer.tokens[i] for i in corpus.val_ids.tolist()] == [
+        gpt2.decode_single_token_bytes(i) for i in gpt2.encode_ordinary(val_text)]
+    full = corpus_of(TEXT, BPETokenizer(gpt2_tokens(), "gpt2"), 0.3)
+    assert full.val_ids.tolist() == gpt2.encode_ordinary(val_text) and full.fingerprint == corpus.fingerprint
 
 
 def test_a_tokenizer_that_is_given_is_used_as_it_is():
     """A saved run brings its own. It must not learn the words of another text, even if there is no validation split."""
-    given = corpus_from_text("the king and the ferryman", "word", 0.0).tokenizer
-    for context_length, kept in [(4, True), (1000, False)]:
-        corpus = corpus_from_text(TEXT, given, 0.2, context_length)
-        assert corpus.tokenizer is given and (len(corpus.val_ids) > 0) == kept
+    given = corpus_of("the king and the ferryman").tokenizer
+    for val_fraction in (0.0, 0.3):
+        corpus = corpus_of(TEXT, given, val_fraction)
+        assert corpus.tokenizer is given and (len(corpus.val_ids) > 0) == (val_fraction > 0)
         assert corpus.train_ids.tolist() == [*given.encode(corpus.train_text), given.end_of_text]
 
 
-@pytest.mark.parametrize("val_fraction", [1, 1.5, 10, -0.1])
-def test_a_validation_fraction_that_leaves_nothing_to_train_on_is_refused(val_fraction):
-    with pytest.raises(StoryError, match="val_fraction"):
-        corpus_from_text(TEXT, "word", val_fraction, 4)
+def test_the_path_of_a_file_in_place_of_a_text_is_refused(tmp_path, monkeypatch):
+    """It would be trained on without a word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.txt").write_text(TEXT)
+    for path in ("my.txt", str(tmp_path / "my.txt"), str(STORY)):
+        with pytest.raises(StoryError, match="load_text") as refusal:
+            corpus_of(path)
+        assert path in str(refusal.value)
+        assert corpus_of(load_text(path)).train_text == load_text(path)
+    assert corpus_of("your.txt").train_text == "your.txt"
 
 
-# fingerprints
-
-def fingerprint(train_text, val_text, tokenizer=corpus_from_text("a", "word").tokenizer):
-    """The fingerprint of a text that is split just there."""
-    with mock.patch.object(story_llm, "split_text", lambda text, val_fraction: (train_text, val_text)):
-        return corpus_from_text(train_text + val_text, tokenizer, context_length=0).fingerprint
-
-
-@given(st.lists(st.tuples(some_text, some_text), min_size=2, max_size=2))
-def test_two_fingerprints_are_equal_exactly_if_the_texts_and_their_splits_are(pairs):
+@given(st.lists(st.tuples(some_text, some_text), min_size=2, max_size=2), st.data())
+def test_two_fingerprints_are_equal_exactly_if_the_texts_and_their_splits_are(pairs, data):
     one, other = pairs
     assert (fingerprint(*one) == fingerprint(*other)) == (one == other)
-
-
-@given(some_text, st.data())
-def test_the_same_text_split_elsewhere_has_another_fingerprint(text, data):
-    cuts = [data.draw(st.integers(0, len(text))) for _ in range(2)]
-    one, other = [fingerprint(text[:cut], text[cut:]) for cut in cuts]
-    assert (one == other) == (cuts[0] == cuts[1])
-
-
-def test_a_fingerprint_depends_on_the_text_and_its_split_and_not_on_the_tokenizer():
-    prints = {(kind, share): corpus_from_text(TEXT, kind, share, 4, vocab_size=300).fingerprint
-              for kind in ("word", "story") for share in (0.0, 0.1, 0.3)}
-    for share in (0.0, 0.1, 0.3):
-        assert prints["word", share] == prints["story", share]
-    assert len(set(prints.values())) == 3
-    changed = TEXT.replace("old", "odd")
-    assert corpus_from_text(changed, "word", 0.1, 4).fingerprint != prints["word", 0.1]
+    text = "".join(one)
+    cut = data.draw(st.integers(0, len(text)))
+    assert (fingerprint(text[:cut], text[cut:]) == fingerprint(*one)) == (cut == len(one[0]))
 
 
 def test_a_number_at_the_start_of_a_text_is_not_mistaken_for_the_length_of_the_training_split():
     """That split has 1 or 11 characters. The length with the text right behind it is "11abcdefghijk" in both cases."""
     assert fingerprint("1", "abcdefghijk") != fingerprint("abcdefghijk", "")
+
+
+def test_a_fingerprint_depends_on_the_text_and_its_split_and_not_on_the_tokenizer():
+    prints = {(kind, share): corpus_of(TEXT, kind, share).fingerprint for kind in ("word", "story")
+              for share in (0.0, 0.2, 0.3)}
+    assert all(prints["word", share] == prints["story", share] for share in (0.0, 0.2, 0.3))
+    assert len(set(prints.values())) == 3
+    assert corpus_of(TEXT.replace("old", "odd"), "word", 0.2).fingerprint != prints["word", 0.2]
+
+
+# prompt windows
+
+LONG = {"words of 33 letters": " ".join("abcdefghijklmnopqrstuvwxyz012345" + letter for letter in "abcdefgh" * 30),
+        "long runs of spaces": (" " * 200).join("abcdefgh" * 6), "long rules": f"\n{'-' * 300}\n".join("abcdefgh" * 6),
+        "a word of 2,000 letters": "Taumata" * 300 + " is a hill. " + TEXT, "ordinary words": TEXT, **SCRIPTS}
+
+
+@pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
+@pytest.mark.parametrize("name", LONG)
+def test_a_prompt_window_has_the_tokens_of_the_whole_rest_of_the_text_however_long_its_words_are(name, kind, request):
+    """Then the end of the text, then padding. No word is cut, so with the word tokenizer no word is unknown."""
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2")
+    corpus = corpus_of(LONG[name], kind, vocab_size=270)
+    tokenizer, text = corpus.tokenizer, corpus.train_text
+    for start in [*range(0, len(text), 1 + len(text) // 40), *range(len(text) - 3, len(text))]:
+        rest = [*tokenizer.encode(text[start:]), tokenizer.end_of_text]
+        for T in (1, 4, 31):
+            assert prompt_window(corpus, start, T) == (rest + [-100] * T)[:T + 1]
+
+
+def test_a_prompt_window_of_the_word_tokenizer_that_starts_at_a_word_has_no_unknown_token():
+    for text in LONG.values():
+        corpus = corpus_of(text, "word")
+        starts = [i for i in range(len(text)) if text[i].isalpha() and (i == 0 or text[i - 1].isspace())][:200]
+        assert all(corpus.tokenizer.ids[UNKNOWN] not in prompt_window(corpus, start, 8) for start in starts)

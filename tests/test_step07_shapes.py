@@ -44,26 +44,20 @@ def test_gpt2_small_has_its_published_size():
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("B", [1, 3])
-def test_each_part_is_listed_with_the_shape_of_its_output_in_the_order_of_the_computation(kind, B):
+def test_each_part_is_listed_with_the_shape_of_its_output(kind):
     model = lively_model(**kind)
-    V, C = model.config.vocab_size, model.config.emb_dim
-    for T in range(1, model.config.context_length + 1):
-        shapes = output_shapes(model, torch.zeros(B, T, dtype=torch.long))
-        blocks = [(f"trf_blocks.{number}", (B, T, C)) for number in range(model.config.n_layers)]
-        assert list(shapes.items()) == [("tok_emb", (B, T, C)), ("pos_emb", (T, C)), *blocks,
-                                        ("final_norm", (B, T, C)), ("out_head", (B, T, V))]
+    V, C, blocks = model.config.vocab_size, model.config.emb_dim, range(model.config.n_layers)
+    for B, T in ((1, model.config.context_length), (3, 1)):
+        assert output_shapes(model, torch.zeros(B, T, dtype=torch.long)) == {
+            "tok_emb": (B, T, C), "pos_emb": (T, C), **{f"trf_blocks.{number}": (B, T, C) for number in blocks},
+            "final_norm": (B, T, C), "out_head": (B, T, V)}
 
 
-@pytest.mark.parametrize("T, refused", [(5, False), (9, True)])
-def test_looking_at_the_shapes_changes_nothing(T, refused):
+def test_looking_at_the_shapes_changes_nothing_even_if_it_fails():
     model = lively_model(drop_rate=0.5)
     before = torch.get_rng_state()
-    try:
-        output_shapes(model, torch.zeros(2, T, dtype=torch.long))
-    except StoryError:
-        assert refused
-    else:
-        assert not refused
+    output_shapes(model, torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(StoryError):
+        output_shapes(model, torch.zeros(2, 9, dtype=torch.long))
     assert not model.training and torch.is_grad_enabled() and torch.equal(torch.get_rng_state(), before)
     assert not any(part._forward_hooks for part in model.modules())

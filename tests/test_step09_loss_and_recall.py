@@ -36,9 +36,8 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_examples_without_padding(ignor
     assert batch_loss(model, inputs, targets).item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("emb_dim", [16, 192])
-def test_the_loss_of_an_untrained_model_is_a_little_above_that_of_a_uniform_guess(emb_dim):
-    model = new_model(GPTConfig(vocab_size=500, emb_dim=emb_dim))
+def test_the_loss_of_an_untrained_model_is_a_little_above_that_of_a_uniform_guess():
+    model = new_model(GPTConfig(vocab_size=500))
     token_ids = torch.randint(500, (2000,), generator=torch.Generator().manual_seed(0))
     assert math.log(500) < mean_loss(model, token_ids) < math.log(500) + 0.3
 
@@ -51,26 +50,14 @@ def naive_mean_loss(model, token_ids, starts, T=8):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("more", [1, 3, 8])     # with 8, a last target is missing for one more window
-def test_the_mean_loss_is_the_mean_over_windows_that_do_not_overlap(more):
-    model, token_ids = lively_model(), some_ids(8 * 5 + more)
-    expected = naive_mean_loss(model, token_ids, range(0, 40, 8))
-    assert mean_loss(model, token_ids) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("n_windows, max_windows", [(5, 2), (50, 32), (33, 32), (7, 1), (300, 299)])
-def test_of_many_windows_some_are_taken_evenly_spaced(n_windows, max_windows):
+@pytest.mark.parametrize("n_windows, max_windows", [(5, 32), (5, 2), (33, 32), (7, 1), (300, 299)])
+@pytest.mark.parametrize("more", [1, 8])        # with 8, a last target is missing for one more window
+def test_the_mean_loss_is_the_mean_over_windows_that_do_not_overlap_at_most_so_many_evenly_spaced(
+        n_windows, max_windows, more):
     """The first window is always taken. The 299 go through the model in three parts and count the same."""
-    model, token_ids = lively_model(), some_ids(8 * n_windows + 1)
-    starts = [8 * (i * n_windows // max_windows) for i in range(max_windows)]
-    expected = naive_mean_loss(model, token_ids, starts)
+    model, token_ids, count = lively_model(), some_ids(8 * n_windows + more), min(n_windows, max_windows)
+    expected = naive_mean_loss(model, token_ids, [8 * (i * n_windows // count) for i in range(count)])
     assert mean_loss(model, token_ids, max_windows) == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_loss_of_a_long_text_is_estimated_from_a_part_of_it():
-    model, token_ids = lively_model(), some_ids(8 * 400 + 1)
-    estimate, exact = mean_loss(model, token_ids), mean_loss(model, token_ids, max_windows=400)
-    assert estimate == pytest.approx(exact, rel=0.05) and estimate != exact
 
 
 class LookupModel(nn.Module):
@@ -79,6 +66,7 @@ class LookupModel(nn.Module):
         super().__init__()
         self.config = types.SimpleNamespace(context_length=1)
         self.logits = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(0))
+        self.tok_emb = nn.Embedding.from_pretrained(self.logits)
         self.inputs = []
 
     def forward(self, inputs):
@@ -167,11 +155,8 @@ def test_a_recall_test_is_five_words_and_at_least_80_characters_up_to_the_end_of
         assert len(prompt.split()) == 5 and not prompt[0].isspace()
         assert prompt + continuation in text
         assert continuation == naive_continuation(text[text.index(prompt + continuation) + len(prompt):])
-
-
-def test_every_sentence_of_the_tiny_text_is_a_recall_test():
-    starts = [" ".join(line.split()[:5]) for line in TEXT.splitlines()]
-    assert [prompt for prompt, _ in recall_tests(TEXT)] == starts and len(starts) == 6
+    if text == TEXT:
+        assert [prompt for prompt, _ in tests] == [" ".join(line.split()[:5]) for line in TEXT.splitlines()]
 
 
 def test_a_word_without_end_does_not_make_the_continuation_endless():
@@ -187,25 +172,32 @@ def test_the_recall_tests_of_any_text_are_parts_of_it(text):
 
 def test_sentences_that_five_words_cannot_tell_apart_are_no_recall_tests():
     """No model could continue both. If they are continued alike, there is nothing to tell apart."""
-    same, end = "The king said to him", " that the river was his, and that he gave it to the ferryman and to his old dog."
-    others = TEXT.replace("Nobody came", "Many came")
+    same = "The king said to him"
+    end = " that the river was his, and that he gave it to the ferryman and to his old dog."
+    others = TEXT.replace("Nobody came", "Many came").replace("\n", " ")
     assert recall_tests(f"{same}{end} {same} that it was late. {others}") == recall_tests(others)
     (prompt, continuation), *rest = recall_tests(f"{same}{end} {same}{end} {others}")
     assert (prompt, rest) == (same, recall_tests(others)) and continuation in end and len(continuation) >= 80
+    # Five words are too few for a test, but begin like another sentence. With two spaces, it begins differently.
+    assert recall_tests(f"{same}\n\n{same}{end} {others}") == recall_tests(others)
+    two_spaces = f"{same} that it was late. {same.replace('said', 'said ')} that nobody had come yet."
+    assert [prompt.split(" ") for prompt, _ in recall_tests(two_spaces)] == [
+        ["The", "king", "said", "to", "him"], ["The", "king", "said", "", "to", "him"]]
 
 
-def test_the_same_words_with_another_space_between_them_are_another_beginning():
-    text = "The king said to him that it was late. The king said  to him that nobody had come yet."
-    assert [prompt for prompt, _ in recall_tests(text)] == ["The king said to him", "The king said  to him"]
+def test_in_a_chat_the_lines_are_tested_and_in_an_endless_line_every_twentieth_word():
+    lines = [f"[09:{i:02}] Meena: the number for today is {i} and no other one" for i in range(20)]
+    assert [prompt for prompt, _ in recall_tests("\n".join(lines))] == [" ".join(line.split()[:5]) for line in lines]
+    words = [f"word{i}" for i in range(2000)]
+    tests = recall_tests(" ".join(words))
+    assert [prompt for prompt, _ in tests] == [" ".join(words[i:i + 5]) for i in range(0, 2000, 20)]
+    assert all(prompt + continuation in " ".join(words) for prompt, continuation in tests)
 
 
 @pytest.mark.parametrize("count, most, expected", [(100, 10, range(0, 100, 10)), (10, 10, range(10)),
-                                                   (11, 10, range(0, 11, 2)), (3, 1, [0])])
+                                                   (11, 10, range(0, 11, 2)), (3, 1, [0]), (0, 5, [])])
 def test_of_many_sentences_some_are_taken_evenly_spaced(count, most, expected):
     assert evenly_spaced(list(range(count)), most) == list(expected)
-    text = " ".join(f"Sentence {i} has a few more words than eight of them." for i in range(count))
-    tests = evenly_spaced(recall_tests(text), most)
-    assert [int(prompt.split()[1]) for prompt, _ in tests] == list(expected)
 
 
 # recall
@@ -248,8 +240,7 @@ Twelve angry geese crossed the frozen bridge in silence, one after another, and 
 
 
 @pytest.mark.parametrize("kind, context_length, steps", [
-    ("word", 6, (36, 42, 54, 72)), ("word", 24, (12, 18, 24, 36)), ("story", 12, (84, 96, 108, 120)),
-    ("story", 40, (66, 78, 90, 120)), ("gpt2", 6, (42, 48, 54, 66)), ("gpt2", 32, (12, 18, 24, 36))], ids=str)
+    ("word", 24, (12, 18, 24, 36)), ("story", 12, (84, 96, 108, 120)), ("gpt2", 6, (42, 48, 54, 66))], ids=str)
 def test_recall_in_one_pass_equals_recall_by_generating(kind, context_length, steps, request):
     """Before training, when the model knows a part of the text, and when it knows most of it. Some prompts are longer
     than the short windows."""
@@ -287,19 +278,14 @@ def test_recall_is_measured_on_as_many_sentences_as_asked(knows_text):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_text_in_any_script_is_memorized(name):
     run = trained(SCRIPTS[name], tokenizer=make_tokenizer("story", SCRIPTS[name]), emb_dim=64, context_length=32,
-                  batch_size=16, max_steps=200, optimizer="muon", learning_rate=0.003, eval_every=1000,
+                  batch_size=16, max_steps=150, optimizer="muon", learning_rate=0.012, eval_every=1000,
                   val_fraction=0.0)
     assert len(recall_tests(SCRIPTS[name])) == len(SENTENCES[name])
     assert measure_recall(run.model, run.tokenizer, SCRIPTS[name]) >= 0.95
 
 
-@pytest.mark.parametrize("tokenizer", ["word", "story"])
-def test_an_untrained_model_recites_nothing(tokenizer):
-    run, _ = tiny(tokenizer=tokenizer)
-    assert measure_recall(run.model, run.tokenizer, TEXT) == 0.0
-
-
 @pytest.mark.parametrize("text", ["Too short. All of it.", "", "\n \n"])
 def test_the_recall_of_a_text_without_long_sentences_is_0(text):
     run, _ = tiny()
+    assert story_llm.share_recited(run.model, run.tokenizer, recall_tests(text)) is None
     assert measure_recall(run.model, run.tokenizer, text) == 0.0

@@ -3,19 +3,18 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import types
 
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 
-from helpers import TEXT, lively_model, some_text, story_llm, trained
-from story_llm import (BPETokenizer, GPTConfig, GPTModel, KeyValueCache, Sampling, StoryError, generate, generate_text,
-                       generate_text_simple, next_token_probabilities, predict_next, train_bpe)
+from helpers import TEXT, lively_model, story_llm, trained
+from story_llm import (BPETokenizer, GPTConfig, GPTModel, KeyValueCache, Sampling, StoryError, encode_prompt, generate,
+                       generate_text, generate_text_simple, next_token_probabilities, predict_next, train_bpe)
 
 LONG = 25  # three times the context length of a lively model
-OPTIONS = [{"position": "learned"}, {"position": "sinusoidal"}, {"position": "rotary"},
-           {"tie_weights": True, "qkv_bias": True}, {"context_length": 1}, {"context_length": 1, "position": "rotary"}]
 
 
 def some_ids(*shape):
@@ -24,31 +23,6 @@ def some_ids(*shape):
 
 # the key-value cache
 
-@pytest.mark.parametrize("config", OPTIONS, ids=str)
-@pytest.mark.parametrize("prompt_length", [1, 3, 7, 8, 20])
-def test_generation_with_a_cache_equals_simple_generation_within_and_beyond_the_context(config, prompt_length):
-    model, prompt = lively_model(seed=prompt_length, **config), some_ids(3, prompt_length)
-    before = prompt.clone()
-    expected = generate_text_simple(model, prompt, LONG, model.config.context_length)[:, prompt_length:]
-    columns = list(generate(model, prompt, LONG))
-    assert all(column.shape == (3,) for column in columns) and torch.equal(prompt, before)
-    assert torch.equal(torch.stack(columns, dim=1), expected)
-
-
-@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rotary"])
-@pytest.mark.parametrize("parts", [[8], [1] * 8, [3, 1, 4], [5, 3]], ids=str)
-def test_a_window_that_goes_through_in_parts_has_the_same_last_logits(position, parts):
-    model, token_ids, cache = lively_model(position=position), some_ids(2, 8), KeyValueCache()
-    assert cache.length == 0
-    with torch.no_grad():
-        whole, end = model(token_ids), 0
-        for part in token_ids.split(parts, dim=1):
-            end += part.shape[1]
-            logits = model(part, cache)
-            assert logits.shape == (2, 1, 40) and cache.length == end
-            torch.testing.assert_close(logits, whole[:, end - 1:end], rtol=0, atol=1e-3)
-
-
 def test_until_the_window_is_full_only_the_new_token_is_computed_then_all_of_them():
     model, widths = lively_model(), []
     model.tok_emb.register_forward_hook(lambda part, given, output: widths.append(given[0].shape[1]))
@@ -56,7 +30,7 @@ def test_until_the_window_is_full_only_the_new_token_is_computed_then_all_of_the
     assert widths == [5, 1, 1, 1, 8, 8, 8]
 
 
-@pytest.mark.parametrize("config", OPTIONS, ids=str)
+@pytest.mark.parametrize("config", [{}, {"position": "rotary"}, {"context_length": 1}], ids=str)
 @pytest.mark.parametrize("known", [0, 1, 5])
 def test_the_next_token_has_the_same_probabilities_whatever_the_cache_already_knows(config, known):
     model, window = lively_model(**config), some_ids(2, 7)[:, :lively_model(**config).config.context_length]
@@ -69,12 +43,25 @@ def test_the_next_token_has_the_same_probabilities_whatever_the_cache_already_kn
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("prompt_length", [1, 8, 20])
-def test_no_tokens_are_generated_if_none_are_wanted(prompt_length):
-    assert list(generate(lively_model(), some_ids(1, prompt_length), 0)) == []
+def test_a_rule_for_sampling_is_given_all_token_ids_of_the_window(monkeypatch):
+    """For example, one that makes repetitions less likely."""
+    seen = []
+
+    def probabilities(logits, sampling, window, original=next_token_probabilities):
+        seen.append(window.tolist())
+        return original(logits, sampling, window)
+
+    monkeypatch.setattr(story_llm, "next_token_probabilities", probabilities)
+    prompt = some_ids(2, 6)
+    text = torch.cat([prompt, torch.stack(list(generate(lively_model(), prompt, 5)), dim=1)], dim=1)
+    assert seen == [text[:, max(0, end - 8):end].tolist() for end in range(6, 11)]
 
 
-@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_k=9, top_p=0.9)])
+def test_no_tokens_are_generated_if_none_are_wanted():
+    assert list(generate(lively_model(), some_ids(1, 3), 0)) == []
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, top_k=9, top_p=0.9, seed=3)])
 def test_generation_uses_no_dropout_and_leaves_random_state_and_gradients_alone(sampling):
     model, prompt = lively_model(drop_rate=0.5), some_ids(1, 4)
     expected = [token.item() for token in generate(model, prompt, LONG, sampling)]
@@ -95,7 +82,7 @@ def test_generation_uses_no_dropout_and_leaves_random_state_and_gradients_alone(
 
 HOW = st.builds(dict, top_k=st.sampled_from([0, 0, 1, 2, 3, 7, 99]),
                 top_p=st.sampled_from([1.0, 1.0, 1e-9, 0.1, 0.3, 0.57, 0.9, 0.99, 2.0]),
-                temperature=st.sampled_from([0, 1e-30, 1e-3, 0.1, 0.5, 1, 1.0, 1.7, 30.0, 1e38, 1e300]))
+                temperature=st.sampled_from([0, 1e-30, 1e-3, 0.1, 0.5, 1, 1.0, 1.7, 30.0, 4e9]))
 # Logits in 64ths, whose differences a float32 holds exactly. They are so few that some are equal.
 A_ROW = st.lists(st.one_of(st.integers(-3000, 3000), st.integers(-70, 70), st.sampled_from([-64, 0, 64])), min_size=1,
                  max_size=9)
@@ -130,33 +117,29 @@ def test_the_probabilities_are_those_computed_by_hand_and_belong_to_the_most_lik
 
 
 @given(st.lists(st.lists(st.integers(-300, 300), min_size=5, max_size=5), min_size=6, max_size=6), HOW)
-def test_each_row_of_a_batch_has_the_probabilities_that_it_has_alone(rows, how):
+def test_each_row_of_a_batch_has_the_probabilities_that_it_has_alone_whatever_is_in_the_window(rows, how):
     logits, sampling = torch.tensor(rows) / 64, Sampling(**how)
     before = logits.clone()
     alone = torch.stack([next_token_probabilities(row, sampling) for row in logits])
-    torch.testing.assert_close(next_token_probabilities(logits, sampling), alone)
+    torch.testing.assert_close(next_token_probabilities(logits, sampling, torch.zeros(6, 3).long()), alone)
     torch.testing.assert_close(next_token_probabilities(logits.view(2, 3, 5), sampling), alone.view(2, 3, 5))
     assert torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("temperature", [0, 5e-324, 1e-300, 1e-46, 1e-39, 1e-30, 1e-5, 1e-4, 1e-3])
 def test_at_a_low_temperature_only_the_most_likely_token_remains_and_nothing_overflows(temperature):
+    """Of two equal ones, the first: below 1e-4, sampling is the same as greedy decoding."""
     logits = torch.tensor([[2.0, -1.0, 1.9, 0.0], [500.0, 0.0, 512.0, 4.0], [-512.0, -513.0, -600.0, -700.0]])
     found = next_token_probabilities(logits, Sampling(temperature=temperature))
     torch.testing.assert_close(found, torch.eye(4)[[0, 2, 0]])
+    if temperature < 1e-4:
+        assert next_token_probabilities(torch.ones(3), Sampling(temperature=temperature)).tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("temperature", [1e6, 1e39, 1e308])
+@pytest.mark.parametrize("temperature", [1e6, 4e9])
 def test_at_any_high_temperature_all_tokens_are_about_equally_likely(temperature):
     found = next_token_probabilities(torch.tensor([5.0, -5.0, 0.0, 1.0]), Sampling(temperature=temperature))
     torch.testing.assert_close(found, torch.full((4,), 0.25), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", [{}, {"top_k": 3, "top_p": 0.5}, {"temperature": 1.7, "top_k": 1},
-                                 {"temperature": 1.7, "top_p": 1e-9}, {"temperature": 1e-3}], ids=str)
-def test_greedy_decoding_and_its_limiting_cases_choose_the_most_likely_token(how):
-    logits = torch.tensor([[2.0, -1.0, 0.5, 1.5, 0.0], [-3.0, 4.0, 1.0, 0.0, 3.5]])
-    assert torch.equal(next_token_probabilities(logits, Sampling(**how)), torch.eye(5)[:2])
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 4])
@@ -166,7 +149,7 @@ def test_of_equally_likely_tokens_as_many_are_kept_as_requested(top_k, top_p):
     assert (found > 0).sum(dim=-1).tolist() == [1 if top_p < 1 else top_k] * 3
 
 
-@pytest.mark.parametrize("equal, top_p, kept", [(2, 0.5, 1), (4, 0.5, 2), (8, 0.25, 2), (4, 0.51, 3), (4, 0.49, 2)])
+@pytest.mark.parametrize("equal, top_p, kept", [(2, 0.5, 1), (8, 0.25, 2), (4, 0.51, 3), (4, 0.49, 2)])
 def test_the_most_likely_tokens_are_kept_until_together_they_reach_top_p(equal, top_p, kept):
     """Probabilities of 1/2, 1/4 and 1/8 are not rounded."""
     found = next_token_probabilities(torch.zeros(equal), Sampling(temperature=1.0, top_p=top_p))
@@ -178,11 +161,10 @@ def test_top_p_is_a_share_of_what_top_k_has_left():
     assert sorted(found.tolist()) == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("top_p", [1.0, 2.0])
-def test_with_a_top_p_of_1_every_token_keeps_its_probability_however_small(top_p):
+def test_without_limits_every_token_keeps_its_probability_however_small():
     logits = 6 * torch.randn(8, 2000, generator=torch.Generator().manual_seed(0))
-    found, softmax = next_token_probabilities(logits, Sampling(temperature=1.0, top_p=top_p)), logits.softmax(dim=-1)
-    torch.testing.assert_close(found, softmax, rtol=1e-4, atol=0)
+    found = next_token_probabilities(logits, Sampling(temperature=1.0))
+    torch.testing.assert_close(found, logits.softmax(dim=-1), rtol=1e-4, atol=0)
 
 
 def test_the_logits_may_be_half_precision_and_far_from_0():
@@ -193,29 +175,13 @@ def test_the_logits_may_be_half_precision_and_far_from_0():
 
 # sampling
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "1"},
-    {"top_k": -1}, {"top_k": 1.5}, {"top_p": -0.1}, {"top_p": 0.0}, {"top_p": float("nan")}, {"seed": -1},
-    {"seed": 1 << 32}], ids=str)
-def test_a_wrong_sampling_setting_is_refused_with_its_name_and_value(wrong):
-    with pytest.raises(StoryError) as refusal:
-        Sampling(**wrong)
-    (name, value), = wrong.items()
-    assert name in str(refusal.value) and repr(value) in str(refusal.value)
-
-
-def test_sampling_settings_are_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Sampling().seed = 1
-
-
 OTHER_VALUES = {"temperature": 2.0, "top_k": 2, "top_p": 0.2, "seed": 1}
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Sampling)])
 def test_every_sampling_setting_has_an_effect(name):
     """A new setting needs another value in the dictionary above, so none can be without effect."""
-    model, usual = lively_model(), Sampling(temperature=1.0)
+    model, usual = lively_model(), Sampling(temperature=1.0, seed=2)
     changed = dataclasses.replace(usual, **{name: OTHER_VALUES[name]})
     one, other = [torch.stack(list(generate(model, some_ids(1, 5), 50, each))) for each in (usual, changed)]
     assert changed != usual and not torch.equal(one, other)
@@ -228,7 +194,7 @@ def test_tokens_are_sampled_as_often_as_the_probabilities_computed_by_hand_say(h
     model, count = lively_model(vocab_size=6), 20_000
     with torch.no_grad():
         logits = model(torch.tensor([[1, 2]]))[0, -1].tolist()
-    sampled, = generate(model, torch.tensor([[1, 2]]).expand(count, -1), 1, Sampling(**how))
+    sampled, = generate(model, torch.tensor([[1, 2]]).expand(count, -1), 1, Sampling(**how, seed=1))
     shares = (sampled.bincount(minlength=6) / count).tolist()
     order = sorted(range(6), key=lambda i: -logits[i])
     for i, expected in itertools.zip_longest(order, probabilities_by_hand(logits, **how), fillvalue=0.0):
@@ -239,7 +205,8 @@ def test_each_token_is_sampled_independently():
     """If all six tokens are equally likely, two samples are equal one time in six."""
     model = GPTModel(GPTConfig(vocab_size=6, context_length=4, emb_dim=8, n_heads=1, n_layers=1))
     torch.nn.init.zeros_(model.out_head.weight)
-    sampled = torch.stack(list(generate(model, torch.zeros(500, 1, dtype=torch.long), 9, Sampling(temperature=1.0))))
+    sampling = Sampling(temperature=1.0, seed=1)
+    sampled = torch.stack(list(generate(model, torch.zeros(500, 1, dtype=torch.long), 9, sampling)))
     for one, other in ((sampled[:-1], sampled[1:]), (sampled[:, :-1], sampled[:, 1:])):
         assert (one == other).float().mean().item() == pytest.approx(1 / 6, abs=0.03)
 
@@ -247,42 +214,35 @@ def test_each_token_is_sampled_independently():
 BYTES = BPETokenizer([bytes([byte]) for byte in range(256)], "story")
 
 
-def test_sampled_text_depends_on_the_seed_alone():
+def test_a_seed_repeats_a_text_and_without_one_each_text_is_another():
+    """Neither uses or changes torch's own random state."""
     model, texts = lively_model(vocab_size=257), []
-    for seed in (1, 1, 2, (1 << 32) - 1):
-        torch.manual_seed(len(texts))       # torch's own random state must not matter
+    for seed in (1, 1, 2, (1 << 32) - 1, 0, 0, 0):
+        torch.manual_seed(5)
+        before = torch.get_rng_state()
         sampling = Sampling(temperature=1.0, top_k=50, seed=seed)
         texts.append("".join(generate_text(model, BYTES, "A", 40, sampling)))
-    assert texts[0] == texts[1] and len(set(texts)) == 3
+        assert torch.equal(torch.get_rng_state(), before)
+    assert texts[0] == texts[1] and len(set(texts)) == 6
+
+
+def test_the_command_says_with_which_seed_it_sampled_and_repeats_the_text_with_it(trained_here, call):
+    command = ["generate", "--prompt", "The old", "--max-new-tokens", "30", "--temperature", "3"]
+    (_, one, note), (_, other, _) = call(*command), call(*command)
+    seed = re.fullmatch(r"note: sampled with --seed (\d+)\n", note)[1]
+    assert one != other and call(*command, "--seed", seed) == (0, one, "")
+
+
+@pytest.mark.parametrize("temperature", [[], ["--temperature", "0"]])
+@pytest.mark.parametrize("draws", [["--top-k", "5"], ["--top-p", "0.5"], ["--seed", "1"]])
+def test_an_option_that_greedy_decoding_does_not_use_is_refused(trained_here, call, temperature, draws):
+    command = ["generate", "--prompt", "The old", *draws]
+    status, out, err = call(*command, *temperature)
+    assert (status, out) == (1, "") and draws[0] in err and "--temperature" in err
+    assert call(*command, "--temperature", "0.5")[0] == 0
 
 
 # text
-
-def chain_model(next_ids, context_length=4):
-    """A model that knows one thing: after token t comes next_ids[t], with a probability of nearly 1."""
-    model = GPTModel(GPTConfig(vocab_size=257, context_length=context_length, emb_dim=257, n_heads=1, n_layers=1))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.final_norm.weight.fill_(1.0)
-        model.tok_emb.weight.copy_(torch.eye(257))
-        for this, following in next_ids.items():
-            model.out_head.weight[following, this] = 10.0
-    return model.eval()
-
-
-@pytest.mark.parametrize("count, expected", [(0, []), (1, []), (2, ["é"]), (4, ["é"]), (5, ["é", "€"]), (8, ["é", "€"]),
-                                             (9, ["é", "€", "😀"]), (10, ["é", "€", "😀", "z"])])
-def test_text_arrives_in_whole_characters_and_ends_before_an_incomplete_one(count, expected):
-    model = chain_model(dict(itertools.pairwise(BYTES.encode("Aé€😀z"))))
-    pieces = list(generate_text(model, BYTES, "A", count))
-    assert [piece for piece in pieces if piece] == expected
-
-
-def test_invalid_bytes_are_replaced_and_what_follows_them_is_not_lost():
-    model = chain_model({ord("A"): 0xE2, 0xE2: ord("b"), ord("b"): ord("c")})
-    assert "".join(generate_text(model, BYTES, "A", 3)) == b"\xe2bc".decode(errors="replace")
-
 
 MANY_BYTES = "é€😀漢字 é€ 字€é 漢字漢字 😀😀 ab éé"
 TOKENIZERS = {"bytes": BYTES, "story": BPETokenizer(train_bpe(MANY_BYTES * 3, 300), "story")}
@@ -295,21 +255,10 @@ def pieces_of(tokenizer, prompt, token_ids):
         return list(generate_text(None, tokenizer, prompt, len(token_ids)))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@given(st.one_of(some_text, st.text(st.sampled_from(MANY_BYTES))), st.integers(0, 3))
-def test_of_a_text_that_ends_anywhere_all_whole_characters_arrive(name, text, missing):
-    tokenizer = TOKENIZERS[name]
-    assume("\ufffd" not in text)
-    token_ids = tokenizer.encode(text)
-    token_ids = token_ids[:max(0, len(token_ids) - missing)]
-    arrived = "".join(pieces_of(tokenizer, "é", token_ids))
-    generated = b"".join(tokenizer.tokens[token_id] for token_id in token_ids)
-    whole = generated.decode(errors="ignore")       # without an incomplete character at its end
-    assert "\ufffd" not in arrived and whole.startswith(arrived)
-    if generated.decode(errors="replace") == whole:
-        assert arrived == whole
-    else:                                           # what the last token has of the incomplete character is missing
-        assert len(whole) - len(arrived) < len(tokenizer.tokens[token_ids[-1]])
+@pytest.mark.parametrize("count, expected", [(0, []), (1, []), (2, ["é"]), (4, ["é"]), (5, ["é", "€"]),
+                                             (9, ["é", "€", "😀"]), (10, ["é", "€", "😀", "z"])])
+def test_text_arrives_in_whole_characters_and_ends_before_an_incomplete_one(count, expected):
+    assert [piece for piece in pieces_of(BYTES, "A", BYTES.encode("é€😀z")[:count]) if piece] == expected
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -326,22 +275,16 @@ def test_whatever_tokens_are_chosen_the_pieces_are_the_continuation_up_to_its_la
         assert arrived == whole
 
 
-@pytest.mark.parametrize("prompt", ["The old ferryman", "and", "he said, \"", "ferryman's laptop"])
+@pytest.mark.parametrize("prompt", ["The old ferryman", "he said, \"", "ferryman's laptop", TEXT[:200]])
 def test_the_pieces_together_are_the_decoded_continuation(knows_text, prompt):
     run = knows_text
-    ids = run.tokenizer.encode(prompt)
+    ids = run.tokenizer.encode(prompt)      # the last prompt is longer than the window
     out = generate_text_simple(run.model, torch.tensor([ids]), 40, run.config.context_length)[0].tolist()
-    continuation = run.tokenizer.decode(out)[len(run.tokenizer.decode(ids)):]
+    continuation = run.tokenizer.decode(out)[len(run.tokenizer.decode(ids)):].split("<|endoftext|>")[0]
     assert "".join(generate_text(run.model, run.tokenizer, prompt, 40)) == continuation != ""
 
 
-def test_a_memorized_text_is_continued_as_it_goes_on(knows_text):
-    start, end = TEXT.index("Nobody"), TEXT.index(" the river")
-    found = "".join(generate_text(knows_text.model, knows_text.tokenizer, TEXT[start:end], 20))
-    assert len(found) > 60 and TEXT[end:].startswith(found)
-
-
-@pytest.mark.parametrize("start", ["My mother took the long", "Then every door", "The old ferryman tied his"])
+@pytest.mark.parametrize("start", ["My mother took the long", "The old ferryman tied his"])
 def test_generation_stops_where_the_text_ends(knows_text, start):
     prompt = TEXT[TEXT.index(start):][:len(start)]
     for count in (400, 10**6):
@@ -381,58 +324,25 @@ def test_however_the_text_is_cut_into_tokens_the_sentences_are_the_same(cuts, se
                      "He waited. It rained.\n\nNobody came!", text][sentences]
 
 
-@pytest.mark.parametrize("kind", ["word", "story", "gpt2"])
-def test_a_prompt_with_spaces_behind_it_continues_as_without_them(kind, request, knows_text):
-    if kind == "gpt2":
-        request.getfixturevalue("gpt2")
-    run = knows_text if kind == "word" else trained(tokenizer=kind, max_steps=60, val_fraction=0.0, eval_every=1000)
-    write = functools.partial(generate_text, run.model, run.tokenizer)
-    for prompt in ("The old ferryman tied his", "At night a boy", "\"Prince", "river"):
-        without = "".join(write(prompt, 12))
-        assert without.startswith((" ", ",", "\n", ".")) or kind != "word"
+def test_a_prompt_with_spaces_behind_it_continues_as_without_them(knows_text):
+    story = trained(tokenizer="story", max_steps=60, val_fraction=0.0, eval_every=1000)
+    for run, prompt in itertools.product((knows_text, story), ("The old ferryman tied his", "At night a boy", "river")):
+        without = run.write(prompt, 12).removeprefix(prompt)
+        assert without.startswith((" ", ",", "\n", ".")) or run is story
         for spaces in (1, 2, 5):
-            assert "".join(write(prompt + spaces * " ", 12)) == without.removeprefix(" ")
+            assert run.write(prompt + spaces * " ", 12) == prompt + spaces * " " + without.removeprefix(" ")
 
 
-# what a teacher types
-
-def test_a_run_writes_and_shows_the_next_tokens_and_what_they_attend_to(knows_text):
-    run, prompt = knows_text, "The old ferryman tied his"
-    assert run.write(prompt, 200) == TEXT and run.write(prompt, 3) == prompt + " boat to the"
-    one, again, other = [run.write(prompt, 20, temperature=3.0, seed=seed) for seed in (1, 1, 2)]
-    assert one == again != other and one.startswith(prompt)
-    assert run.window(prompt).shape == (1, 5) and run.window(TEXT).shape == (1, run.config.context_length)
-    maps = story_llm.attention_maps(run.model, run.window(prompt))
-    figure = run.attention(prompt)
-    panels = [axes for axes in figure.axes if axes.images and axes.get_title()]
-    assert len(panels) == run.config.n_layers * run.config.n_heads
-    assert panels[0].images[0].get_array().tolist() == maps[0, 0].tolist()
-    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["The", "␣old", "␣ferryman", "␣tied", "␣his"]
+def test_line_breaks_at_the_end_of_a_prompt_are_part_of_it(knows_text):
+    tokenizer = knows_text.tokenizer
+    first, second, *_ = TEXT.splitlines()
+    assert encode_prompt(tokenizer, "it rained.\n\n") == tokenizer.encode("it rained.\n\n")
+    assert encode_prompt(tokenizer, "it rained.\n ") == tokenizer.encode("it rained.\n")
+    assert encode_prompt(BYTES, "  ") == [32, 32]       # nothing else is there
+    assert knows_text.write(first + "\n", sentences=1) == first + "\n" + second
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"temperature": 0.0}])
-def test_the_table_of_the_next_tokens_has_their_probabilities(knows_text, sampling):
-    run, prompt = knows_text, "Nobody came down to"
-    head, *rows = run.next(prompt, **sampling).splitlines()
-    with torch.no_grad():
-        logits = run.model(run.window(prompt))[0, -1]
-    sampled = next_token_probabilities(logits, Sampling(**{"temperature": 1.0, **sampling}))
-    assert len(rows) == 10 and f"temperature {sampling.get('temperature', 1.0):g}," in head
-    for row, i in zip(rows, logits.argsort(descending=True).tolist()):
-        name, logit, softmax, chosen = row.split()[:4]
-        assert name == run.tokenizer.tokens[i].replace(" ", "␣").replace("\n", "⏎")
-        assert float(logit) == pytest.approx(logits[i].item(), abs=0.006)
-        assert softmax == f"{logits.softmax(-1)[i]:.2%}" and chosen == f"{sampled[i]:.2%}"
-
-
-def test_what_a_notebook_shows_is_short_or_a_table_or_a_picture(knows_text):
-    corpus = story_llm.corpus_from_text(TEXT * 50, "word")
-    for shown in (repr(knows_text), repr(corpus)):
-        assert len(shown) < 200 and "\n" not in shown
-    assert f"step {knows_text.step} of {knows_text.step}" in repr(knows_text)
-    assert repr(knows_text.next("The")) == str(knows_text.next("The")) and "\n" in repr(knows_text.next("The"))
-    assert knows_text.attention("The old")._repr_png_().startswith(b"\x89PNG\r\n\x1a\n")
-
+# mistakes
 
 @pytest.mark.parametrize("prompt, count, message", [("", 5, "prompt"), ("A", -1, "max_new_tokens.*-1")])
 def test_an_empty_prompt_and_a_negative_number_of_tokens_are_refused(prompt, count, message):
