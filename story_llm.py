@@ -1584,8 +1584,8 @@ def check_settings(settings):
             valid = value in limits["choices"]
             allowed = "one of " + ", ".join(limits["choices"])
         elif f.type in (int, float):
-            kind = "an integer" if f.type is int else "a number"
-            lowest, bound = limits.get("minimum", 0), limits.get("below", 1 << 32)
+            kind, bound = ("an integer", 1 << 32) if f.type is int else ("a number", math.inf)
+            lowest, bound = limits.get("minimum", 0), limits.get("below", bound)
             valid = type(value) in (int, f.type) and lowest <= value < bound
             allowed = f"{kind}, at least {lowest} and below {bound}"
         check(valid, f"{f.name} must be {allowed}, not {reprlib.repr(value)}")
@@ -2614,10 +2614,10 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
     yield text[shown:]
 
 def prepare_inference(model, precision="fp32"):
-    """Return a model that generates faster, which can be neither trained nor saved. In bf16,
-    weights and activations are rounded, so it may write different tokens. On a CPU, the linear
-    layers of a large model get the memory layout of oneDNN, torch's library for CPUs, with which a
-    small model would be slower."""
+    """Convert a model in place so that it generates faster, and return it. It can be neither
+    trained nor saved any more. In bf16, weights and activations are rounded, so it may write
+    different tokens. On a CPU, the linear layers of a large model get the memory layout of oneDNN,
+    torch's library for CPUs, with which a small model would be slower."""
     if use_bf16(device_of(model), precision):
         return model.bfloat16()
     if device_of(model).type == "cpu" and count_parameters(model) > 4_000_000:
@@ -2912,10 +2912,14 @@ def train(run, corpus, path=None):
     After Ctrl-C, training stops at the end of the step, and calling this again continues it."""
     progress = Progress(run, path)
     with stop_requests() as requests:
-        for _ in training_steps(run, corpus):
-            progress.update(run)
-            if requests:
-                break
+        try:
+            for _ in training_steps(run, corpus):
+                progress.update(run)
+                if requests:
+                    break
+        except BrokenPipeError:         # nobody reads the output any more, as in `train | head`
+            progress.save(run)
+            raise
         progress.save(run)
 
 def log_evaluation(evaluation, speed=""):
@@ -2964,7 +2968,7 @@ def finish_training(args, run, corpus):
     log_losses(run, corpus)
     log_recall(run, corpus)
     plot_losses(run.history, run.config.vocab_size, args.plot)
-    log(f"saved {args.model}, drew {args.plot}")
+    log(f"The model is in {args.model}, its loss curves are in {args.plot}.")
     if len(corpus.val_ids) > 0 and not writes:
         log(f"The last {run.train_config.val_fraction:.0%} of the text was kept for validation, so "
             "the model has not learned it; with --val-fraction 0, it learns everything.")
@@ -3193,7 +3197,7 @@ def add_option(parser, name, command=None):
         kind = {"nargs": "+", "action": "extend", "metavar": "FILE"}
     elif f.type is str and name not in ("model", "plot"):
         kind = {"type": str, "metavar": "TEXT"}
-    if default not in ("", False) and "(default" not in meaning:
+    if default != "" and default is not False and "(default" not in meaning:
         meaning += f" (default: {default})"
     parser.add_argument(option_string(name), default=argparse.SUPPRESS,
                         help=meaning.replace("%", "%%"), **kind)

@@ -1,19 +1,19 @@
-"""The command line: what each command prints and writes, and what it refuses, in which words."""
+"""The command line: what each command prints and writes, what it refuses, and that its words are true."""
 import contextlib
 import io
 import os
 import re
 import shlex
-import struct
 import subprocess
 import sys
 import threading
 import zipfile
 
 import pytest
+import torch
 from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, train_to, weights_equal
 
-from story_llm import COMMANDS, FIELDS, LIMITS, NEW_MODEL, load_checkpoint, save_checkpoint
+from story_llm import COMMANDS, FIELDS, NEW_MODEL, load_checkpoint, save_checkpoint
 
 PROMPT = "The old ferryman tied his"
 ALWAYS = {name: tuple(dict.fromkeys(options)) for name, (_, _, options) in COMMANDS.items()}
@@ -24,20 +24,20 @@ IF_UNTRAINED = {name: tuple(option for option in NEW_MODEL if name in USES_A_MOD
 
 def option(name, value=None):
     """The words of an option on a command line, with its default unless there is a value."""
-    words = [story_llm.option_string(name)]
+    words, default = [story_llm.option_string(name)], FIELDS[name].default
     if FIELDS[name].type is bool:
         return words
-    return [*words, str(FIELDS[name].default if value is None else value)]
+    default = default[0] if isinstance(default, tuple) else default
+    return [*words, str(default if value is None else value)]
 
 
 def assert_one_line_error(result, *names):
-    """Exit status 1 or 2, no traceback, and one line of an error that contains the names."""
+    """Exit status 1 or 2, no traceback, and one line of an error, the last one, that contains the names."""
     status, out, err = result
     assert status in (1, 2) and "Traceback" not in out + err
     line = err.strip().splitlines()[-1]
-    if status == 1:
-        assert line.startswith("error: ") and err.count("error: ") == 1, err
-    assert "error: " in line and not any(name not in line for name in names), line
+    assert line.startswith("error: ") and err.count("error: ") == 1, err
+    assert not any(name not in line for name in names), line
     return line
 
 
@@ -61,17 +61,18 @@ def test_without_a_command_the_help_lists_all_commands_each_with_its_meaning(cal
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_lists_exactly_its_options_with_meaning_and_default(call, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "400")
     status, out, err = call(command, "--help")
+    values = r"(?: (?:TEXT|N|FILE(?: \[FILE \.\.\.\])?|\{[^}]*\}))?"
     shown = {name: " ".join(words.split()) for name, words in
-             re.findall(r"^  --([a-z-]+)(?: (?:TEXT|N|FILE \[FILE \.\.\.\]|\{[^}]*\}))?\s+(.*)$", out, re.MULTILINE)}
+             re.findall(rf"^  --([a-z-]+)(?:, --no-[a-z-]+)?{values}\s+(.*)$", out, re.MULTILINE)}
     accepted = {story_llm.option_string(name)[2:]: FIELDS[name] for name in ALWAYS[command] + IF_UNTRAINED[command]}
     assert (status, err) == (0, "") and shown.keys() == accepted.keys()
-    others = {("next", "temperature"): 1.0, ("generate", "precision"): "fp32"}
+    defaults = {("next", "temperature"): 1.0, ("generate", "precision"): "fp32", ("generate", "seed"): 0}
     for name, f in accepted.items():
-        default = others.get((command, name), f.default)
-        assert shown[name].startswith(f.metadata["meaning"])
-        if f.type is not bool and default != "" and "(default: " not in f.metadata["meaning"]:
+        default = defaults.get((command, name), f.default)
+        assert shown[name].startswith(f.metadata["meaning"]) or (command, name) in (("generate", "seed"), ("generate", "prompt"))
+        if f.type not in (bool, tuple) and default != "" and "(default: " not in f.metadata["meaning"]:
             assert f"(default: {default})" in shown[name] or default == 0 and "0: " in shown[name], name
 
 
@@ -80,71 +81,58 @@ def test_the_help_of_a_command_lists_exactly_its_options_with_meaning_and_defaul
                "training": {"epochs", "learning-rate", "keep-best"}, "the model": {"emb-dim", "position"}}),
     ("generate", {"options": {"model", "prompt", "max-new-tokens", "sentences", "untrained"},
                   "sampling": {"temperature", "top-k", "top-p"},
-                  "only with --untrained": {"text", "emb-dim", "tokenizer", "preset"}}),
-    ("evaluate", {"options": {"text", "model"}, "training": {"precision"}, "only with --untrained": {"emb-dim"}})])
+                  "only with --untrained": {"text", "emb-dim", "tokenizer", "preset"}})])
 def test_the_help_groups_the_options_and_the_ones_that_one_needs_first_come_first(call, command, expected):
-    blocks = call(command, "--help")[1].split("\n\n")
-    groups = {block.split(":\n")[0]: re.findall(r"^  --([a-z-]+)", block, re.MULTILINE) for block in blocks}
+    out = call(command, "--help")[1]
+    groups = {block.split(":\n")[0]: re.findall(r"^  --([a-z-]+)", block, re.MULTILINE) for block in out.split("\n\n")}
     groups = {title: names for title, names in groups.items() if names}
     assert list(groups)[0] == "options" and list(groups)[-1] == list(expected)[-1]
     assert {title: names & set(groups[title]) for title, names in expected.items()} == expected
     if command == "train":
         assert groups["options"][:2] == ["text", "model"]
-
-
-def test_help_does_not_promise_a_model_where_the_seed_is_that_of_a_text(call):
-    assert "gives the same model" not in " ".join(call("generate", "--help")[1].split())
+    else:
+        assert "typed" in out and "pipe" in out       # without --prompt
 
 
 @pytest.mark.parametrize("arguments", [
     ["tray"], ["train", "--no-such-option"], ["generate", "--temperature", "warm"], ["train", "extra"],
-    ["train", "--epoch", "3"], ["generate", "--top-k"], ["--train"], ["plot", "--model"]])
-def test_wrong_usage_is_status_2_and_the_error_names_the_value(folder, call, arguments):
+    ["train", "--epoch", "3"], ["generate", "--top-k"], ["--train"], ["plot", "--model"], ["tour", "now"]])
+def test_wrong_usage_is_status_2_and_one_line_that_names_the_value_and_the_help(folder, call, arguments):
     status, out, err = call(*arguments)
-    assert (status, out) == (2, "") and arguments[min(1, len(arguments) - 1)] in err and "Traceback" not in err
-    assert os.listdir() == ["my.txt"]
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and "--help" in err
+    assert arguments[min(1, len(arguments) - 1)] in err and os.listdir() == ["my.txt"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_option_that_a_command_cannot_use_is_refused_with_status_2(call, idle, command):
+def test_every_option_that_a_command_has_reaches_it_and_all_others_are_refused_with_status_2(call, idle, command):
+    for name in ALWAYS[command]:
+        assert call(command, *option(name)) == (0, "", ""), name
+        assert name in idle.pop().given
+        if FIELDS[name].type is bool and name not in ("resume", "untrained"):
+            assert call(command, option(name)[0].replace("--", "--no-", 1))[0] == 0 and idle.pop().given == {name: False}
     others = set(FIELDS) - {*ALWAYS[command], *IF_UNTRAINED[command]}
-    assert others
     for name in others:
         status, out, err = call(command, *option(name))
         assert (status, out) == (2, "") and option(name)[0] in err, name
-    assert idle == []
+    assert others and idle == []
 
 
 @pytest.mark.parametrize("command", USES_A_MODEL)
-def test_settings_of_a_new_model_need_untrained(call, idle, command):
+def test_settings_of_a_new_model_need_untrained_and_a_saved_model_cannot_be_untrained(call, idle, command):
     for name in IF_UNTRAINED[command]:
         result = call(command, *option(name))
         assert_one_line_error(result, option(name)[0], "--untrained")
-        assert result[0] == 1 and result[1] == ""
+        assert result[:2] == (1, "")
+    assert_one_line_error(call(command, "--untrained", "--model", "story_llm.pt"), "--model", "--untrained")
     assert idle == []
     everything = [word for name in IF_UNTRAINED[command] for word in option(name)]
     assert call(command, "--untrained", *everything) == (0, "", "") and len(idle) == 1
 
 
-@pytest.mark.parametrize("command", USES_A_MODEL)
-def test_a_saved_model_cannot_be_combined_with_untrained(call, idle, command):
-    assert_one_line_error(call(command, "--untrained", "--model", "story_llm.pt"), "--model", "--untrained")
-    assert idle == []
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_that_a_command_has_reaches_it(call, idle, command):
-    for name in ALWAYS[command]:
-        assert call(command, *option(name)) == (0, "", ""), name
-        assert name in idle[-1].given
-
-
-@pytest.mark.parametrize("wish", [["--temperature", "5"], ["--top-k", "3", "--temperature", "5"]])
-def test_what_is_asked_of_an_untrained_model_is_refused_or_has_an_effect(folder, call, small, wish):
+@pytest.mark.parametrize("wish", [["--temperature", "5"], ["--top-k", "3", "--temperature", "5"], ["--seed", "3"]])
+def test_what_is_wished_for_an_untrained_model_has_an_effect(folder, call, small, wish):
     command = [*small("generate"), "--prompt", PROMPT, "--max-new-tokens", "20"]
-    plain = call(*command)
-    status, out, err = call(*command, *wish)
-    assert plain[0] == 0 and (status in (1, 2) or out != plain[1]), "accepted, and of no effect"
+    assert call(*command, *wish)[1] != call(*command)[1]
 
 
 def test_the_given_options_of_untrained_models_are_used(folder, call, small):
@@ -152,53 +140,52 @@ def test_the_given_options_of_untrained_models_are_used(folder, call, small):
     assert re.search(r"n_layers +3\b", out) and re.search(r"position +rotary\b", out) and "(2, 12, 24)" in out
 
 
-@pytest.mark.parametrize("command, meant", [
-    (["train", "--epoch", "3"], "--epochs"), (["train", "--epoch=1000000000"], "--epochs"),
-    (["generate", "--promt", "Once"], "--prompt"), (["generate", "--emb_dim", "3"], "--emb-dim"),
-    (["generate", "Once upon a time"], "--prompt 'Once upon a time'"), (["train", "my.txt"], "--text my.txt"),
-    (["words", "my story.txt"], "--text 'my story.txt'"), (["plot", "my.pt"], "--model my.pt")])
-def test_an_unknown_word_gets_a_line_that_says_what_may_have_been_meant(call, idle, command, meant):
-    status, out, err = call(*command)
-    assert (status, out, err.count("\n")) == (2, "", 1) and idle == []
-    assert err.startswith(f"error: {command[0]} has no argument {command[1]}; did you mean {meant}?")
-    assert f"python story_llm.py {command[0]} --help" in err
+# presets
+
+def noted_options(err):
+    return set(re.findall(r"--[a-z][a-z-]+", "".join(line for line in err.splitlines() if line.startswith("note: "))))
 
 
-@pytest.mark.parametrize("command", [["tour", "now"], ["train", "--zzzzzzzz"], ["trian"], ["plot", "--model"],
-                                     ["train", "--epochs", "many"]])
-def test_where_nothing_similar_exists_the_line_names_the_help(call, idle, command):
-    status, out, err = call(*command)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "--help" in err and "did you mean" not in err
-    assert command[-1].removeprefix("--") in err
-
-
-@pytest.mark.parametrize("more, noted, emb_dim", [
-    ([], "--n-heads 3 --emb-dim 48", 48), (["--preset", "auto"], "--n-heads 3 --emb-dim 48", 48),
-    (["--n-heads", "2"], "--emb-dim 48", 48), (["--emb-dim", "32"], None, 32), (["--preset", "story"], None, 192)])
-def test_what_the_size_of_a_text_has_chosen_is_noted_and_used_unless_the_user_chooses(folder, call, monkeypatch, more,
-                                                                                      noted, emb_dim):
-    monkeypatch.setattr(story_llm, "settings_for_size", lambda n_bytes: {"n_heads": 3, "emb_dim": 48})
-    command = ["model", "--text", "my.txt", "--tokenizer", "word", "--context-length", "8"]
-    status, out, err = call(*command, *more)
-    assert (status, err) == (0, f"note: for a text of 0 KB, the defaults are {noted}\n" if noted else "")
-    assert re.search(rf"emb_dim +{emb_dim}$", out, re.MULTILINE)
-    run = story_llm.new_run(story_llm.corpus_from_text(TEXT, "word"))
-    assert (run.config.n_heads, run.config.emb_dim) == (3, 48)
+@pytest.mark.parametrize("command", ["words", "bpe", "windows", "model", "evaluate", "generate", "train"])
+@pytest.mark.parametrize("tokenizer", ["word", "story", None])
+def test_a_note_names_no_option_that_the_command_would_refuse(folder, call, command, tokenizer):
+    """Of a text above 60 KB, where a preset sets options that most commands do not have."""
+    (folder / "long.txt").write_text("".join(f"{TEXT} {number}\n" for number in range(130)), encoding="utf-8")
+    story_llm.note_once.cache_clear()
+    words = [command, "--text", "long.txt", *(["--untrained"] if command in USES_A_MODEL else [])]
+    words += ["--tokenizer", tokenizer] if tokenizer and command != "words" else []
+    words += {"train": ["--max-steps", "1", "--batch-size", "2", "--eval-every", "9", "--emb-dim", "32", "--n-heads", "2"],
+              "generate": ["--max-new-tokens", "1"]}.get(command, [])
+    status, out, err = call(*words)
+    accepted = {option(name)[0] for name in ALWAYS[command] + IF_UNTRAINED[command]}
+    assert status == 0 and out and noted_options(err) <= accepted
+    assert not ({"--vocab-size"} & noted_options(err) and tokenizer == "word")
+    assert ("--optimizer muon" in err) == (command == "train")
+    if command in ("model", "train"):
+        assert "novel" in err and ("--n-heads" in err) == (command == "model")     # what the user sets is not noted
 
 
 @pytest.mark.parametrize("preset", story_llm.PRESETS)
-def test_every_preset_can_be_trained(folder, call, preset):
+def test_every_preset_can_be_trained_and_the_users_options_come_first(folder, call, preset):
     options = ["--emb-dim", "24", "--n-heads", "2", "--n-layers", "1", "--context-length", "8", "--val-fraction", "0.3",
                "--tokenizer", "word"]
     status, out, err = call("train", "--text", "my.txt", "--preset", preset, *options, "--max-steps", "2")
-    assert status == 0 and "error" not in err and "Recall" in out
+    assert status == 0 and "error" not in err and f"preset {preset}" in out
     run = load_checkpoint("story_llm.pt")
     settings = {**vars(run.config), **vars(run.train_config)}
-    chosen = {name: value for name, value in story_llm.PRESETS[preset].items() if option(name)[0] not in options}
-    chosen.pop("vocab_size", None)      # the words are counted
-    if preset == "writer":
-        chosen["weight_decay"] = 5      # for a short text
+    chosen = {name: value for name, value in story_llm.preset_settings(preset, len(TEXT)).items()
+              if option(name)[0] not in options and name not in ("vocab_size", "epochs")}
     assert {name: settings[name] for name in chosen} == chosen and settings["emb_dim"] == 24
+
+
+@pytest.mark.parametrize("n_bytes, preset", [(60_000, "story"), (60_001, "novel")])
+def test_the_size_of_the_text_alone_decides_the_preset_and_it_can_be_named(folder, call, n_bytes, preset):
+    story_llm.note_once.cache_clear()
+    (folder / "long.txt").write_text((TEXT * 200)[:n_bytes], encoding="utf-8")
+    for more in ([], ["--preset", "story"]):
+        status, out, err = call("model", "--text", "long.txt", "--tokenizer", "word", *more)
+        assert status == 0 and ("novel" in err) == (preset == "novel" and not more)
+        assert re.search(rf"emb_dim +{192 if 'novel' not in err else 256}$", out, re.MULTILINE)
 
 
 # before and after training
@@ -213,6 +200,14 @@ def test_every_command_works_before_training_or_says_in_one_line_what_is_missing
     assert os.listdir() == ["my.txt"]
 
 
+def test_every_command_works_after_training(folder, trained_here, call):
+    text = ["--text", "my.txt"]
+    for command in ("words", "bpe", "windows", "model", "evaluate", "plot", "generate", "attention", "next"):
+        options = {"plot": [], "generate": ["--prompt", PROMPT], "next": [], "attention": []}.get(command, text)
+        status, out, err = call(command, *options)
+        assert status == 0 and out and "error" not in err and "nan" not in out.lower(), command
+
+
 def test_untrained_generation_continues_the_prompt(folder, call, small):
     status, out, err = call(*small("generate", "--prompt", PROMPT, "--max-new-tokens", "4"))
     run, _ = story_llm.new_run_from_args(story_llm.parse(small("generate")))
@@ -220,18 +215,9 @@ def test_untrained_generation_continues_the_prompt(folder, call, small):
     assert len(run.tokenizer.encode(out.removesuffix("\n"))) == len(run.tokenizer.encode(PROMPT)) + 4
 
 
-def test_a_prompt_that_is_longer_than_the_window_is_printed_whole_with_a_note(folder, trained_here, call, small):
-    prompt = TEXT.split("\n")[0]
-    count = len(load_checkpoint("story_llm.pt").tokenizer.encode(prompt))
-    for command in (small("generate"), ["generate"]):
-        status, out, err = call(*command, "--prompt", prompt, "--max-new-tokens", "2")
-        assert status == 0 and out.startswith(prompt)
-        assert err.startswith(f"note: the prompt has {count} tokens") and "the last 12\n" in err and err.count("\n") == 1
-
-
 def test_training_prints_its_progress_and_recall_and_writes_its_two_files(folder, trained_here):
-    assert re.search(r"^Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", trained_here, re.MULTILINE)
-    assert re.search(r"^Recall \d+\.\d%: \d+ of \d+ sentences", trained_here, re.MULTILINE)
+    assert re.search(r"^Ep 1 \(Step 000000\): Train loss \d\.\d{3}, recall", trained_here, re.MULTILINE)
+    assert re.search(r"^Recall \d+\.\d%: \d+ of 6 (lines|sentences)", trained_here, re.MULTILINE)
     assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
     steps = [int(step) for step in re.findall(r"\(Step (\d{6})\)", trained_here)]
     assert steps == [evaluation.step for evaluation in load_checkpoint("story_llm.pt").history]
@@ -243,12 +229,20 @@ def test_an_evaluation_names_the_epoch_of_the_last_step(capsys, step, epoch):
     assert capsys.readouterr().out.startswith(f"Ep {epoch} (Step {step:06})")
 
 
-def test_every_command_works_after_training(folder, trained_here, call):
-    text = ["--text", "my.txt"]
-    for command in ("words", "bpe", "windows", "model", "evaluate", "plot", "generate", "attention", "next"):
-        options = {"plot": [], "generate": ["--prompt", PROMPT], "next": [], "attention": []}.get(command, text)
-        status, out, err = call(command, *options)
-        assert status == 0 and out and "error" not in err and "nan" not in out.lower(), command
+@pytest.mark.parametrize("options, kept, by_heart", [
+    (["--val-fraction", "0.3"], "30%", True), (["--val-fraction", "0"], "", True), ([], "", True),   # too short for a tenth
+    (["--preset", "writer", "--val-fraction", "0.3", "--max-steps", "2"], "", False),
+    (["--preset", "writer", "--no-keep-best", "--val-fraction", "0.3", "--max-steps", "2"], "30%", True)], ids=str)
+def test_the_last_lines_of_train_are_true_and_their_command_runs_without_a_note(folder, call, small, options, kept, by_heart):
+    status, out, _ = call(*small("train", *options))
+    end = out[out.index("\nRecall"):]
+    assert status == 0 and ("kept for validation" in end) == bool(kept) and kept in end
+    assert ("--val-fraction 0" in end) == bool(kept) and ("--preset writer" in end) == by_heart
+    assert load_checkpoint("story_llm.pt").train_config.keep_best != by_heart
+    command = shlex.split(re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1])
+    assert ("--temperature" in command) != by_heart
+    status, _, err = call(*command, "--max-new-tokens", "3")
+    assert status == 0 and (err == "" if by_heart else err.startswith("note: sampled with --seed"))
 
 
 def test_words_shows_words_and_bpe_byte_pairs(folder, call):
@@ -258,31 +252,43 @@ def test_words_shows_words_and_bpe_byte_pairs(folder, call):
     assert "tokens of the story tokenizer" in out and "[The][␣old]" not in out
 
 
-def test_windows_are_as_far_apart_as_their_stride(folder, call, small):
-    rows = [re.findall(r"^  input +(.*)", call(*small("windows"), *stride)[1], re.MULTILINE)
-            for stride in ([], ["--stride", "1"])]
-    pieces = [re.split(r" {2,}", row) for row in rows[1]]
-    assert pieces[0][1:] == pieces[1][:-1] and pieces[1][1:] == pieces[2][:-1]
-    assert rows[0][0] == rows[1][0] and rows[0][1] != rows[1][1]
+def test_windows_are_as_far_apart_as_their_stride_and_targets_are_shifted_by_one(folder, call, small):
+    shown = {}
+    for stride in ([], ["--stride", "1"]):
+        out = call(*small("windows"), *stride)[1]
+        shown[len(stride)] = [[row.split() for row in re.findall(rf"^  {name} +(.*)", out, re.MULTILINE)]
+                              for name in ("input", "target")]
+        inputs, targets = shown[len(stride)]
+        assert len(inputs) == 3 and [row[1:] for row in inputs] == [row[:-1] for row in targets]
+    (wide, _), (close, _) = shown.values()
+    assert close[0][1:] == close[1][:-1] and close[1][1:] == close[2][:-1]
+    assert wide[0] == close[0] and wide[1] != close[1]
 
 
-def test_targets_are_the_inputs_shifted_by_one(folder, call, small):
-    out = call(*small("windows"))[1]
-    inputs, targets = [[row.split() for row in re.findall(rf"^  {name} +(.*)", out, re.MULTILINE)]
-                       for name in ("input", "target")]
-    assert len(inputs) == 3 and [row[1:] for row in inputs] == [row[:-1] for row in targets]
-
+# evaluate
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluate_shows_what_training_showed_last(folder, call, small, precision):
     """Without --text: the checkpoint knows which text it was trained on."""
-    out = call(*small("train"), "--precision", precision)[1]
+    out = call(*small("train"), "--precision", precision, "--val-fraction", "0.3")[1]
     last = load_checkpoint("story_llm.pt").history[-1]
     status, shown, err = call("evaluate")
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "note: story_llm.pt was trained on my.txt\n")
     assert re.search(r"Train loss +([\d.]+)", shown)[1] == f"{last.train_loss:.3f}"
     assert re.search(r"Val loss +([\d.]+)", shown)[1] == f"{last.val_loss:.3f}"
-    assert re.search(r"^Recall .*", out, re.MULTILINE).group() in shown
+    assert re.search(r"^Recall .*", out, re.MULTILINE).group() in shown and f"after {last.step} steps" in shown
+
+
+@pytest.mark.parametrize("trained_in, options, expected", [
+    ("fp32", [], False), ("bf16", [], True), ("fp32", ["--precision", "bf16"], True),
+    ("bf16", ["--precision", "fp32"], False), ("bf16", ["--precision", "auto"], False)])
+def test_evaluate_computes_in_the_precision_that_is_wanted(folder, call, small, monkeypatch, trained_in, options, expected):
+    assert call(*small("train", "--precision", trained_in, "--max-steps", "1"))[0] == 0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)      # so auto is fp32
+    used, mean_loss = [], story_llm.mean_loss
+    monkeypatch.setattr(story_llm, "mean_loss", lambda *args: used.append(torch.is_autocast_enabled("cpu")) or mean_loss(*args))
+    assert call("evaluate", *options)[0] == 0
+    assert set(used[1:]) == {expected}          # the first one is that of the test window
 
 
 def test_a_model_trained_on_the_default_text_is_evaluated_on_it(folder, call, small):
@@ -290,7 +296,7 @@ def test_a_model_trained_on_the_default_text_is_evaluated_on_it(folder, call, sm
     assert call(*default)[0] == 0
     assert load_checkpoint("story_llm.pt").prompt == story_llm.DEFAULT_PROMPT
     status, out, err = call("evaluate")
-    assert (status, err) == (0, "") and re.search(r"of 175 sentences", out)
+    assert (status, err) == (0, "") and re.search(r"of 17\d sentences", out)
 
 
 @pytest.mark.parametrize("text", ["other.txt", "my.txt"])
@@ -298,13 +304,22 @@ def test_evaluating_with_another_text_is_noted_and_the_note_names_it(folder, tra
     (folder / text).write_text(TEXT.replace("boat", "raft"))
     options = [] if text == "my.txt" else ["--text", text]
     status, _, err = call("evaluate", *options)
-    assert status == 0 and "different text" in err and text in err and err.count("\n") == 1
+    note = err.splitlines()[-1]
+    assert status == 0 and "different text" in note and text in note
 
 
-def test_a_model_that_is_named_must_exist(folder, trained_here, call, small):
-    assert "untrained" in call(*small("evaluate"))[1]
-    assert_one_line_error(call("evaluate", "--text", "my.txt", "--model", "typo.pt"), "typo.pt")
+@pytest.mark.parametrize("most", [2, 5, 6, 7])
+def test_recall_of_a_sample_is_said_to_be_one(folder, trained_here, call, small, monkeypatch, most):
+    original = story_llm.evenly_spaced
+    monkeypatch.setattr(story_llm, "RECALL_SAMPLE", most)
+    monkeypatch.setattr(story_llm, "evenly_spaced", lambda items, count: original(items, min(count, most)))
+    of_what = rf"of {3 if most == 5 else most} \w+ \(.*sample.* 6\) " if most < 6 else r"of 6 \w+ continued"
+    assert re.search(of_what, call("evaluate")[1])
+    out = call(*small("train", "--model", "new.pt"))[1]
+    assert re.search(of_what, out) and (f"at most {most} beginnings" in out) == (most < 6)
 
+
+# generate and next
 
 def test_generate_writes_prompt_and_continuation_to_stdout_and_nothing_else(folder, trained_here, call):
     saved = load_checkpoint("story_llm.pt")
@@ -327,23 +342,37 @@ def test_without_a_prompt_each_line_of_stdin_is_one(folder, trained_here, call, 
     assert call("generate", "--max-new-tokens", 0) == (0, "At night\n", "")
 
 
-def test_on_a_terminal_generate_asks_for_prompts_until_ctrl_d(folder, trained_here, call):
+@pytest.mark.parametrize("to_file", [False, True])
+def test_on_a_terminal_generate_asks_for_prompts_until_ctrl_d_and_a_file_gets_the_texts_alone(folder, trained_here, call, to_file):
     pty = pytest.importorskip("pty")
+    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1] for prompt in (PROMPT, "At night"))
     master, terminal = pty.openpty()
     os.write(master, f"{PROMPT}\n\nAt night\n\x04".encode())
+    out = io.StringIO() if to_file else Terminal()
     with open(terminal, encoding="utf-8") as stdin, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "stdin", stdin)
-        status, out, err = call("generate", "--max-new-tokens", 5)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as err:
+            assert story_llm.main(["generate", "--max-new-tokens", "5"]) == 0
     os.close(master)
-    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1]
-                       for prompt in (PROMPT, "At night"))
     first, second = expected.splitlines()
-    assert (status, out) == (0, f"> {first}\n> > {second}\n> ") and err.count("first words") == 1
+    assert out.getvalue() == (expected if to_file else f"> {first}\n> > {second}\n> ")
+    assert err.getvalue().count("first words") == (not to_file)
 
 
-def test_sampling_depends_on_the_seed(folder, trained_here, call):
-    texts = [call("generate", "--prompt", PROMPT, "--temperature", 2, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+def test_sampling_depends_on_the_seed_and_without_one_names_the_seed_that_it_drew(folder, trained_here, call, monkeypatch):
+    command = ["generate", "--prompt", PROMPT, "--temperature", 2]
+    texts = [call(*command, "--seed", seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2] and all(err == "" for _, _, err in texts)
+    drawn = set()
+    for _ in range(4):
+        status, out, err = call(*command)
+        seed = re.fullmatch(r"note: sampled with --seed (\d+)\n", err)[1]
+        assert status == 0 and call(*command, "--seed", seed) == (0, out, "")
+        drawn.add(seed)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n" * 3))
+    seeds = re.findall(r"--seed (\d+)", call("generate", "--temperature", 2)[2])     # the same line, typed three times
+    assert len(drawn) > 1 and len(seeds) == 3 and len(set(seeds)) > 1
+    assert call("generate", "--prompt", PROMPT)[2] == ""
 
 
 @pytest.mark.parametrize("command, wish", [("generate", ["--top-k", "3"]), ("generate", ["--top-p", "0.5"]),
@@ -354,131 +383,87 @@ def test_settings_of_sampling_need_a_temperature(folder, trained_here, call, sma
         result = call(*command, "--prompt", PROMPT, *wish, *temperature)
         assert_one_line_error(result, wish[0], "--temperature")
         assert result[:2] == (1, "")
-    status, _, err = call(*command, "--prompt", PROMPT, *wish, "--temperature", "1")
-    assert (status, err) == (0, "")
-
-
-def test_an_untrained_model_has_a_seed_of_its_own(folder, call, small):
-    texts = [call(*small("generate"), "--prompt", PROMPT, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+    assert call(*command, "--prompt", PROMPT, *wish, "--temperature", "1", "--seed", "1")[::2] == (0, "")
 
 
 @pytest.mark.parametrize("wish", [["--temperature", "1e-300"], ["--temperature", "5", "--top-k", "1"],
                                   ["--temperature", "5", "--top-p", "1e-9"]])
 def test_sampling_that_leaves_one_token_is_greedy(folder, trained_here, call, wish):
-    assert call("generate", "--prompt", PROMPT, *wish) == call("generate", "--prompt", PROMPT)
-
-
-def test_the_same_command_makes_the_same_weights(folder, trained_here, call, small):
-    assert call(*small("train"), "--model", "again.pt")[0] == 0
-    assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("again.pt").model)
+    assert call("generate", "--prompt", PROMPT, *wish)[1] == call("generate", "--prompt", PROMPT)[1]
 
 
 def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folder, call, small):
-    out = call(*small("train"), "--prompt", "At night a boy")[1]
+    out = call(*small("train", "--prompt", "At night a boy"))[1]
     assert len(re.findall(r"^    At night a boy \.\.\.", out, re.MULTILINE)) == out.count("): Train loss") > 1
     assert load_checkpoint("story_llm.pt").prompt == "At night a boy"
     assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
 
 
-@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said",
-                                    "$HOME"])
+@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said", "$HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
     command = re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1]
     status, out, err = call(*shlex.split(command), "--max-new-tokens", "3")
-    assert status == 0 and out.startswith(prompt) and "error" not in err
+    assert status == 0 and out.startswith(prompt) and "begins with these words" not in err
     assert load_checkpoint("my model.pt").prompt == prompt
 
 
-def test_a_line_break_in_a_sample_does_not_break_the_log(folder, call, small):
+def test_a_line_break_can_be_typed_and_does_not_break_the_log(folder, call, small, monkeypatch):
+    prompt = "the rain to end.\nNobody came"
     out = call(*small("train", "--prompt", r"the rain to end.\nNobody came"))[1]
     samples = [line for line in out.splitlines() if line.startswith("    ")]
-    assert load_checkpoint("story_llm.pt").prompt == "the rain to end.\nNobody came"
-    assert len(samples) == out.count("): Train loss")
+    assert load_checkpoint("story_llm.pt").prompt == prompt and len(samples) == out.count("): Train loss")
     assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples)
-
-
-@pytest.mark.parametrize("prompt", ["-Hello", "-", "-1 is less than 0", "-m", "-- he said", "—¿Está lejos?"])
-def test_a_prompt_may_begin_with_a_dash(folder, trained_on_bytes, call, prompt):
-    for words in (["--prompt", prompt], [f"--prompt={prompt}"]):
-        status, out, err = call("generate", "--model", trained_on_bytes, "--max-new-tokens", "2", *words)
-        assert status == 0 and out.startswith(prompt) and "error" not in err
-    assert_one_line_error(call("generate", "--prompt", "--model", trained_on_bytes), "--prompt")
-
-
-def test_a_line_break_can_be_typed(folder, trained_here, call, monkeypatch):
-    expected = "the rain to end.\nNobody came down"
-    assert call("generate", "--prompt", r"the rain to end.\nNobody came down")[1].startswith(expected)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the rain to end.\\nNobody came down\n"))
-    assert call("generate")[1].startswith(expected)
+    assert call("generate", "--prompt", r"the rain to end.\nNobody came")[1].startswith(prompt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the rain to end.\\nNobody came\n"))
+    assert call("generate")[1].startswith(prompt)
     rows = [call("next", "--prompt", prompt)[1] for prompt in (r"to end.\n", "to end.\n", "to end.n")]
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_a_prompt_that_is_longer_than_the_window_is_printed_whole_with_a_note(folder, trained_here, call, small):
+    prompt = TEXT.split("\n")[0]
+    count = len(load_checkpoint("story_llm.pt").tokenizer.encode(prompt))
+    status, out, err = call("generate", "--prompt", prompt, "--max-new-tokens", "2")
+    assert status == 0 and out.startswith(prompt)
+    assert err.startswith(f"note: the prompt has {count} tokens") and "the last 12\n" in err and err.count("\n") == 1
+    assert call(*small("generate"), "--prompt", prompt, "--max-new-tokens", "2")[:2][1].startswith(prompt)
+
+
 @pytest.mark.parametrize("prompt, notes", [     # for each note, what it must contain
-    (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []),
-    ("The old ferryman tied a", [["no sentence", "'The old ferryman tied his'"]]),
-    ("at night a boy ran", [[" at", "<|unk|>"], ["no sentence", "'At night a boy ran'"]]),
-    ("Zzzz", [["Zzzz", "<|unk|>"], ["no sentence"]]),
-    ("At night a laptop, a phone", [["laptop, phone", "<|unk|>"], ["no sentence", "'At night a boy ran'"]])])
+    (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []), ("My mother took", []),
+    ("The old ferryman tied a", [["begins with these words"]]), ("tied his boat", [["begins with these words"]]),
+    ("at night a boy ran", [["<|unk|> night"], ["begins with these words"]]),
+    ("Zzzz", [["<|unk|>"], ["begins with these words"]]), ("At night a laptop", [["<|unk|>"], ["begins with these words"]])])
 def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes):
+    """TEXT has no validation split, so nothing is said about one."""
     for command in (["generate"], ["next"], ["attention"]):
         status, out, err = call(*command, "--prompt", prompt)
         lines = err.splitlines()
         assert status == 0 and len(lines) == len(notes) and all(line.startswith("note: ") for line in lines)
-        for line, words in zip(lines, notes):
-            assert not [word for word in words if word not in line] and ("'" in line) == ("'" in "".join(words))
+        assert not [word for line, words in zip(lines, notes) for word in words if word not in line]
+        assert "last" not in err
+
+
+def test_no_note_on_a_prompt_is_false(folder, call, small):
+    """A sentence of seven words is known, the end of the text is named where it was kept for validation, and of the own
+    prompt, a writer and an untrained model nothing is said."""
+    (folder / "seven.txt").write_text("Nobody ever saw the king come home. " + TEXT.replace("\n", " "), encoding="utf-8")
+    text = ["--text", "seven.txt", "--tokenizer", "story", "--val-fraction", "0.3", "--context-length", "32"]
+    assert call(*small("train", *text, "--prompt", "a prompt of my own"))[0] == 0
+    assert call("generate", "--prompt", "Nobody ever saw the king")[2] == ""
+    assert "begins with these words" in call("generate", "--prompt", "My mother took")[2]
+    assert "the last 30% of the text" in call("generate", "--prompt", "My mother took")[2]
+    for command in (["next"], ["attention"], ["generate", "--prompt", "a prompt of my own"],
+                    small("generate", *text, "--prompt", "Not in the story"), small("next", *text, "--prompt", "Nor this")):
+        assert call(*command)[2] == "", command
+    assert call(*small("train", *text, "--keep-best"))[0] == 0
+    assert call("generate", "--prompt", "Not in the story")[2] == ""
 
 
 def test_sentences_end_the_text(folder, trained_here, call):
     out = call("generate", "--prompt", TEXT.split("\n")[0][:-4], "--sentences", "1", "--temperature", "0")[1]
-    assert story_llm.sentence_starts(out) == [0]
-
-
-@pytest.mark.parametrize("most", [2, 3, 6, 7])
-def test_recall_of_a_sample_is_said_to_be_one(folder, trained_here, call, small, monkeypatch, most):
-    original = story_llm.evenly_spaced
-    monkeypatch.setattr(story_llm, "RECALL_SAMPLE", most)
-    monkeypatch.setattr(story_llm, "evenly_spaced", lambda items, count: original(items, min(count, most)))
-
-    def sample(count):
-        return rf"of {most} sentences \(.*sample.* {count}\) " if most < count else f"of {count} sentences continued"
-
-    assert re.search(sample(5), call("evaluate")[1])
-    out = call(*small("train", "--model", "new.pt", "--val-fraction", "0"))[1]
-    assert re.search(sample(6), out) and (f" {most} sentences\n" in out.replace(".\n", "\n")) == (most < 6)
-
-
-# pictures, and looking inside
-
-def png_size(path):
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", content[16:24])
-
-
-def test_plot_draws_where_it_is_told(folder, trained_here, call):
-    assert call("plot", "--plot", "curve.svg") == (0, "drew curve.svg\n", "")
-    assert (folder / "curve.svg").read_text(encoding="utf-8").startswith("<?xml")
-
-
-@pytest.mark.parametrize("model, name", [("other.pt", "other_{}.png"), ("runs/a.b.pt", "runs/a.b_{}.png")])
-def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call, model, name):
-    (folder / "runs").mkdir()
-    os.rename("story_llm.pt", model)
-    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
-    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
-    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
-    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
-        str(path.relative_to(folder)) for path in folder.rglob("*.*")}
-
-
-def test_attention_is_drawn(folder, trained_here, call):
-    assert call("attention", "--prompt", "The old ferryman") == (0, "drew attention.png\n", "")
-    assert min(png_size(folder / "attention.png")) > 200
-    for mistake in (["--plot", "x.txt"], ["--prompt", ""], ["--plot", "nowhere/x.png"]):
-        assert_one_line_error(call("attention", *mistake))
+    assert story_llm.find_units(out)[1] == [0]
 
 
 def test_next_shows_ten_tokens_and_their_probabilities_before_and_after_training(folder, trained_here, call, small):
@@ -488,18 +473,46 @@ def test_next_shows_ten_tokens_and_their_probabilities_before_and_after_training
         assert (status, err, len(rows)) == (0, "", 10) and [row[1] for row in rows[3:]] == ["0.00"] * 7
         assert sum(float(row[1]) for row in rows) == pytest.approx(100, abs=0.1)
         assert [float(row[0]) for row in rows] == sorted([float(row[0]) for row in rows], reverse=True)
-
-
-def test_next_samples_with_a_temperature_of_1_unless_another_is_given(folder, trained_here, call):
     for temperature, same in ([], True), (["--temperature", "1"], True), (["--temperature", "2"], False):
         rows = re.findall(r"([\d.]+)% +([\d.]+)%", call("next", *temperature)[1])
         assert len(rows) == 10 and all(softmax == sampled for softmax, sampled in rows) == same
 
 
-@pytest.mark.parametrize("wrong", [["--temperature", "-1"], ["--temperature", "nan"], ["--top-k", "-1"],
-                                   ["--top-p", "-0.5"], ["--prompt", ""]])
-def test_wrong_values_for_the_next_token_are_refused(folder, trained_here, call, wrong):
-    assert_one_line_error(call("next", "--prompt", "The", *wrong))
+# pictures
+
+@pytest.mark.parametrize("model, name", [("other.pt", "other_{}.png"), ("runs/a.b.pt", "runs/a.b_{}.png")])
+def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call, model, name):
+    (folder / "runs").mkdir()
+    assert call("attention") == (0, "drew attention.png\n", "")
+    os.rename("story_llm.pt", model)
+    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
+    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
+    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
+    assert (folder / "x.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
+        str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+
+
+# one path for two things
+
+def test_no_command_writes_over_what_it_reads_or_has_written(folder, trained_here, call, small):
+    os.rename("story_llm.pt", "m.png")
+    os.rename("loss.png", "old.png")
+    os.rename("my.txt", "my.svg")
+    before = {name: (folder / name).read_bytes() for name in os.listdir()}
+    os.symlink("m.png", "link.png")
+    for command in (["plot", "--model", "m.png", "--plot", "m.png"], ["plot", "--model", "m.png", "--plot", "./m.png"],
+                    ["plot", "--model", "m.png", "--plot", "link.png"], ["attention", "--model", "m.png", "--plot", "m.png"],
+                    ["train", "--text", "my.svg", "--model", "m.png", "--plot", "m.png"],
+                    ["train", "--text", "my.svg", "--model", "./my.svg"], ["train", "--text", "my.svg", "--plot", "my.svg"],
+                    ["train", "--text", "old.png", "my.svg", "--plot", str(folder / "my.svg")]):
+        assert_one_line_error(call(*command), "different files")
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_text_may_be_named_twice(folder, call, small):
+    """That is no mistake about different files."""
+    assert call(*small("train", "--text", "my.txt", "./my.txt", "--max-steps", "1"))[0] == 0
 
 
 # no network, default tokenizer
@@ -511,15 +524,12 @@ def test_without_network_and_files_commands_learn_a_tokenizer_and_note_it_in_one
     assert call(*small(command, "--tokenizer", "story", "--text", STORY)) == (0, out, "")
 
 
-def test_without_network_and_files_the_real_story_is_trained_on_and_continued(folder, call, small):
+def test_without_network_and_files_the_real_story_is_trained_on_and_gpt2_by_name_is_an_error(folder, call, small):
     status, out, err = call(*small("train", "--text", STORY, "--tokenizer", "auto", "--max-steps", "3"))
     assert status == 0 and len(err.splitlines()) == 1 and "--tokenizer story" in err
-    assert re.match(r"story tokenizer, vocabulary [12],\d{3};", out)
+    assert re.search(r"story tokenizer, vocabulary [12],\d{3};", out.splitlines()[0])
     status, out, err = call("generate", "--prompt", "Once Aadhan", "--max-new-tokens", "3")
     assert (status, err) == (0, "") and out.startswith("Once Aadhan")
-
-
-def test_without_network_and_files_gpt2_by_name_is_an_error_that_tells_what_to_do(folder, call):
     result = call("train", "--text", "my.txt", "--tokenizer", "gpt2")
     assert_one_line_error(result, "GPT-2", "--tokenizer story", "README")
     assert result[:2] == (1, "")
@@ -527,65 +537,61 @@ def test_without_network_and_files_gpt2_by_name_is_an_error_that_tells_what_to_d
 
 # wrong values
 
-@pytest.mark.parametrize("name, value", [
-    ("--emb-dim", "0"), ("--emb-dim", "-8"), ("--emb-dim", "33"), ("--emb-dim", "x"), ("--emb-dim", "nan"),
-    ("--emb-dim", "1000000000000"), ("--emb-dim", "1" + "0" * 30), ("--n-heads", "0"), ("--n-heads", "5"),
-    ("--n-layers", "0"), ("--n-layers", "1000000000"), ("--n-layers", "1.5"), ("--context-length", "0"),
-    ("--context-length", "-3"), ("--drop-rate", "1"), ("--drop-rate", "nan"), ("--drop-rate", "-0.1"),
-    ("--position", "none"), ("--epochs", "-1"), ("--epochs", "nan"), ("--max-steps", "-1"), ("--batch-size", "0"),
-    ("--batch-size", "1000000000000"), ("--learning-rate", "0"), ("--learning-rate", "nan"),
-    ("--learning-rate", "inf"), ("--learning-rate", "-1"), ("--warmup-steps", "-1"), ("--weight-decay", "-1"),
-    ("--weight-decay", "nan"), ("--grad-clip", "0"), ("--prompt-windows", "1"), ("--prompt-windows", "nan"),
-    ("--val-fraction", "1"), ("--val-fraction", "-0.5"), ("--eval-every", "-1"), ("--precision", "fp8"),
-    ("--seed", "-1"), ("--seed", "1" + "0" * 30), ("--tokenizer", "bytes"), ("--preset", "huge"),
-    ("--device", "abacus"), ("--text", "missing.txt"), ("--model", "nowhere/story.pt"),
-    ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png")])
-def test_a_wrong_value_for_training_is_one_line_that_names_it(folder, call, small, name, value):
-    result = call(*small("train", name, value))
-    assert_one_line_error(result, value if value != "." else "folder")
-    assert "Step" not in result[1] and os.listdir() == ["my.txt"]      # noticed before the training, not after
+NUMBERS = [name for name in FIELDS if FIELDS[name].type in (int, float)]
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_beyond_its_limits_is_one_line_that_names_option_and_value(folder, call, small, name):
     command = next(command for command in ("train", "next", "generate", "windows")
                    if name in ALWAYS[command] + IF_UNTRAINED[command])
-    number, (lowest, bound) = FIELDS[name].type, LIMITS[name]
-    wrong = [number(lowest - 1), "x", *(["nan", "inf"] if number is float else ["0.5"])]
-    if bound < float("inf"):
-        wrong.append(bound)
-    for value in wrong:
+    kind, limits = FIELDS[name].type, FIELDS[name].metadata
+    lowest, bound = limits.get("minimum", 0), limits.get("below", 1 << 32)
+    values = [kind(lowest - 1), -1, "x", bound, kind(10**30), *(["nan", "inf"] if kind is float else ["0.5", "1e3"])]
+    for value in values:
         tokenizer = ["--tokenizer", "story"] if name == "vocab_size" else []
         result = call(*small(command, *tokenizer, *option(name, value)))
         assert name in assert_one_line_error(result, str(value)).replace("-", "_") and "Step" not in result[1]
+    assert os.listdir() == ["my.txt"]           # noticed before the training, not after
 
 
-@pytest.mark.parametrize("size", ["256", "0", "-5"])
-def test_a_vocabulary_smaller_than_all_bytes_is_one_line_that_names_it(folder, call, size):
-    line = assert_one_line_error(call("bpe", "--text", "my.txt", "--tokenizer", "story", "--vocab-size", size), size)
-    assert "257" in line or "at least 1" in line
+@pytest.mark.parametrize("name, value", [
+    ("--emb-dim", "33"), ("--n-heads", "5"), ("--position", "none"), ("--precision", "fp8"), ("--tokenizer", "bytes"),
+    ("--preset", "huge"), ("--device", "abacus"), ("--text", "missing.txt"), ("--model", "nowhere/story.pt"),
+    ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png"), ("--model", "/dev/null"), ("--optimizer", "sgd")])
+def test_a_wrong_value_for_training_is_one_line_that_names_it(folder, call, small, name, value):
+    result = call(*small("train", name, value))
+    assert_one_line_error(result, value if value != "." else "folder")
+    assert "Step" not in result[1] and os.listdir() == ["my.txt"]
+
+
+@pytest.mark.parametrize("options, names", [
+    (["--val-fraction", "0.999"], ["--val-fraction"]), (["--preset", "writer"], ["--keep-best", "--val-fraction"]),
+    (["--keep-best", "--val-fraction", "0"], ["--keep-best"]), (["--position", "rotary", "--n-heads", "32"], ["--n-heads"])])
+def test_settings_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_remedy(folder, call, small, options, names):
+    (folder / "line.txt").write_text("a" * 300 + " b c d")
+    text = ["--text", "line.txt"] if "0.999" in options else []
+    result = call(*small("train", *text, *options))
+    assert_one_line_error(result, *names)
+    assert not os.path.exists("story_llm.pt")
 
 
 @pytest.mark.parametrize("options, name", [
-    (["--tokenizer", "word", "--vocab-size", "300"], "--vocab-size"), (["--tokenizer", "word", "--full-vocab"], "full"),
-    (["--tokenizer", "story", "--full-vocab"], "--full-vocab"), (["--full-vocab"], "--full-vocab"),
-    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size"), (["--vocab-size", "300"], "--vocab-size")])
+    (["--tokenizer", "word", "--vocab-size", "300"], "--vocab-size"), (["--vocab-size", "300"], "--vocab-size"),
+    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size")])
 def test_what_a_tokenizer_cannot_or_may_not_use_is_refused(folder, call, options, name):
     assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, "--tokenizer")
 
 
 @pytest.mark.parametrize("name, value", [
-    ("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf"), ("--top-k", "-1"), ("--top-k", "1.5"),
-    ("--top-p", "-0.1"), ("--top-p", "nan"), ("--max-new-tokens", "-1"), ("--max-new-tokens", "1.5"), ("--prompt", ""),
-    ("--device", "abacus"), ("--model", "missing.pt"), ("--model", "my.txt"), ("--model", "."), ("--model", "loss.png"),
-    ("--seed", "1" + "0" * 30), ("--seed", "-1")])
+    ("--prompt", ""), ("--device", "abacus"), ("--model", "missing.pt"), ("--model", "my.txt"), ("--model", "."),
+    ("--model", "loss.png"), ("--model", "/dev/zero")])
 def test_a_wrong_value_for_generating_is_one_line_before_the_prompt_is_printed(folder, trained_here, call, name, value):
     result = call("generate", *([] if name == "--prompt" else ["--prompt", PROMPT]), name, value)
-    assert_one_line_error(result, value)
+    assert_one_line_error(result, value if value != "." else "folder")
     assert result[1] == ""
 
 
-@pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n", "-"])
+@pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n", "-Hello"])
 def test_any_other_prompt_works_with_a_learned_tokenizer(folder, trained_on_bytes, call, prompt):
     for command in (["generate", "--max-new-tokens", 3], ["next"]):
         status, out, err = call(*command, f"--prompt={prompt}", "--model", trained_on_bytes)
@@ -593,8 +599,9 @@ def test_any_other_prompt_works_with_a_learned_tokenizer(folder, trained_on_byte
         assert all(line.startswith("note: ") for line in err.splitlines())
 
 
-@pytest.mark.parametrize("content, name", [(b"", "empty"), (b" \n\t ", "empty"), (b"a", "short"),
-                                           (b"\xff\xfeO\0n\0c\0e\0", "short"), (b"\xef\xbb\xbf", "empty"),
+# texts
+
+@pytest.mark.parametrize("content, name", [(b"", "empty"), (b"a", "short"), (b"\xff\xfeO\0n\0c\0e\0", "short"),
                                            (b"Once \x93there\x94", "byte 0x93"), (bytes(range(256)) * 9, "UTF-8")])
 def test_a_text_that_cannot_be_learned_is_one_line(folder, call, small, content, name):
     (folder / "strange.txt").write_bytes(content)
@@ -604,44 +611,39 @@ def test_a_text_that_cannot_be_learned_is_one_line(folder, call, small, content,
 
 
 @pytest.mark.parametrize("content", ["Once there was a king", "Two words", "One.\r\nTwo.\r\nThree.\r\n", "😀 " * 30,
-                                     "e\u0301 " * 99, "\0 \0 \0", "\x1b]0;title\x07 the king and the ferryman",
-                                     "The king said one long sentence and then he went away."])
+                                     "e\u0301 " * 99, "\x1b]0;title\x07 the king and the ferryman", "\n" * 200 + TEXT,
+                                     "The king said one long sentence and then he went away."], ids=lambda text: repr(text[:9]))
 def test_a_strange_text_is_learned_from_and_no_nan_is_shown(folder, call, small, content):
     (folder / "strange.txt").write_bytes(content.encode())
     text = ["--text", "strange.txt"]
     for command in (["words", *text], small("bpe", *text, "--tokenizer", "story"),
                     small("windows", *text, "--context-length", "1"), small("model", *text), small("evaluate", *text),
                     small("train", *text), ["evaluate"], ["next"],
-                    ["generate", f"--prompt={content[:1]}", "--max-new-tokens", "5"]):
+                    ["generate", f"--prompt={content.strip()[:1]}", "--max-new-tokens", "5"]):
         status, out, err = call(*command)
         assert status == 0 and "nan" not in out.lower() and "error" not in err, (command, err)
 
 
-def test_a_text_with_a_byte_order_mark_and_other_line_ends_is_the_same_text(folder, trained_here, call, small):
-    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
-    assert call(*small("train", "--text", "bom.txt", "--model", "bom.pt"))[0] == 0
-    assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("bom.pt").model)
-    assert call("evaluate", "--text", "bom.txt")[2] == ""
-
-
-def test_a_text_may_be_several_files_a_folder_or_standard_input(folder, call, small, monkeypatch):
-    """All of them are the same text here, so they make the same model, and resuming finds them again."""
+def test_a_text_may_be_several_files_or_standard_input_and_resuming_finds_them_again(folder, call, small, monkeypatch):
+    """All of them are the same text here, so they make the same model."""
     lines = TEXT.splitlines(keepends=True)
-    (folder / "parts").mkdir()
-    for name, part in (("parts/1.txt", lines[:3]), ("parts/2.txt", lines[3:])):
+    for name, part in (("1.txt", lines[:3]), ("2.txt", lines[3:])):
         (folder / name).write_text("".join(part))
     (folder / "whole.txt").write_text("\n\n".join(map("".join, (lines[:3], lines[3:]))))
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "whole.txt").read_bytes().replace(b"\n", b"\r\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "whole.txt").read_bytes())))
     runs = []
-    for text in (["whole.txt"], ["parts/1.txt", "parts/2.txt"], ["parts"], ["-"]):
+    for text in (["whole.txt"], ["1.txt", "2.txt"], ["1.txt", "--text", "2.txt"], ["bom.txt"], ["-"]):
         assert call(*small("train", "--text", *text, "--model", "m.pt"))[0] == 0
         runs.append(load_checkpoint("m.pt"))
-        assert runs[-1].text_paths == text and weights_equal(runs[-1].model, runs[0].model)
-        if text != ["-"]:
-            assert call("evaluate", "--model", "m.pt")[2] == ""
+        names = [word for word in text if word != "--text"]
+        assert runs[-1].text_paths == names and weights_equal(runs[-1].model, runs[0].model)
+        status, out, err = call("evaluate", "--model", "m.pt")
+        if text == ["-"]:
+            assert_one_line_error((status, out, err), "--text")
+        else:
+            assert status == 0 and err == "".join(f"note: m.pt was trained on {name}\n" for name in names)
         os.remove("m.pt")
-    assert call(*small("train", "--text", "parts/1.txt", "--text", "parts/2.txt"))[0] == 0     # also given one by one
-    assert weights_equal(load_checkpoint("story_llm.pt").model, runs[0].model)
 
 
 def test_an_encoding_that_is_named_is_remembered(folder, call, small):
@@ -650,105 +652,86 @@ def test_an_encoding_that_is_named_is_remembered(folder, call, small):
     (folder / "utf.txt").write_text(text, encoding="utf-8")
     assert_one_line_error(call(*small("train", "--text", "cp.txt")), "cp.txt", "--encoding cp1252")
     assert call(*small("train", "--text", "cp.txt", "--encoding", "cp1252", "--max-steps", "2"))[0] == 0
-    assert call("evaluate")[::2] == call("evaluate", "--text", "utf.txt")[::2] == (0, "")
-    assert call("train", "--resume", "--max-steps", "3")[::2] == (0, "")
-    assert call("train", "--resume", "--max-steps", "4", "--text", "utf.txt", "--encoding", "utf-8")[::2] == (0, "")
-    assert load_checkpoint("story_llm.pt").step == 4
-    assert call("evaluate")[::2] == (0, "")
-
-
-def test_two_hundred_blank_lines_in_front_of_a_text_do_no_harm(folder, call, small):
-    (folder / "blank.txt").write_text("\n" * 200 + TEXT)
-    status, out, err = call(*small("train", "--text", "blank.txt"))
-    assert (status, err) == (0, "") and load_checkpoint("story_llm.pt").prompt == PROMPT
-    assert re.search(r"^Recall \d+\.\d%: \d+ of 5 sentences", out, re.MULTILINE)
-    assert call("words", "--text", "blank.txt")[1].count(f"text:    {PROMPT}\n") == 1
+    assert call("evaluate", "--text", "utf.txt")[::2] == (0, "")
+    assert "different" not in call("evaluate")[2]
+    assert call("train", "--resume", "--max-steps", "3")[0] == 0
+    assert call("train", "--resume", "--max-steps", "4", "--text", "utf.txt", "--encoding", "utf-8")[0] == 0
+    assert load_checkpoint("story_llm.pt").step == 4 and "different" not in call("evaluate")[2]
 
 
 # what is at --model already
 
-@pytest.mark.parametrize("more", [["--text", "other.txt"], ["--emb-dim", "16"], ["--epochs", "3"], []])
-def test_a_model_that_training_would_not_come_to_is_kept_under_another_name(folder, trained_here, call, small, more):
-    """One of another text, another shape or other settings; or one that has got further, as the same training has after
-    its first steps."""
+def test_however_often_a_training_is_run_one_finished_model_is_kept_and_the_same_command_makes_the_same(
+        folder, trained_here, call, small):
     before = (folder / "story_llm.pt").read_bytes()
-    (folder / "other.txt").write_text(TEXT.replace("boat", "raft"))
-    status, out, err = call(*small("train", *more))
-    assert status == 0 and err.count("\n") == 1 and "story_llm.old.pt" in err
+    for _ in range(3):
+        status, _, err = call(*small("train"))
+        assert status == 0 and err == "note: the model that was at story_llm.pt is kept as " + (
+            os.path.realpath("story_llm.old.pt") + "\n")
+        assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.old.pt", "story_llm.pt"]
+        assert weights_equal(load_checkpoint("story_llm.pt").model, load_checkpoint("story_llm.old.pt").model)
     assert (folder / "story_llm.old.pt").read_bytes() == before
-    run = load_checkpoint("story_llm.pt")
-    assert run.step == run.total_steps
-    assert (run.fingerprint == load_checkpoint("story_llm.old.pt").fingerprint) == ("--text" not in more)
+    assert call(*small("train", "--seed", "7"))[0] == 0 and call(*small("train", "--seed", "8"))[0] == 0
+    assert load_checkpoint("story_llm.old.pt").train_config.seed == 7
 
 
-def test_however_many_texts_are_learned_one_after_the_other_no_model_is_lost(folder, call, small):
-    names, models = ["story_llm.old.pt", "story_llm.old2.pt", "story_llm.old3.pt"], []
-    for number, thing in enumerate(["boat", "raft", "ship", "tub"]):
-        (folder / "other.txt").write_text(TEXT.replace("boat", thing))
-        status, _, err = call(*small("train", "--text", "other.txt", "--epochs", "1"))
-        assert status == 0 and re.findall(r"story_llm\.old\d*\.pt", err) == names[max(0, number - 1):number]
-        models.append((folder / "story_llm.pt").read_bytes())
-    assert [(folder / name).read_bytes() for name in [*names, "story_llm.pt"]] == models
-
-
-def test_an_earlier_state_of_the_same_training_is_replaced(folder, call, small):
+def test_the_beginning_of_a_training_is_replaced_and_a_file_that_is_not_a_model_is_kept(folder, call, small):
     run, corpus = story_llm.new_run_from_args(story_llm.parse(small("train")))
     save_checkpoint("story_llm.pt", train_to(run, corpus, step=1))
     status, _, err = call(*small("train"))
     assert (status, err) == (0, "") and sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
-    assert load_checkpoint("story_llm.pt").step == 12
-
-
-def test_a_file_that_is_not_a_model_is_not_lost_either(folder, call, small):
     (folder / "my.notes.txt").write_text("all that I know")
     status, _, err = call(*small("train", "--model", "my.notes.txt"))
     assert status == 0 and err.count("\n") == 1 and "my.notes.old.txt" in err
-    assert (folder / "my.notes.old.txt").read_text() == "all that I know" and load_checkpoint("my.notes.txt").step > 0
-
-
-@pytest.mark.parametrize("damage", [lambda content: content[:len(content) // 2], lambda content: b"",
-                                    lambda content: content[:999] + bytes([content[999] ^ 1]) + content[1000:]])
-def test_a_damaged_checkpoint_is_one_line_for_every_command(folder, trained_here, call, damage):
-    (folder / "story_llm.pt").write_bytes(damage((folder / "story_llm.pt").read_bytes()))
-    for command in (["generate"], ["plot"], ["next"], ["attention"], ["evaluate"], ["train", "--resume"]):
-        assert_one_line_error(call(*command), "story_llm.pt")
+    assert (folder / "my.notes.old.txt").read_text() == "all that I know" and load_checkpoint("my.notes.txt").step == 12
 
 
 # the tour
 
-@pytest.fixture
-def short_tour(folder, monkeypatch):
-    """A tour through a small text with a small model."""
-    monkeypatch.setattr(FIELDS["text"], "default", (str(folder / "my.txt"),))
-    settings = {"context_length": 12, "emb_dim": 32, "n_layers": 1, "max_steps": 3}
-    monkeypatch.setattr(story_llm, "settings_for_size", lambda n_bytes: settings)
-
-
-def test_the_tour_shows_all_steps_in_its_own_folder_and_touches_nothing_else(folder, call, short_tour):
-    mine = {name: f"my own {name}" for name in ("story_llm.pt", "loss.png", "attention.png", "story_llm.old.pt")}
-    for name, content in mine.items():
-        (folder / name).write_text(content)
-    status, out, err = call("tour")
+def test_the_tour_shows_all_steps_and_says_what_to_look_at(folder, call, small, monkeypatch):
+    monkeypatch.setattr(story_llm, "preset_settings", lambda name, n_bytes: {
+        "context_length": 12, "emb_dim": 32, "n_layers": 1, "max_steps": 3, "tokenizer": "word"})
+    status, out, err = call("tour", "--text", "my.txt", "--model", "tour.pt")
     assert status == 0 and "error" not in err
-    titles = re.findall(r"^═══ steps? ([\d, ]+): ", out, re.MULTILINE)
-    assert {int(number) for title in titles for number in title.split(", ")} == set(range(2, 14))
-    commands = re.findall(r"^\$ python story_llm.py ?(.*)$", out, re.MULTILINE)
-    assert {command.split()[0] for command in commands} == COMMANDS.keys() - {"tour"}
-    assert sorted(os.listdir()) == sorted(["my.txt", "story_llm_tour", *mine]) and os.getcwd() == str(folder)
-    assert all((folder / name).read_text() == content for name, content in mine.items())
-    assert load_checkpoint("story_llm_tour/story_llm.pt").step == 3
-    for name in ("story_llm_loss.png", "story_llm_attention.png"):
-        assert min(png_size(folder / "story_llm_tour" / name)) > 200
-    assert call("tour")[0] == 0     # a second time too
+    titles = re.findall(r"^═══ steps? ([\d, ]+)[:,]", out, re.MULTILINE)
+    assert {int(number) for title in titles for number in re.findall(r"\d+", title)} >= set(range(2, 14)) - {3, 7, 8, 11}
+    shown = re.findall(r"^═══ .*\n(.+)\n\n\$ python \S*story_llm\.py ?(.*)$", out, re.MULTILINE)
+    assert {command.split()[0] for _, command in shown} == COMMANDS.keys() - {"tour"}
+    assert all(hint.endswith(("?", ".")) for hint, _ in shown)
+    assert sorted(os.listdir()) == ["my.txt", "tour.pt", "tour_attention.png", "tour_loss.png"]
+    assert load_checkpoint("tour.pt").step == 3 and load_checkpoint("tour.pt").text_paths == ["my.txt"]
+    status, out, err = call("tour", "--text", "missing.txt")        # a step that fails ends it
+    assert status == 1 and "missing.txt" in err and err.count("\n") == 1 and out.count("═══ ") == 1
 
 
-def test_a_step_of_the_tour_that_fails_ends_it(folder, call, monkeypatch):
-    monkeypatch.setattr(FIELDS["text"], "default", ("missing.txt",))
-    status, out, err = call("tour")
-    assert status == 1 and "missing.txt" in err and err.count("\n") == 1 and os.getcwd() == str(folder)
+# streams, and what goes wrong
+
+def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(folder, call, monkeypatch):
+    for error in (TypeError("a bug"), ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), OSError(5, "a bug")):
+        def fail(*args):
+            raise error
+        monkeypatch.setattr(story_llm, "split_words", fail)
+        with pytest.raises(type(error), match="a bug"):
+            call("words", "--text", "my.txt")
+    monkeypatch.undo()
+    assert_one_line_error(call("words", "--text", str(folder / "no.txt")), "no.txt")
 
 
-# others
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (MemoryError(), 1), (BrokenPipeError(), 1),
+                                           (story_llm.StoryError("mine"), 1), (RuntimeError("CUDA out of memory"), 1)])
+def test_the_exit_status_of_what_ends_a_command(error, status, capfd):
+    def work():
+        raise error
+    stdout = os.dup(1)
+    try:
+        assert story_llm.exit_status(work) == status
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert story_llm.exit_status(lambda: None) == 0 and story_llm.exit_status(lambda: 130) == 130
+    err = capfd.readouterr().err
+    assert err.count("\n") == (not isinstance(error, (KeyboardInterrupt, BrokenPipeError))) and "Traceback" not in err
+
 
 def test_a_reader_that_stops_reading_causes_no_traceback(folder):
     """As in `python story_llm.py | head -1`."""
@@ -787,10 +770,12 @@ def test_a_folder_with_a_percent_sign_in_its_name_is_no_error(call, monkeypatch)
     assert (status, err) == (0, "") and "/My%20stories/100%/%s.pt" in out
 
 
-def test_text_that_the_terminal_cannot_show_is_no_error(folder, run_program):
-    (folder / "story.txt").write_text("“Thāmarai — 天地 😀,” said the king to the old one.\n" * 3, encoding="utf-8")
-    done = run_program(folder, "words", "--text", "story.txt", PYTHONUTF8="0", PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and "said" in done.stdout and "rror" not in done.stderr
+def test_redirected_output_is_utf_8_whatever_the_locale(folder):
+    text = "“Thāmarai — 天地 😀,” said the king to the old one.\n" * 3
+    (folder / "story.txt").write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, PROGRAM, "words", "--text", "story.txt"], cwd=folder,
+                          capture_output=True, env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert done.returncode == 0 and "text:    “Thāmarai — 天地" in done.stdout.decode("utf-8") and done.stderr == b""
 
 
 # the terminal
@@ -835,25 +820,18 @@ def on_a_terminal(*commands):
 EVIL = "\x1b[31m\x1b]0;title\x07\x9b2J\x08"
 
 
-def assert_harmless(output):
-    output = re.sub(r"step \d+ of [^\r\n]*\r(?!\n)", "", output).replace("\r\n", "\n")       # the live line returns
-    assert len(output) > 50 and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", output), repr(output)
-
-
-def test_no_text_and_no_prompt_can_steer_the_terminal(folder, small):
+def test_no_text_no_prompt_no_name_and_no_file_can_steer_the_terminal(folder, small):
     (folder / "evil.txt").write_text(f"{EVIL} {TEXT} {EVIL}", encoding="utf-8")
-    text = ["--text", "evil.txt"]
-    assert_harmless(on_a_terminal(
-        ["words", *text, "--prompt", EVIL], small("bpe", *text, "--tokenizer", "story", "--prompt", EVIL),
-        small("windows", *text), small("train", *text, "--epochs", "1"), ["evaluate"], ["next"],
-        ["generate", "--prompt", EVIL], ["generate", "--prompt", f"a{EVIL}b"]))
-
-
-def test_no_name_and_no_file_can_steer_the_terminal_through_an_error(folder, small):
     with zipfile.ZipFile(folder / "evil.pt", "w") as file:      # like a checkpoint, but for a name in it
         file.writestr("archive/data.pkl", b"\x80\x02cos\n\x1b]0;title\x07\n.")
-    assert_harmless(on_a_terminal(["generate", "--model", "evil.pt"]))
-    assert_harmless(on_a_terminal(small("evaluate", "--text", EVIL)))
+    text = ["--text", "evil.txt"]
+    output = on_a_terminal(
+        ["words", *text, "--prompt", EVIL], small("bpe", *text, "--tokenizer", "story", "--prompt", EVIL),
+        small("windows", *text), small("train", *text, "--epochs", "1"), ["evaluate"], ["next"],
+        ["generate", "--prompt", EVIL], ["generate", "--prompt", f"a{EVIL}b"], ["generate", "--model", "evil.pt"],
+        small("evaluate", "--text", EVIL))
+    output = re.sub(r"step \d+ of [^\r\n]*\r(?!\n)", "", output).replace("\r\n", "\n")       # the live line returns
+    assert len(output) > 1000 and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", output), repr(output)
 
 
 def screen(output):
@@ -869,7 +847,7 @@ def screen(output):
 
 
 class Clock:
-    """A clock of its own, on which a second passes whenever somebody looks at it."""
+    """A clock of its own, on which some time passes whenever somebody looks at it."""
     def __init__(self, seconds):
         self.now, self.seconds = 0.0, seconds
 

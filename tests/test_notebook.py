@@ -4,7 +4,6 @@ import shutil
 import sys
 
 import nbformat
-import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient

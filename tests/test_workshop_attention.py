@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers import TEXT, lively_model, story_llm, tiny
+from helpers import TEXT, lively_model, tiny
 from story_llm import (GPTConfig, GPTModel, MultiHeadAttention, StoryError, attention_maps, attention_weights,
-                       causal_mask, fused_attention, ids_of_prompt, label_fonts, plot_attention, position_angles,
-                       rotate)
+                       causal_mask, fused_attention, ids_of_prompt, plot_attention, position_angles, rotate)
 
 T_OF_S = [(1, 1), (1, 6), (4, 6), (6, 6)]
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
@@ -187,19 +186,3 @@ def test_the_picture_is_saved_whatever_the_names_of_the_tokens(tmp_path, no_warn
     for path in ("one.txt", "one", "folder.png", "missing/one.png"):
         with pytest.raises(StoryError, match=path.split("/")[-1].replace(".", r"\.")):
             plot_attention(run, "a", tmp_path / path)
-
-
-def test_characters_of_other_scripts_are_drawn_in_a_font_that_has_them_or_as_boxes_without_a_warning(
-        tmp_path, no_warnings, monkeypatch):
-    """matplotlib's own fonts stand for the installed ones: of these two, STIX has the arc, and none has Tamil."""
-    from matplotlib import get_data_path
-    fonts = {name: f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in ("cmr10", "STIXGeneral")}
-    monkeypatch.setattr(story_llm, "installed_fonts", lambda: fonts)
-    names, families, missing = label_fonts(["a", "⌒", "ஆற்"])
-    assert names[:2] == ["a", "⌒"] and set(names[2]) == {"□"} and missing == set("ஆற்")
-    assert families[-1] == "STIXGeneral" and "cmr10" not in families
-    run, _ = tiny("ஆறு ⌒ a " * 9)
-    figure = plot_attention(run, "ஆறு ⌒ a", tmp_path / "one.png")
-    assert figure.missing_characters == set("ஆறு")
-    monkeypatch.setattr(story_llm, "installed_fonts", lambda: pytest.fail("which takes time, and is not needed"))
-    assert not plot_attention(tiny()[0], "The old").missing_characters
