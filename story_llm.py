@@ -53,13 +53,13 @@ from torch.nn import functional as F
 # autoregressive. ChatGPT is built around one. Ours is far smaller, and a single story is all that
 # it will ever read.
 #
-# Nobody tells the model any rules. It consists of 1.7 million numbers, its parameters, and because
-# nearly all of them start out random, its first predictions are noise. Training changes that, one
-# step at a time: the model reads passages of the story, predicts the next token at every position,
-# and compares its predictions with what really came next; then every parameter is nudged in the
-# direction that makes the right tokens more probable. After 180 such steps, some ten seconds to a
-# minute on a laptop, it knows what it read by heart. Give it the first five words of a sentence,
-# and it recites the rest.
+# Nobody tells the model any rules. It is 1.7 million numbers, its parameters, nearly all of them
+# random at first, so it begins by guessing. Then it is trained. It reads passages of the story and
+# predicts, at every position, which token comes next; the story itself shows what really came, so
+# each prediction can be scored, and every parameter is moved a little in the direction that would
+# have scored better. We repeat that 180 times, which takes ten seconds to a minute on a laptop, and
+# the model that could only guess knows its text by heart. Give it the first five words of a
+# sentence, and it recites the rest.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -423,8 +423,9 @@ class SlidingWindowDataset:
 
 #     $ python story_llm.py windows
 #     ...
-#       input   Once         ␣Aad         han          ␣ren         ounced       ␣his
-#       target  ␣Aad         han          ␣ren         ounced       ␣his         ␣kingdom
+#     first tokens of window 0:
+#       input   The          ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate
+#       target  ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate        ⏎
 #
 # Before you read on: how many examples do the 4,579 tokens of our training split hold?
 #
@@ -505,23 +506,23 @@ class GPTConfig(Settings):
 # The sum of the values, each multiplied by its weight, is the context vector of "his". It consists
 # mostly of what "Aadhan" passes on.
 #
-# One thing can go wrong. The scores of a query must not lie too far apart, and two lines show why:
+# One thing can go wrong. Look at what softmax makes of these scores:
 #
 #     softmax([7, 0]) = [0.999, 0.001]
 #     softmax([6, 0]) = [0.998, 0.002]
 #
-# A whole unit of difference, and the output barely moves. Softmax is saturated: its derivative is
-# almost 0, so by the chain rule hardly any gradient reaches the query and key layers. And distances
-# of 7 are nothing unusual. A score is a dot product, a sum of D products, where D is the length of
-# a query, 48 in our model. If these products are independent, with mean 0 and variance 1, then
-# their sum has a variance of D and a standard deviation of sqrt(D), which is 7. Ours start out
-# smaller, with a standard deviation of 2.1, but training enlarges the weights, and in the end it is
-# 7.0.
+# The first score fell by a whole unit, and the weights hardly noticed. Where scores lie so far
+# apart, softmax is saturated: its derivative is almost 0, by the chain rule almost no gradient
+# comes back to the query and key layers, and they stop learning. Are distances of 7 realistic? A
+# score is a dot product, a sum of D products, where D is the length of a query, 48 in our model. If
+# these products are independent, with mean 0 and variance 1, the variance of their sum is D, and
+# its standard deviation sqrt(D), which is 7. Ours start out smaller, at 2.1, but training enlarges
+# the weights, and in the end it is 7.0.
 #
-# The remedy is to divide every score by sqrt(D). It takes the length of the vectors out of the
-# scores, and around softmax([1, 0]) = [0.73, 0.27] every change counts again. That is scaled
-# dot-product attention (Vaswani et al. 2017, section 3.2.1). The division is no luxury: trained
-# without it, our model recites only a third of the story's sentences.
+# The remedy is to divide every score by sqrt(D), so that the length of the vectors no longer
+# matters. Around softmax([1, 0]) = [0.73, 0.27], every change counts. This is scaled dot-product
+# attention (Vaswani et al. 2017, section 3.2.1), and the division is no luxury: trained without it,
+# our model recites only 22 % of the sentences.
 #
 #     Try it: python extras/experiments.py no-scaling
 def attention_weights(queries, keys, mask):
@@ -551,11 +552,11 @@ def attention_weights(queries, keys, mask):
 # There is one thing left to forbid. In training, the model reads a whole window at once and
 # predicts the next token at every position, but for all positions except the last, this next token
 # is already in the window. A model that could attend to it would not predict it; it would copy it.
-# We let one try. After 60 of 180 training steps, its loss (step 9) is 0.34, against 2.04 for the
+# We let one try. After 60 of 180 training steps, its loss (step 9) is 0.36, against 2.04 for the
 # model that follows the rules: a splendid figure, and a useless model, because when it writes,
 # there is no next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
 #
-#     Aadhan Aad Aad Aadhan Aadhan Aad Aad Aad Aad
+#      for his kingdom Aadhan Aadhan his kingdom for his kingdom for Aadhan Aadhanhan his kingdom Aadhan kingdom Aad
 #
 #     Try it: python extras/experiments.py no-mask
 #
@@ -663,34 +664,32 @@ class FeedForward(nn.Module):
         return self.project(F.gelu(self.expand(x), approximate=self.approximate))
 
 # Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Before you
-# read on: why not simply x = f(x)?
+# read on: what would be lost with x = f(x)?
 #
-# Because a vector that passes through f keeps only what f lets through. Early in training,
-# attention returns little more than the average of the tokens so far, which is nearly the same for
-# a token and its neighbour; if it replaced x, the two would be hard to tell apart. So we add: x
-# keeps what it was, and f contributes what it found. Everything hangs on this residual connection
-# (He et al. 2016). With it, our loss falls to 0.22. Without it, it is still 4.65 after the same 180
-# steps, and the model cannot recite a single sentence.
+# Everything that f does not repeat. Early in training, attention returns something close to the
+# average of all tokens so far, and two neighbours have nearly the same average; in the place of x,
+# it would leave the next block with tokens that it cannot tell apart. Thanks to the `x +`, f only
+# has to contribute what is new. This is the residual connection (He et al. 2016), and nothing in
+# the model matters more. With it, our loss falls to 0.22; without it, it is still 4.34 after the
+# same 180 steps, and not a single sentence can be recited.
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The same `x +` serves the gradient. On its way back, the gradient is multiplied by the derivative
-# f' of one layer after the other, and many small factors make it vanish: with factors of 0.5, less
-# than a ten-millionth is left after 24 layers. The derivative of x + f(x), however, is 1 + f'(x),
-# and the 1 lets one copy of the gradient pass unchanged. It does not explode either, because small
-# initial weights keep f' small.
+# The gradient profits as well. On its way back it is multiplied by the derivative f' of every
+# layer, and 24 factors of 0.5 leave less than a ten-millionth of it. But the derivative of x + f(x)
+# is 1 + f'(x): whatever f' does, the 1 hands the gradient on as it came. Nor does it explode,
+# because small initial weights keep f' small.
 #
-# That explains the plus, but not the norm. LayerNorm (Ba et al. 2016) takes the C numbers of a
-# token, subtracts their mean, divides by their standard deviation, and applies a scale and a shift
-# that it learns, with which it can still give some dimensions more weight than others. So f always
-# receives inputs of the same size, whatever the size of x. Ours would start far too small, with a
-# standard deviation of 0.06; all scores would then be almost 0, and attention would remain a plain
-# average for a long time. Later, since every block adds to x, x tends to grow, and large inputs
-# would saturate softmax. Note where the norm sits: inside the branch. In the original transformer,
-# norm(x + f(x)), the gradient passes through every norm on its way back, and each divides it by the
-# standard deviation of its input; after many layers it is far too large or too small. In x +
-# f(norm(x)), which is called pre-norm, the path along the `x +` stays clear of them (Xiong et al.
-# 2020).
+# And the norm? LayerNorm (Ba et al. 2016) takes the C numbers of a token, subtracts their mean,
+# divides by their standard deviation, and applies a scale and a shift that it learns, with which it
+# can still give some dimensions more weight than others. Thus f receives inputs of one size,
+# whatever the size of x. Ours would begin far too small, with a standard deviation of 0.06; all
+# scores would be almost 0, and attention would remain a plain average for a long time. Later, since
+# every block adds to x, it tends to grow, and large inputs would saturate softmax. Its place
+# matters, too: inside the branch. In norm(x + f(x)), the form of the original transformer, the
+# gradient passes through every norm on its way back, and each divides it by the standard deviation
+# of its input; after many layers it is far too large or too small. In x + f(norm(x)), called
+# pre-norm, the way along the `x +` is free of norms (Xiong et al. 2020).
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -771,7 +770,7 @@ def make_embedding(n_vectors, config):
 # it? With 192 numbers there is room for both: training can place the positions in directions that
 # tokens hardly use, and the query and key layers can read either.
 #
-# To be honest, our story does not need them. Without positions, the model still recites 99 % of the
+# To be honest, our story does not need them. Without positions, the model still recites 99% of the
 # sentences, because the causal mask betrays the order: the third token has averaged three tokens,
 # the second only two. The workshop has two other kinds of position encoding.
 #
@@ -1072,34 +1071,34 @@ class Run:
 
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
 # On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
-# of 0.1. For a model, that takes a long time: even at the best learning rate that we found, the
-# loss was still 3.07 after 180 steps. Some parameters have gradients thousands of times as large as
-# others, and no single learning rate suits them all. Worse, each batch pulls in a slightly
-# different direction.
+# of 0.1. Our model learns too slowly that way: with the best learning rate that we found, its loss
+# was still 3.06 after 180 steps. Gradients are up to 200 times as large in some of its matrices as
+# in others, so a learning rate that suits the ones leaves the others where they are. And since a
+# batch is only a small part of the text, its gradient never points exactly the right way.
 #
 #     Try it: python extras/experiments.py gradient-descent
 #
-# Adam (Kingma & Ba 2015) eases both with two moving averages for every parameter. One, m, follows
-# its gradient g, and the noise of single batches cancels in it. The other, v, follows the square of
-# the gradient, so that its root tells us how large gradients usually are for this parameter. Then
-# the parameter w moves by the first, divided by the root of the second:
+# Adam (Kingma & Ba 2015) has an answer to both, two moving averages for every parameter. The first,
+# m, follows its gradient g, so that the noise of single batches cancels. The second, v, follows
+# g^2, and its root says how large the gradients of this parameter usually are. The parameter w
+# moves by the quotient:
 #
 #     m = 0.9 m + 0.1 g               nine tenths of the old average, one tenth of the new gradient
 #     v = 0.98 v + 0.02 g^2
 #     w = w - lr m / (sqrt(v) + 1e-8)
 #
-# Old gradients fade. One of ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
+# Old gradients fade: one of ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
 # covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. With gradients of 3, 1, 2, a
 # parameter moves exactly as far as with 0.03, 0.01, 0.02, whereas one whose gradient keeps flipping
-# between 3 and -3 hardly moves at all. One detail remains: both averages start at 0, so at first
-# they are too small. After n steps, the weights of all gradients in m add up to 1 - 0.9^n instead
-# of 1, and dividing by this sum corrects it.
+# between 3 and -3 hardly moves at all. One detail remains. Both averages start at 0 and are too
+# small at first: after n steps, the weights of all gradients in m add up to 1 - 0.9^n instead of 1,
+# and dividing by this sum corrects it.
 #
-# The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay, which pulls every weight a
-# little towards 0 at every step, separately from the averages. Like dropout, it is a form of
-# regularization: it limits a model so that it generalizes, which is to say, does well on unseen
-# text. Ours is meant to memorize, and its weight decay is 0. Only matrices decay, since a norm
-# would suffer if its scale shrank.
+# The W in AdamW (Loshchilov & Hutter 2019) is for weight decay: in each step, all weights shrink a
+# little, apart from what the averages say. Like dropout, this is a form of regularization, which
+# limits a model so that it generalizes, that is, does well on unseen text. Ours is meant to
+# memorize, and its weight decay is 0. Where there is any, only matrices decay, since a norm would
+# suffer if its scale shrank.
 class AdamW:
     """torch.optim.AdamW, written out, with the betas that suit short trainings. `parameters` are
     pairs (name, parameter), as `model.named_parameters()` gives them.
@@ -1196,7 +1195,7 @@ class TrainConfig(Settings):
 # word has no space before it, so it is tokenized differently than in the middle of the text.
 # Sliding windows almost never look like that. Prompt windows do: they start where a prompt would,
 # most at the beginning of a sentence, one in five at a random word. Without them, the model knows
-# the story just as well, but not in the form in which it will be asked; recall is 94 %.
+# the story just as well, but not in the form in which it will be asked; recall is 94%.
 # `training_batches` in the workshop puts both halves together.
 #
 #     Try it: python extras/experiments.py no-prompt-windows
@@ -1214,9 +1213,9 @@ def evaluate(run, corpus):
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-# Everything is in place now, and the loop itself is short. It is a generator: after every step it
-# pauses, so that its caller can print, draw or save, and can end the training by leaving the loop.
-# (`train`, which the command line calls, does all of that.)
+# Nothing is missing any more, and the loop itself is short. It is a generator, which hands control
+# to its caller after every step: `train`, behind the command of that name, prints, saves, and
+# leaves the loop when you press Ctrl-C.
 def training_steps(run, corpus):
     """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
     becomes NaN or infinite.
@@ -1271,17 +1270,17 @@ def training_steps(run, corpus):
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
 # First it learns which tokens are frequent, then which follow each other, then whole phrases, and
-# in the end the story. Before you read on: the training loss falls from line to line, while the
-# validation loss falls, turns around, and ends higher than it was after ten. What has the model
-# learned?
+# in the end the story. Before you read on: compare the two losses. One falls all the way, while the
+# other turns after the fifth epoch and ends higher than after the first. What is being learned
+# after that?
 #
-# At first, some of what it picks up holds for both splits: a comma is often followed by "and", for
-# example. From the fifth epoch on it overfits: what it learns is true of the training split alone,
-# and it becomes certain of that. There, "A ferry goes back and forth" is followed by "and", while
-# the validation split has "going back and forth with the rope". After 45 steps, the model gave this
-# "with" a probability of about 1/35. In the end, it is certain of "and", and "with" is left with
-# 1/8,700; the loss of this one token has risen from 3.6 to 9.1. Being certain and wrong costs far
-# more than being uncertain.
+# Until then, some of what the model picks up holds for both splits: a comma, for example, is often
+# followed by "and". After that it overfits. What it learns is true of the training split alone, and
+# it grows certain of it. There, "A ferry goes back and forth" is followed by "and", while the
+# validation split has "going back and forth with the rope". After 45 steps, the model gave this
+# "with" a probability of about 1/35; in the end it is certain of "and", and 1/8,700 is left for
+# "with". The loss of this one token has risen from 3.6 to 9.1. Doubt is cheap; being certain and
+# wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
@@ -1381,12 +1380,12 @@ def plot_losses(history, vocab_size, path=None):
     return save_figure(figure, path)
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
-# To append one token, `generate_text_simple` runs the whole window through the model again,
-# although nothing in it has changed. The causal mask guarantees that: no token looks to its right,
-# so appending one leaves the vectors of all earlier tokens exactly as they were. What does the new
-# token need from them? In every layer, only their keys, to be compared with its query, and their
-# values, to be averaged. The key-value cache keeps both. What is left to compute is the way of one
-# token through the layers.
+# `generate_text_simple` is wasteful. For each new token it sends the whole window through the
+# model, although all but one of these tokens have been there before. Their vectors cannot have
+# changed either, because the causal mask keeps every token from seeing what comes after it. What
+# does the new token need from them? Two things in every layer: their keys, with which its query is
+# compared, and their values, which are averaged. The key-value cache keeps both, and only one token
+# goes through the layers.
 #
 # Three lines that you may have wondered about in step 6 now make sense. With five tokens in the
 # cache and a sixth arriving, T is 1 and S is 6:
@@ -1395,9 +1394,9 @@ def plot_losses(history, vocab_size, path=None):
 #     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
 #     start = cache.length                                 # position 5, counting from 0
 #
-# It cannot last. Once the window is full, every new token pushes the first one out, all the others
-# had attended to it and move to other positions, and whatever the cache holds has become wrong.
-# From then on it is emptied at every step and saves nothing.
+# This works until the window is full. From then on, every new token pushes the first one out, and
+# the others, which had attended to it, move to other positions. Nothing in the cache is right any
+# more, so it is emptied at every step and saves nothing.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1683,16 +1682,15 @@ def first_words(text, start=0):
     return beginning[words[0].start():words[-1].end()][:200] if words else beginning[:200]
 
 # A text is cut into units, each of which a model should be able to recite from its first words. If
-# sentences often begin in the middle of a line, as in any prose, the units are the sentences; if
-# they hardly ever do, as in a chat, a poem or a program, the units are the lines, because their
-# full stops are too few or stand at the ends of the lines anyway. If sentences and lines both have
-# 600 characters or more on average, as in an endless line without punctuation, a unit begins at
-# every 20th word, because training needs more than a few beginnings.
+# sentences often begin in the middle of a line, as in prose, the units are the sentences; if they
+# hardly ever do, as in a chat, a poem or a program, the units are the lines. If both are longer
+# than 600 characters on average, a unit begins at every 20th word, because training needs
+# beginnings.
 #
 # In most prose, a new line also begins a sentence, even after a heading without a full stop. Only
-# if the lines were wrapped, it means nothing. One sees that from the lines at whose end a sentence
-# goes on: they are so long that the next word would not have fit. Wrapped lines hold less than a
-# sentence, so "often" means in every tenth of them, but in every second line of other texts.
+# in wrapped text it means nothing. One sees that from the lines at whose end a sentence goes on:
+# the next word would not have fit. Wrapped lines hold less than a sentence, so there, "often" means
+# in every tenth line, and elsewhere in every second.
 #
 # A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
 # pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
@@ -2442,8 +2440,8 @@ def check_file_path(path, endings=()):
 def check_writable(path, endings=()):
     """Raise StoryError if a file cannot be written, before hours are spent on its contents."""
     folder = check_file_path(path, endings).parent
-    check(folder.is_dir() and os.access(folder, os.W_OK), f"{path} cannot be written: give a path in a folder that "
-          "exists and that you may write to")
+    check(folder.is_dir() and os.access(folder, os.W_OK), f"{path} cannot be written: give a path "
+          "in a folder that exists and that you may write to")
 
 def temporary_path(path):
     return Path(f"{path}.{os.getpid()}.tmp")
@@ -2821,19 +2819,21 @@ def log_losses(run, corpus):
             log(f"  {name:<27}{describe_loss(loss, token_ids, run.tokenizer)}")
 
 def log_recall(run, corpus):
-    """Print the recall, on at most 1,000 sentences, or 200 of a model that is not to memorize."""
+    """Print the recall, on at most 1,000 sentences, or 200 of a model that is not meant to
+    memorize, and return it."""
     tests = evenly_spaced(corpus.recall_tests, 200 if run.train_config.keep_best else 1000)
     kind, _ = find_units(corpus.train_text)
     recall = share_recited(run.model, run.tokenizer, tests)
     if recall is None:
         log(f"Recall: not measured, because none of the {kind} is long enough and begins with five "
             "words of its own")
-        return
+        return None
     sample = ""
     if len(tests) < len(corpus.recall_tests):
         sample = f" (sampled from {len(corpus.recall_tests):,})"
     log(f"Recall {recall:.1%}: {round(recall * len(tests))} of {len(tests)} {kind}{sample} "
         "continued word for word from their first five words")
+    return recall
 
 # ─── Training ──────────────────────────────────────────────────────────────────────────────────
 @contextlib.contextmanager
@@ -2966,15 +2966,17 @@ def finish_training(args, run, corpus):
         log(f"The weights are those of step {step_of_weights(run)}, which had the lowest "
             "validation loss.")
     log_losses(run, corpus)
-    log_recall(run, corpus)
+    recall = log_recall(run, corpus)
+    if recall is not None and recall < 0.95 and not writes:
+        log("To raise recall, train longer (--epochs) or use a larger model (--emb-dim).")
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"The model is in {args.model}, its loss curves are in {args.plot}.")
     if len(corpus.val_ids) > 0 and not writes:
         log(f"The last {run.train_config.val_fraction:.0%} of the text was kept for validation, so "
             "the model has not learned it; with --val-fraction 0, it learns everything.")
     if not writes:
-        log("It knows its text by heart; to write new text in the manner of a long one, train with "
-            "--preset writer.")
+        log("This training is for a text by heart; for new text in the manner of a long one, there "
+            "is --preset writer.")
     model = ["--model", args.model] if "model" in args.given else []
     sampling = ["--temperature", "0.8"] if writes else []
     prompt = run.prompt.replace("\n", "\\n")

@@ -11,7 +11,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm, train_to, weights_equal
+from helpers import PROGRAM, STORY, TEXT, story_llm, train_to, weights_equal
 
 from story_llm import COMMANDS, FIELDS, NEW_MODEL, load_checkpoint, save_checkpoint
 
@@ -71,7 +71,8 @@ def test_the_help_of_a_command_lists_exactly_its_options_with_meaning_and_defaul
     defaults = {("next", "temperature"): 1.0, ("generate", "precision"): "fp32", ("generate", "seed"): 0}
     for name, f in accepted.items():
         default = defaults.get((command, name), f.default)
-        assert shown[name].startswith(f.metadata["meaning"]) or (command, name) in (("generate", "seed"), ("generate", "prompt"))
+        assert (command, name) in (("generate", "seed"), ("generate", "prompt")) or (
+            shown[name].startswith(f.metadata["meaning"]))
         if f.type not in (bool, tuple) and default != "" and "(default: " not in f.metadata["meaning"]:
             assert f"(default: {default})" in shown[name] or default == 0 and "0: " in shown[name], name
 
@@ -109,7 +110,8 @@ def test_every_option_that_a_command_has_reaches_it_and_all_others_are_refused_w
         assert call(command, *option(name)) == (0, "", ""), name
         assert name in idle.pop().given
         if FIELDS[name].type is bool and name not in ("resume", "untrained"):
-            assert call(command, option(name)[0].replace("--", "--no-", 1))[0] == 0 and idle.pop().given == {name: False}
+            assert call(command, option(name)[0].replace("--", "--no-", 1))[0] == 0
+            assert idle.pop().given == {name: False}
     others = set(FIELDS) - {*ALWAYS[command], *IF_UNTRAINED[command]}
     for name in others:
         status, out, err = call(command, *option(name))
@@ -154,7 +156,7 @@ def test_a_note_names_no_option_that_the_command_would_refuse(folder, call, comm
     story_llm.note_once.cache_clear()
     words = [command, "--text", "long.txt", *(["--untrained"] if command in USES_A_MODEL else [])]
     words += ["--tokenizer", tokenizer] if tokenizer and command != "words" else []
-    words += {"train": ["--max-steps", "1", "--batch-size", "2", "--eval-every", "9", "--emb-dim", "32", "--n-heads", "2"],
+    words += {"train": ["--max-steps", "1", "--batch-size", "2", "--emb-dim", "32", "--n-heads", "2"],
               "generate": ["--max-new-tokens", "1"]}.get(command, [])
     status, out, err = call(*words)
     accepted = {option(name)[0] for name in ALWAYS[command] + IF_UNTRAINED[command]}
@@ -230,10 +232,11 @@ def test_an_evaluation_names_the_epoch_of_the_last_step(capsys, step, epoch):
 
 
 @pytest.mark.parametrize("options, kept, by_heart", [
-    (["--val-fraction", "0.3"], "30%", True), (["--val-fraction", "0"], "", True), ([], "", True),   # too short for a tenth
+    (["--val-fraction", "0.3"], "30%", True), (["--val-fraction", "0"], "", True), ([], "", True),   # too short
     (["--preset", "writer", "--val-fraction", "0.3", "--max-steps", "2"], "", False),
     (["--preset", "writer", "--no-keep-best", "--val-fraction", "0.3", "--max-steps", "2"], "30%", True)], ids=str)
-def test_the_last_lines_of_train_are_true_and_their_command_runs_without_a_note(folder, call, small, options, kept, by_heart):
+def test_the_last_lines_of_train_are_true_and_their_command_runs_without_a_note(
+        folder, call, small, options, kept, by_heart):
     status, out, _ = call(*small("train", *options))
     end = out[out.index("\nRecall"):]
     assert status == 0 and ("kept for validation" in end) == bool(kept) and kept in end
@@ -282,11 +285,16 @@ def test_evaluate_shows_what_training_showed_last(folder, call, small, precision
 @pytest.mark.parametrize("trained_in, options, expected", [
     ("fp32", [], False), ("bf16", [], True), ("fp32", ["--precision", "bf16"], True),
     ("bf16", ["--precision", "fp32"], False), ("bf16", ["--precision", "auto"], False)])
-def test_evaluate_computes_in_the_precision_that_is_wanted(folder, call, small, monkeypatch, trained_in, options, expected):
+def test_evaluate_computes_in_the_precision_that_is_wanted(
+        folder, call, small, monkeypatch, trained_in, options, expected):
     assert call(*small("train", "--precision", trained_in, "--max-steps", "1"))[0] == 0
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)      # so auto is fp32
     used, mean_loss = [], story_llm.mean_loss
-    monkeypatch.setattr(story_llm, "mean_loss", lambda *args: used.append(torch.is_autocast_enabled("cpu")) or mean_loss(*args))
+
+    def noted(*args):
+        used.append(torch.is_autocast_enabled("cpu"))
+        return mean_loss(*args)
+    monkeypatch.setattr(story_llm, "mean_loss", noted)
     assert call("evaluate", *options)[0] == 0
     assert set(used[1:]) == {expected}          # the first one is that of the test window
 
@@ -343,9 +351,11 @@ def test_without_a_prompt_each_line_of_stdin_is_one(folder, trained_here, call, 
 
 
 @pytest.mark.parametrize("to_file", [False, True])
-def test_on_a_terminal_generate_asks_for_prompts_until_ctrl_d_and_a_file_gets_the_texts_alone(folder, trained_here, call, to_file):
+def test_on_a_terminal_generate_asks_for_prompts_until_ctrl_d_and_a_file_gets_the_texts_alone(
+        folder, trained_here, call, to_file):
     pty = pytest.importorskip("pty")
-    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1] for prompt in (PROMPT, "At night"))
+    expected = "".join(call("generate", "--prompt", prompt, "--max-new-tokens", 5)[1]
+                       for prompt in (PROMPT, "At night"))
     master, terminal = pty.openpty()
     os.write(master, f"{PROMPT}\n\nAt night\n\x04".encode())
     out = io.StringIO() if to_file else Terminal()
@@ -359,7 +369,8 @@ def test_on_a_terminal_generate_asks_for_prompts_until_ctrl_d_and_a_file_gets_th
     assert err.getvalue().count("first words") == (not to_file)
 
 
-def test_sampling_depends_on_the_seed_and_without_one_names_the_seed_that_it_drew(folder, trained_here, call, monkeypatch):
+def test_sampling_depends_on_the_seed_and_without_one_names_the_seed_that_it_drew(
+        folder, trained_here, call, monkeypatch):
     command = ["generate", "--prompt", PROMPT, "--temperature", 2]
     texts = [call(*command, "--seed", seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2] and all(err == "" for _, _, err in texts)
@@ -399,7 +410,8 @@ def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folde
     assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
 
 
-@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said", "$HOME"])
+@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said",
+                                    "$HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
     command = re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1]
@@ -434,7 +446,8 @@ def test_a_prompt_that_is_longer_than_the_window_is_printed_whole_with_a_note(fo
     (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []), ("My mother took", []),
     ("The old ferryman tied a", [["begins with these words"]]), ("tied his boat", [["begins with these words"]]),
     ("at night a boy ran", [["<|unk|> night"], ["begins with these words"]]),
-    ("Zzzz", [["<|unk|>"], ["begins with these words"]]), ("At night a laptop", [["<|unk|>"], ["begins with these words"]])])
+    ("Zzzz", [["<|unk|>"], ["begins with these words"]]),
+    ("At night a laptop", [["<|unk|>"], ["begins with these words"]])])
 def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes):
     """TEXT has no validation split, so nothing is said about one."""
     for command in (["generate"], ["next"], ["attention"]):
@@ -448,14 +461,15 @@ def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here
 def test_no_note_on_a_prompt_is_false(folder, call, small):
     """A sentence of seven words is known, the end of the text is named where it was kept for validation, and of the own
     prompt, a writer and an untrained model nothing is said."""
-    (folder / "seven.txt").write_text("Nobody ever saw the king come home. " + TEXT.replace("\n", " "), encoding="utf-8")
+    (folder / "seven.txt").write_text("Nobody ever saw the king come home. " + TEXT.replace("\n", " "))
     text = ["--text", "seven.txt", "--tokenizer", "story", "--val-fraction", "0.3", "--context-length", "32"]
     assert call(*small("train", *text, "--prompt", "a prompt of my own"))[0] == 0
     assert call("generate", "--prompt", "Nobody ever saw the king")[2] == ""
     assert "begins with these words" in call("generate", "--prompt", "My mother took")[2]
     assert "the last 30% of the text" in call("generate", "--prompt", "My mother took")[2]
     for command in (["next"], ["attention"], ["generate", "--prompt", "a prompt of my own"],
-                    small("generate", *text, "--prompt", "Not in the story"), small("next", *text, "--prompt", "Nor this")):
+                    small("generate", *text, "--prompt", "Not in the story"),
+                    small("next", *text, "--prompt", "Nor this")):
         assert call(*command)[2] == "", command
     assert call(*small("train", *text, "--keep-best"))[0] == 0
     assert call("generate", "--prompt", "Not in the story")[2] == ""
@@ -502,9 +516,11 @@ def test_no_command_writes_over_what_it_reads_or_has_written(folder, trained_her
     before = {name: (folder / name).read_bytes() for name in os.listdir()}
     os.symlink("m.png", "link.png")
     for command in (["plot", "--model", "m.png", "--plot", "m.png"], ["plot", "--model", "m.png", "--plot", "./m.png"],
-                    ["plot", "--model", "m.png", "--plot", "link.png"], ["attention", "--model", "m.png", "--plot", "m.png"],
+                    ["plot", "--model", "m.png", "--plot", "link.png"],
+                    ["attention", "--model", "m.png", "--plot", "m.png"],
                     ["train", "--text", "my.svg", "--model", "m.png", "--plot", "m.png"],
-                    ["train", "--text", "my.svg", "--model", "./my.svg"], ["train", "--text", "my.svg", "--plot", "my.svg"],
+                    ["train", "--text", "my.svg", "--model", "./my.svg"],
+                    ["train", "--text", "my.svg", "--plot", "my.svg"],
                     ["train", "--text", "old.png", "my.svg", "--plot", str(folder / "my.svg")]):
         assert_one_line_error(call(*command), "different files")
     assert {name: (folder / name).read_bytes() for name in before} == before
@@ -545,19 +561,20 @@ def test_every_number_beyond_its_limits_is_one_line_that_names_option_and_value(
     command = next(command for command in ("train", "next", "generate", "windows")
                    if name in ALWAYS[command] + IF_UNTRAINED[command])
     kind, limits = FIELDS[name].type, FIELDS[name].metadata
-    lowest, bound = limits.get("minimum", 0), limits.get("below", 1 << 32)
-    values = [kind(lowest - 1), -1, "x", bound, kind(10**30), *(["nan", "inf"] if kind is float else ["0.5", "1e3"])]
+    values = [kind(limits.get("minimum", 0) - 1), -1, "x",
+              *(["nan", "inf", limits.get("below", "1e999")] if kind is float else ["0.5", "1e3", 1 << 32, 10**30])]
     for value in values:
         tokenizer = ["--tokenizer", "story"] if name == "vocab_size" else []
         result = call(*small(command, *tokenizer, *option(name, value)))
-        assert name in assert_one_line_error(result, str(value)).replace("-", "_") and "Step" not in result[1]
+        assert name in assert_one_line_error(result, str(value).replace("1e999", "inf")).replace("-", "_") and "Step" not in result[1]
     assert os.listdir() == ["my.txt"]           # noticed before the training, not after
 
 
 @pytest.mark.parametrize("name, value", [
     ("--emb-dim", "33"), ("--n-heads", "5"), ("--position", "none"), ("--precision", "fp8"), ("--tokenizer", "bytes"),
     ("--preset", "huge"), ("--device", "abacus"), ("--text", "missing.txt"), ("--model", "nowhere/story.pt"),
-    ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png"), ("--model", "/dev/null"), ("--optimizer", "sgd")])
+    ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png"), ("--model", "/dev/null"),
+    ("--optimizer", "sgd")])
 def test_a_wrong_value_for_training_is_one_line_that_names_it(folder, call, small, name, value):
     result = call(*small("train", name, value))
     assert_one_line_error(result, value if value != "." else "folder")
@@ -566,8 +583,10 @@ def test_a_wrong_value_for_training_is_one_line_that_names_it(folder, call, smal
 
 @pytest.mark.parametrize("options, names", [
     (["--val-fraction", "0.999"], ["--val-fraction"]), (["--preset", "writer"], ["--keep-best", "--val-fraction"]),
-    (["--keep-best", "--val-fraction", "0"], ["--keep-best"]), (["--position", "rotary", "--n-heads", "32"], ["--n-heads"])])
-def test_settings_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_remedy(folder, call, small, options, names):
+    (["--keep-best", "--val-fraction", "0"], ["--keep-best"]),
+    (["--position", "rotary", "--n-heads", "32"], ["--n-heads"])])
+def test_settings_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_remedy(
+        folder, call, small, options, names):
     (folder / "line.txt").write_text("a" * 300 + " b c d")
     text = ["--text", "line.txt"] if "0.999" in options else []
     result = call(*small("train", *text, *options))
@@ -582,16 +601,8 @@ def test_what_a_tokenizer_cannot_or_may_not_use_is_refused(folder, call, options
     assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, "--tokenizer")
 
 
-@pytest.mark.parametrize("name, value", [
-    ("--prompt", ""), ("--device", "abacus"), ("--model", "missing.pt"), ("--model", "my.txt"), ("--model", "."),
-    ("--model", "loss.png"), ("--model", "/dev/zero")])
-def test_a_wrong_value_for_generating_is_one_line_before_the_prompt_is_printed(folder, trained_here, call, name, value):
-    result = call("generate", *([] if name == "--prompt" else ["--prompt", PROMPT]), name, value)
-    assert_one_line_error(result, value if value != "." else "folder")
-    assert result[1] == ""
-
-
-@pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n", "-Hello"])
+@pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n",
+                                    "-Hello"])
 def test_any_other_prompt_works_with_a_learned_tokenizer(folder, trained_on_bytes, call, prompt):
     for command in (["generate", "--max-new-tokens", 3], ["next"]):
         status, out, err = call(*command, f"--prompt={prompt}", "--model", trained_on_bytes)
@@ -599,20 +610,10 @@ def test_any_other_prompt_works_with_a_learned_tokenizer(folder, trained_on_byte
         assert all(line.startswith("note: ") for line in err.splitlines())
 
 
-# texts
-
-@pytest.mark.parametrize("content, name", [(b"", "empty"), (b"a", "short"), (b"\xff\xfeO\0n\0c\0e\0", "short"),
-                                           (b"Once \x93there\x94", "byte 0x93"), (bytes(range(256)) * 9, "UTF-8")])
-def test_a_text_that_cannot_be_learned_is_one_line(folder, call, small, content, name):
-    (folder / "strange.txt").write_bytes(content)
-    for command in ("train", "evaluate", "model"):
-        assert_one_line_error(call(*small(command, "--text", "strange.txt")), name)
-    assert_one_line_error(call(*small("windows", "--text", "strange.txt")), "few" if name == "short" else name)
-
-
 @pytest.mark.parametrize("content", ["Once there was a king", "Two words", "One.\r\nTwo.\r\nThree.\r\n", "😀 " * 30,
                                      "e\u0301 " * 99, "\x1b]0;title\x07 the king and the ferryman", "\n" * 200 + TEXT,
-                                     "The king said one long sentence and then he went away."], ids=lambda text: repr(text[:9]))
+                                     "The king said one long sentence and then he went away."],
+                         ids=lambda text: repr(text[:9]))
 def test_a_strange_text_is_learned_from_and_no_nan_is_shown(folder, call, small, content):
     (folder / "strange.txt").write_bytes(content.encode())
     text = ["--text", "strange.txt"]
@@ -694,7 +695,7 @@ def test_the_tour_shows_all_steps_and_says_what_to_look_at(folder, call, small, 
     status, out, err = call("tour", "--text", "my.txt", "--model", "tour.pt")
     assert status == 0 and "error" not in err
     titles = re.findall(r"^═══ steps? ([\d, ]+)[:,]", out, re.MULTILINE)
-    assert {int(number) for title in titles for number in re.findall(r"\d+", title)} >= set(range(2, 14)) - {3, 7, 8, 11}
+    assert {int(number) for title in titles for number in re.findall(r"\d+", title)} == set(range(2, 14))
     shown = re.findall(r"^═══ .*\n(.+)\n\n\$ python \S*story_llm\.py ?(.*)$", out, re.MULTILINE)
     assert {command.split()[0] for _, command in shown} == COMMANDS.keys() - {"tour"}
     assert all(hint.endswith(("?", ".")) for hint, _ in shown)
@@ -707,11 +708,11 @@ def test_the_tour_shows_all_steps_and_says_what_to_look_at(folder, call, small, 
 # streams, and what goes wrong
 
 def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(folder, call, monkeypatch):
-    for error in (TypeError("a bug"), ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug"), OSError(5, "a bug")):
+    for kind in (TypeError, ValueError, RuntimeError, KeyError, OSError):
         def fail(*args):
-            raise error
+            raise kind("a bug")
         monkeypatch.setattr(story_llm, "split_words", fail)
-        with pytest.raises(type(error), match="a bug"):
+        with pytest.raises(kind, match="a bug"):
             call("words", "--text", "my.txt")
     monkeypatch.undo()
     assert_one_line_error(call("words", "--text", str(folder / "no.txt")), "no.txt")
@@ -744,13 +745,6 @@ def test_a_reader_that_stops_reading_causes_no_traceback(folder):
     assert not any(words in err for words in (b"error", b"Error", b"Traceback", b"ignored")), err
 
 
-def test_importing_runs_and_prints_nothing_and_needs_neither_matplotlib_nor_tiktoken(folder):
-    program = "import sys, story_llm; print('matplotlib' in sys.modules, 'tiktoken' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (done.stdout, done.stderr, done.returncode) == ("False False\n", "", 0)
-
-
 def test_closed_streams_are_no_error(folder, trained_here, small):
     """As after <&- or 2>&- in a shell: Python has None for them."""
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -774,8 +768,9 @@ def test_redirected_output_is_utf_8_whatever_the_locale(folder):
     text = "“Thāmarai — 天地 😀,” said the king to the old one.\n" * 3
     (folder / "story.txt").write_text(text, encoding="utf-8")
     done = subprocess.run([sys.executable, PROGRAM, "words", "--text", "story.txt"], cwd=folder,
-                          capture_output=True, env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
-    assert done.returncode == 0 and "text:    “Thāmarai — 天地" in done.stdout.decode("utf-8") and done.stderr == b""
+                          capture_output=True,
+                          env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert (done.returncode, done.stderr) == (0, b"") and "text:    “Thāmarai — 天地" in done.stdout.decode("utf-8")
 
 
 # the terminal

@@ -187,7 +187,8 @@ def test_however_often_a_new_training_is_interrupted_the_finished_model_is_not_l
         with pytest.MonkeyPatch.context() as monkeypatch:
             interrupt_at(monkeypatch, story_llm, "learning_rate", 1, signal.SIGTERM)
             status, _, err = call(*small("train", "--text", "other.txt"))
-        assert status == 130 and ("story_llm.old.pt" in err) == (turn == 0) and load_checkpoint("story_llm.pt").step == 1
+        assert status == 130 and load_checkpoint("story_llm.pt").step == 1
+        assert ("story_llm.old.pt" in err) == (turn == 0)
         assert (folder / "story_llm.old.pt").read_bytes() == before
     assert call(*stopped_at(err)[1])[0] == 0 and (folder / "story_llm.old.pt").read_bytes() == before
     assert sorted(os.listdir()) == ["loss.png", "my.txt", "other.txt", "story_llm.old.pt", "story_llm.pt"]
@@ -207,7 +208,7 @@ def test_ctrl_c_after_the_last_step_finds_everything_saved(whole, call, small):
 # output that nobody reads any more
 
 @pytest.mark.parametrize("number", [signal.SIGINT, None])
-def test_after_a_closed_pipe_training_resumes_to_the_same_weights(whole, call, small, number):
+def test_a_closed_pipe_loses_no_step(whole, call, small, number):
     """As in `train | tee log`, where Ctrl-C ends tee as well, and in `train | head`, without any signal."""
     def closed(evaluation, speed):
         if evaluation.step == 5:
@@ -219,7 +220,7 @@ def test_after_a_closed_pipe_training_resumes_to_the_same_weights(whole, call, s
             interrupt_at(monkeypatch, story_llm, "learning_rate", 5, number)
         with pytest.raises(BrokenPipeError):
             story_llm.run_command(small("train"))
-    assert load_checkpoint("story_llm.pt").step in (1, 5)       # the first save, or the last step
+    assert load_checkpoint("story_llm.pt").step == 5
     assert_resumed_as_if_whole(call("train", "--resume"), whole)
 
 
@@ -323,7 +324,7 @@ def test_a_process_that_was_killed_or_lost_its_reader_left_a_whole_file_from_whi
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(timeout=60) == 1
         process.stderr.close()
-    assert 0 < load_checkpoint("story_llm.pt").step < 150
+    assert (0 if how == "kill -9" else 9) < load_checkpoint("story_llm.pt").step < 150
     assert call("train", "--resume")[0] == 0 and call(*command, "--model", "whole.pt")[0] == 0
     resumed, whole = load_checkpoint("story_llm.pt"), load_checkpoint("whole.pt")
     assert resumed.history == whole.history and weights_equal(resumed.model, whole.model)
@@ -411,8 +412,9 @@ BEST = {"keep_best": True, "val_fraction": 0.3, "max_steps": 100, "eval_every": 
         "warmup_steps": 3, "drop_rate": 0.1}
 
 
-@pytest.mark.parametrize("stop_at, shorter", [(25, ["--max-steps", "20"]), (25, ["--max-steps", "25"]), (23, ["--max-steps", "24"]),
-                                              (23, ["--max-steps", "30"]), (7, []), (None, []), (None, ["--max-steps", "9"])])
+@pytest.mark.parametrize("stop_at, shorter", [
+    (25, ["--max-steps", "20"]), (25, ["--max-steps", "25"]), (23, ["--max-steps", "24"]), (23, ["--max-steps", "30"]),
+    (7, []), (None, []), (None, ["--max-steps", "9"])])
 def test_the_weights_in_the_file_are_those_of_the_step_that_is_named(folder, call, small, stop_at, shorter):
     """keep_best, interrupted and resumed for fewer, as many or more steps."""
     run, corpus = tiny(**BEST)

@@ -52,7 +52,8 @@ def test_every_step_is_taken_with_its_learning_rate_and_the_clipped_gradient(mon
             if run.step == 1:
                 averages = torch.cat([10 * m.flatten() for m, _ in run.optimizer.averages.values()])
         assert used == [learning_rate(step, 20, run.train_config) for step in range(20)]
-        torch.testing.assert_close(averages, gradients * min(1, grad_clip / gradients.norm().item()), rtol=1e-3, atol=1e-7)
+        clipped = gradients * min(1, grad_clip / gradients.norm().item())
+        torch.testing.assert_close(averages, clipped, rtol=1e-3, atol=1e-7)
 
 
 # which windows are in a batch
@@ -187,7 +188,7 @@ def test_prompt_windows_end_between_tokens_however_long_the_words_are(tokenizer,
         for start in starts_of_words(text):
             token_ids = [token for token in prompt_window(corpus, start, T) if token != IGNORE_INDEX]
             whole = [*corpus.tokenizer.encode(text[start:]), corpus.tokenizer.end_of_text]
-            assert token_ids == whole[:T + 1]       # never a part of a word, which would become <|unk|> (or a rare token)
+            assert token_ids == whole[:T + 1]       # no word is cut, which would make it <|unk|>
 
 
 def test_padding_is_no_input_and_does_not_count():
@@ -336,7 +337,7 @@ def test_a_step_asks_the_device_for_one_number_and_touches_no_random_state_witho
     forks = []
     monkeypatch.setattr(torch.random, "fork_rng", lambda *args: forks.append(args) or pytest.fail("forked"))
     train_to(run, corpus, 7)
-    numbers = [event for event in events if event != "tolist"]      # of the positions of windows, which never were there
+    numbers = [event for event in events if event != "tolist"]      # of positions of windows, on the CPU
     assert numbers == ["backward", "step", "item"] * 4 and not forks
 
 
@@ -391,10 +392,6 @@ def test_an_untrained_run_has_the_weights_of_its_seed():
     assert weights_equal(one, tiny(seed=1)[0].model) and not weights_equal(one, tiny(seed=2)[0].model)
 
 
-def test_the_largest_seed_works():
-    assert trained(seed=(1 << 32) - 1, max_steps=2).step == 2
-
-
 @pytest.mark.parametrize("kind", [{"tokenizer": "story", "precision": "bf16"}, {"position": "sinusoidal"},
                                   {"position": "rotary"}, {"tie_weights": True, "qkv_bias": True}, {"gelu": "tanh"}],
                          ids=str)
@@ -404,7 +401,7 @@ def test_every_kind_of_model_can_memorize_the_text(kind):
 
 
 OTHER_VALUES = {"epochs": 5, "max_steps": 7, "batch_size": 9, "optimizer": "muon", "learning_rate": 1e-3,
-                "warmup_steps": 2, "weight_decay": 0.5, "grad_clip": 0.01, "prompt_windows": 0.9, "val_fraction": 0.3,
+                "warmup_steps": 1, "weight_decay": 0.5, "grad_clip": 0.01, "prompt_windows": 0.9, "val_fraction": 0.3,
                 "eval_every": 4, "keep_best": True, "precision": "bf16", "seed": 1}
 
 
@@ -453,7 +450,8 @@ def test_training_ends_with_the_weights_of_the_lowest_validation_loss_and_not_lo
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 13, 27])
-def test_a_file_of_an_unfinished_training_has_the_best_weights_so_far_and_goes_on_from_the_last(best_run, stop_at, tmp_path):
+def test_a_file_of_an_unfinished_training_has_the_best_weights_so_far_and_goes_on_from_the_last(
+        best_run, stop_at, tmp_path):
     whole, corpus, models = best_run
     save_checkpoint(tmp_path / "run.pt", train_to(tiny(**BEST)[0], corpus, stop_at))
     run = load_checkpoint(tmp_path / "run.pt")
@@ -467,7 +465,8 @@ def test_a_file_of_an_unfinished_training_has_the_best_weights_so_far_and_goes_o
 
 
 @pytest.mark.parametrize("from_file", [True, False])
-def test_a_finished_training_that_kept_the_best_goes_on_from_the_last_weights_and_their_averages(best_run, from_file, tmp_path):
+def test_a_finished_training_that_kept_the_best_goes_on_from_the_last_weights_and_their_averages(
+        best_run, from_file, tmp_path):
     """As a training that never kept any, with the same rates."""
     if from_file:
         save_checkpoint(tmp_path / "run.pt", best_run[0])
@@ -690,18 +689,6 @@ def test_training_that_is_resumed_at_every_step_ends_bit_for_bit_as_without_a_st
         assert weights_equal(run.model, model) and same(optimizer_averages(run), state)
         save_checkpoint(path, run)
     assert len(on_the_way) == whole.step >= 6 and run.history == whole.history
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_file_written_after_any_step_holds_averages_that_are_those_of_that_step(name, tmp_path):
-    """They are copied, so that steps taken after the file was read or written cannot change them."""
-    run, corpus = tiny(optimizer=name, max_steps=9)
-    train_to(run, corpus, 3)
-    save_checkpoint(tmp_path / "run.pt", run)
-    expected = copy.deepcopy(optimizer_averages(run))
-    train_to(run, corpus)
-    loaded = load_checkpoint(tmp_path / "run.pt")
-    assert same(optimizer_averages(loaded), expected) and not same(optimizer_averages(run), expected)
 
 
 def test_training_can_be_stopped_and_go_on_without_a_file():
