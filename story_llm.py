@@ -556,7 +556,7 @@ def attention_weights(queries, keys, mask):
 # model that follows the rules: a splendid figure, and a useless model, because when it writes,
 # there is no next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
 #
-#      for his kingdom Aadhan Aadhan his kingdom for his kingdom for Aadhan Aadhanhan his kingdom Aadhan kingdom Aad
+#     for his kingdom Aadhan Aadhan his kingdom for his kingdom for Aadhan Aadhanhan his kingdom
 #
 #     Try it: python extras/experiments.py no-mask
 #
@@ -1500,9 +1500,9 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 #     $ python story_llm.py next --prompt "Once Aadhan renounced his"
 #     next token        logit  softmax  sampled   (--temperature 1.0 --top-k 0 --top-p 1.0)
-#     ␣kingdom          12.04   96.41%   96.41%   ███████████████████████████████████████
-#     ␣li                7.20    0.76%    0.76%
-#     ␣belt              5.89    0.21%    0.21%
+#     ␣kingdom          11.54   95.51%   95.51%   ██████████████████████████████████████
+#     ␣brother           5.71    0.28%    0.28%
+#     ␣shoulder          5.64    0.26%    0.26%
 #     ...
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
@@ -1583,7 +1583,7 @@ def check_settings(settings):
             valid = value in limits["choices"]
             allowed = "one of " + ", ".join(limits["choices"])
         elif f.type in (int, float):
-            kind, bound = ("an integer", 1 << 32) if f.type is int else ("a number", math.inf)
+            kind, bound = ("an integer", 1 << 32) if f.type is int else ("a number", 1e300)
             lowest, bound = limits.get("minimum", 0), limits.get("below", bound)
             valid = type(value) in (int, f.type) and lowest <= value < bound
             allowed = f"{kind}, at least {lowest} and below {bound}"
@@ -1632,7 +1632,7 @@ def decode(data, path, encoding=""):
                          "Western European text from Windows; if only a few bytes are wrong, "
                          "--encoding utf-8 replaces them") from None
     except (LookupError, ValueError):
-        raise StoryError(f"there is no encoding named {encoding!r}: try utf-8, utf-16 or cp1252"
+        raise StoryError(f"there is no encoding named {reprlib.repr(encoding)}: try utf-8, utf-16 or cp1252"
                          ) from None
     check("\0" not in text, f"{path} contains zeros, so it is not plain text in "
           f"{encoding or 'UTF-8'}: if it is text in another encoding, name it, such as --encoding "
@@ -2729,6 +2729,7 @@ def run_to_resume(args):
     refuse_options(args, sorted(args.given.keys() - set(RESUME_OPTIONS)),
                    "cannot be combined with --resume, because the checkpoint determines it")
     run, corpus = load_run(args)
+    check_different(args.plot, *run.text_paths)
     check(corpus.fingerprint == run.fingerprint, f"{args.model} was trained on a different text: "
           "give that text with --text, or train a new model without --resume")
     change_length(run, args)

@@ -192,7 +192,7 @@ def test_a_folder_in_which_nothing_may_be_written_is_one_line_before_the_trainin
 def test_one_file_for_two_purposes_is_refused_before_the_training(folder, call, small, options):
     """Otherwise the picture or the model would replace what was written there before it."""
     result = call(*small("train", *options))
-    assert_one_line(result, "--model")
+    assert_one_line(result, "two things")
     assert result[1] == "" and os.listdir() == ["my.txt"] and (folder / "my.txt").read_text() == TEXT
 
 

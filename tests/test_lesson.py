@@ -285,8 +285,8 @@ def test_the_sizes_that_the_lesson_names_are_those_of_the_story_with_gpt2s_token
     per_block = story_llm.count_parameters(run.model.trf_blocks[0])
     assert per_block == 12 * C ** 2 + 10 * C
     lesson = " ".join(line.removeprefix("# ") for line in LINES[:WORKSHOP])
-    for words in (f"{V:,} in all", f"ln({V}) = {math.log(V):.2f}", f"consists of {n / 1e6:.1f} million numbers",
-                  f"has {len(corpus.train_ids):,} tokens", f"After {run.total_steps} such steps", "12 C^2 weights",
+    for words in (f"{V:,} in all", f"ln({V}) = {math.log(V):.2f}", f"It is {n / 1e6:.1f} million numbers",
+                  f"has {len(corpus.train_ids):,} tokens", f"We repeat that {run.total_steps} times", "12 C^2 weights",
                   f"0 of {len(corpus.recall_tests)} sentences", f"for our C = {C}", f"about 1/{V}"):
         assert words in lesson, words
     assert run.steps_per_epoch == 9 and "an epoch has nine steps" in lesson
@@ -333,7 +333,7 @@ def test_copied_alone_beside_a_text_the_file_works(tmp_path, run_program):
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     small = ["--tokenizer", "word", "--emb-dim", "32", "--n-layers", "1", "--max-steps", "3"]
     done = run_program(tmp_path, "train", "--text", "my.txt", *small, program=program, PYTHONPATH="")
-    assert done.returncode == 0 and "saved story_llm.pt" in done.stdout, done.stderr
+    assert done.returncode == 0 and "story_llm.pt" in done.stdout, done.stderr
     done = run_program(tmp_path, "generate", "--prompt", "The old ferryman tied his", "--max-new-tokens", "3",
                        program=program, PYTHONPATH="")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("The old ferryman tied his ")
