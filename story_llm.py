@@ -1133,13 +1133,12 @@ class AdamW:
     def update(self, p, averages, lr):
         m, v = averages
         beta1, beta2 = self.betas
-        m.lerp_(p.grad, 1 - beta1)              # m + (1 - beta1) (g - m), in place
+        m.lerp_(p.grad, 1 - beta1)              # beta1 m + (1 - beta1) g, in place
         v.lerp_(p.grad ** 2, 1 - beta2)
-        mean = m / (1 - beta1 ** self.n_steps)
-        usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt()
-        if p.dim() >= 2:
+        usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt_() + 1e-8
+        if self.weight_decay > 0 and p.dim() >= 2:
             p.mul_(1 - lr * self.weight_decay)
-        p.sub_(lr * mean / (usual_size + 1e-8))
+        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))      # - lr m / usual_size
 
 def make_optimizer(model, config):
     if config.optimizer == "muon":

@@ -83,7 +83,8 @@ EXPERIMENTS = {
         shows="The loss is 3.06, and no sentence is recited, even with a learning rate of 1.0, "
               "the best of those that we tried. It is 3.98 with 0.3, 4.98 with 3, and 7.25 "
               "with the 0.0025 of AdamW.",
-        replacements=(("lr * mean / (usual_size + 1e-8)", "lr * p.grad"),),
+        replacements=(("p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))",
+                       "p.sub_(lr * p.grad)"),),
         settings={"learning_rate": 1.0}),
     "high-learning-rate": Experiment(
         step=10, change="a learning rate ten times as high",

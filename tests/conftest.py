@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import GPT2_FILES, PROGRAM, TEXT, bare_environment, printed_in, story_llm, trained  # noqa: E402
@@ -56,12 +57,18 @@ def run_program():
 
 
 @pytest.fixture(scope="session")
-def trained_with_defaults(gpt2, run_program, tmp_path_factory):
-    """(The folder, what was printed) of `train` without any option, if GPT-2's files are on this machine."""
-    folder = tmp_path_factory.mktemp("defaults")
-    done = run_program(folder, "train")
-    assert (done.returncode, done.stderr) == (0, "")
-    return folder, done.stdout
+def trained_with_defaults(gpt2, run_program, tmp_path_factory, worker_id):
+    """(The folder, what was printed) of `train` without any option, if GPT-2's files are on this machine. The processes
+    that share the tests also share this folder, so no test may change it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "trained_with_defaults"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "printed.txt").exists():
+            folder.mkdir()
+            done = run_program(folder, "train")
+            assert (done.returncode, done.stderr) == (0, "")
+            (folder / "printed.txt").write_text(done.stdout, encoding="utf-8")
+    return folder, (folder / "printed.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,5 @@ def test_without_the_mask_the_loss_is_low_and_the_model_is_useless(trained_witho
             pytest.fail(f"without the mask, the model continued {prompt!r} with {generated!r}")
 
 
-@pytest.mark.parametrize("part, least", [("no-scaling", 0.5), ("no-residual", 1.5)])
-def test_without_this_part_the_model_learns_much_more_slowly(part, least, trained_without):
-    assert loss_without(trained_without, part) > loss_without(trained_without, "unchanged") + least
+def test_without_residual_connections_the_model_learns_much_more_slowly(trained_without):
+    assert loss_without(trained_without, "no-residual") > loss_without(trained_without, "unchanged") + 1.5
