@@ -10,7 +10,7 @@
 
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
-ideally in one evening. Each step names the command that runs it, and has examples to try in an
+in an evening or two. Most steps name a command that runs them, and have examples to try in an
 interactive session: start `python`, enter `from story_llm import *`, and type what follows `>>>`.
 Python prints the lines below it. After the lesson, the workshop makes the same code robust and
 fast, and the command line comes last.
@@ -47,19 +47,18 @@ from torch.nn import functional as F
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # Cover the end of a sentence with your hand, and you can often guess the next word. A language
-# model does nothing else. It reads the beginning of a text, gives every token it knows (a token is
-# a word or a piece of one) a probability of coming next, and writes by appending the most likely
-# token and starting over. A model that predicts each token from those before it is called
-# autoregressive. ChatGPT is built around one. Ours is far smaller, and a single story is all that
-# it will ever read.
+# model does nothing else. It reads the beginning of a text as tokens, words or pieces of words,
+# gives every token that it knows a probability of coming next, appends one of the likely ones, and
+# starts over. A model that predicts each token from those before it is called autoregressive, and
+# ChatGPT is built around such a model. Ours is far smaller, and a single story is all that it will
+# ever read.
 #
-# Nobody tells the model any rules. It is 1.7 million numbers, its parameters, nearly all of them
-# random at first, so it begins by guessing. Then it is trained. It reads passages of the story and
-# predicts, at every position, which token comes next; the story itself shows what really came, so
-# each prediction can be scored, and every parameter is moved a little in the direction that would
-# have scored better. We repeat that 180 times, which takes ten seconds to a minute on a laptop, and
-# the model that could only guess knows its text by heart. Give it the first five words of a
-# sentence, and it recites the rest.
+# Nobody writes rules into it. The model is a list of 1.7 million numbers, its parameters, and
+# because nearly all of them are random at first, it begins by guessing. In training, it reads
+# passages of the story and predicts, at every position, which token comes next. The story shows
+# which token really came, so we can score every prediction and move every parameter a little in the
+# direction that improves the score. After 180 such steps, ten seconds to a minute on a laptop, the
+# model needs only the first five words of a sentence to continue it word for word.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -67,17 +66,17 @@ from torch.nn import functional as F
 #      9-10   measure how wrong the predictions are, and train the model to make them better
 #     11-13   save the model, look at how it learned, and let it continue the story
 #
-# Three packages do the rest, and `pip install -r requirements.txt` installs them: torch for the
+# The program needs three packages, which `pip install -r requirements.txt` installs: torch for the
 # arithmetic, tiktoken for byte-pair encodings, matplotlib for pictures. To see it all run first:
 #
 #     $ python story_llm.py tour
 
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
-# A model computes with numbers, and a story has none. But the file does: it is a sequence of bytes,
-# numbers from 0 to 255, and an encoding says which characters they stand for. In the usual one,
-# UTF-8, an English letter takes one byte, an é two, and a Tamil or Chinese character three. The
-# ends of lines are stored in three different ways, depending on the system, so we make all of them
-# "\n".
+# A model computes with numbers, and a story seems to have none. Its file, however, is nothing else:
+# a sequence of bytes, numbers from 0 to 255, and an encoding says which characters they stand for.
+# In the usual one, UTF-8, an English letter takes one byte, an é two, and a Tamil or Chinese
+# character three. The ends of lines are stored differently on different systems, so we make all of
+# them "\n".
 def load_text(paths, encoding=""):
     """Return the text of a file, or of several files one after the other; "-" is standard input.
     They are read as UTF-8, or as UTF-16 if they begin with its mark, or in the encoding that is
@@ -93,7 +92,7 @@ def load_text(paths, encoding=""):
 # How shall we know, later, whether the model has understood anything or has only memorized? By
 # keeping something from it. It will be trained on the first nine tenths of the story, the training
 # split; the rest, the validation split, it never sees until we test it. A few words would tell us
-# nothing, which is why a short text is used for training as a whole.
+# nothing, so a short text is not split at all.
 def split_text(text, config):
     """Split a text at a space into the training split and the validation split that follows it.
     `config` is a TrainConfig (step 10), whose `val_fraction` is the share kept for validation. A
@@ -149,8 +148,8 @@ def build_vocabulary(text):
 # It becomes `<|unk|>`, a special token that stands for anything unknown. The text can then be
 # processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
 # known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
-# fares better: we put it after the last word of the training text, and generation ends when the
-# model predicts it.
+# fares better: we put it where the training text ends, and generation ends when the model predicts
+# it.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -191,8 +190,9 @@ class WordTokenizer:
 #       text:    Thamarai bought a laptop <|endoftext|>
 #       tokens:  [Thamarai][<|unk|>][␣a][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>]
 #
-# The story knows Thamarai, but nobody in it ever bought anything, least of all a laptop. A single
-# new sentence, and two thirds of it are gone.
+# The story knows Thamarai, but the word "bought" never occurs in it, let alone a laptop, and seven
+# of these nine tokens say nothing. (When you type `<|endoftext|>`, it is split like any other
+# characters; only the program itself can insert the special token.)
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
 # So words make poor tokens. A language has hundreds of thousands of them, "king", "kings" and
@@ -316,12 +316,13 @@ class BPETokenizer:
 
 # Whose merges do we use? By default not the story's, but those of GPT-2, OpenAI's model of 2019
 # (Radford et al.): 50,000 of them, learned from a large amount of English text, which tiktoken
-# downloads once. Where that fails, or for a text in another language, `make_tokenizer` in the
-# workshop learns merges from the story, as `--tokenizer story` does. Of GPT-2's 50,257 tokens it
-# keeps only those that occur in the story, plus the intermediate ones from which they are merged,
-# such as "lo" for "low", and the 256 bytes: 2,079 in all. The story is split exactly as GPT-2
-# splits it, while the model has far fewer tokens to tell apart, each of which would make it larger
-# and slower.
+# downloads once. Where that fails, or where GPT-2's merges do not suit the language, the program
+# learns merges from the story, as it does with `--tokenizer story`.
+#
+# Most of GPT-2's 50,257 tokens are useless to us, and each of them would make the model larger and
+# slower. `make_tokenizer` in the workshop keeps those that occur in the story, plus the
+# intermediate ones from which they are merged, such as "lo" for "low", and the 256 bytes: 2,079 in
+# all. With these, the story is split exactly as GPT-2 splits it.
 #
 #     $ python story_llm.py bpe
 #     ...
@@ -350,6 +351,9 @@ def pytorch_in_one_page():
 
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
     (torch.Size([2, 2]), torch.Size([3, 4]))
+
+    F, torch.nn.functional, has the functions without parameters. A trailing underscore, as in
+    `x.add_(1)`, means that x itself is changed, and `torch.cat` is numpy's concatenate.
 
     Every layer is an nn.Module, and so is a whole model, a module made of modules. A layer that is
     assigned to an attribute of a module is registered there, which is how `model.parameters()`
@@ -394,7 +398,8 @@ def pytorch_in_one_page():
 # Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
 # "renounced", and after all four comes "kingdom". At each position the model sees the token there
 # and those to its left, never those to its right, so one window of four tokens holds four examples,
-# and the model works on all of them at once.
+# and the model works on all of them at once. (Here, every word is a token; GPT-2's tokens split
+# "Aadhan" and "renounced".)
 class SlidingWindowDataset:
     """Sliding windows over token ids of shape (N,). Each window has `context_length` tokens, and
     windows start `stride` tokens apart. Item i is a pair (input, target), each of shape
@@ -427,9 +432,11 @@ class SlidingWindowDataset:
 #       input   The          ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate
 #       target  ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate        ⏎
 #
-# Before you read on: how many examples do the 4,579 tokens of our training split hold?
+# Before you read on: how many examples are there in our training split of 4,579 tokens, if the
+# windows of 32 tokens do not overlap?
 #
-# 4,578. Every token but the first is a target once, however the windows are cut.
+# 4,576. There are 143 such windows, in which every token but the first is a target once; the two
+# that are left over at the end are lost.
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
 # A token id is only a name, and its size means nothing. So the first thing that a model does with a
@@ -439,10 +446,10 @@ class SlidingWindowDataset:
 #
 # The model that we are about to build is a decoder-only transformer, like GPT-2 and nearly every
 # large language model since; the original transformer (Vaswani et al. 2017) had a second half, the
-# encoder, which read a sentence to be translated. It reads token ids and returns, at every
-# position, one number for each token of the vocabulary, its logit. The higher the logit, the
-# likelier the model thinks that this token comes next. Below, a batch consists of B windows of T
-# tokens, and the values on the right are those of our story model:
+# encoder, which read a sentence to be translated. Our model reads token ids and returns, at every
+# position, one number for each token of the vocabulary, its logit: the higher the logit, the more
+# probable the model finds that token as the next. Below, a batch consists of B windows of T tokens,
+# and the values on the right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
 #         |      look up the vector of each token, and add the vector of its position
@@ -506,23 +513,22 @@ class GPTConfig(Settings):
 # The sum of the values, each multiplied by its weight, is the context vector of "his". It consists
 # mostly of what "Aadhan" passes on.
 #
-# One thing can go wrong. Look at what softmax makes of these scores:
+# One thing can go wrong. Suppose that the scores of the example were four times as large:
 #
-#     softmax([7, 0]) = [0.999, 0.001]
-#     softmax([6, 0]) = [0.998, 0.002]
+#     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
+#     softmax([0, 9, 4, 0]) = [0.000, 0.993, 0.007, 0.000]
 #
-# The first score fell by a whole unit, and the weights hardly noticed. Where scores lie so far
-# apart, softmax is saturated: its derivative is almost 0, by the chain rule almost no gradient
-# comes back to the query and key layers, and they stop learning. Are distances of 7 realistic? A
-# score is a dot product, a sum of D products, where D is the length of a query, 48 in our model. If
-# these products are independent, with mean 0 and variance 1, the variance of their sum is D, and
-# its standard deviation sqrt(D), which is 7. Ours start out smaller, at 2.1, but training enlarges
-# the weights, and in the end it is 7.0.
+# A score rose by a whole unit, and the weights hardly moved. Softmax is saturated here: its
+# derivative is almost 0, so it lets hardly any gradient through to the query and key layers, and
+# they learn slowly. Scores of this size are to be expected. Each is a sum of D products, where D,
+# the length of a query, is 48, and the variances of independent numbers add up (a variance is a
+# mean squared distance from the mean). If each product has mean 0 and variance 1, the score
+# therefore has a variance of 48 and a standard deviation of sqrt(48) = 6.9. In our model it is 2.1
+# at first and 7.0 after training.
 #
-# The remedy is to divide every score by sqrt(D), so that the length of the vectors no longer
-# matters. Around softmax([1, 0]) = [0.73, 0.27], every change counts. This is scaled dot-product
-# attention (Vaswani et al. 2017, section 3.2.1), and the division is no luxury: trained without it,
-# our model recites only 22 % of the sentences.
+# That is why every score is divided by sqrt(D): it no longer matters how many products there are.
+# Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) pays. Trained without the
+# division, our model recites only 22% of the sentences.
 #
 #     Try it: python extras/experiments.py no-scaling
 def attention_weights(queries, keys, mask):
@@ -581,7 +587,7 @@ def causal_mask(T, S, device=None):
 # times in parallel, by heads, each with attention weights of its own. In the first block of our
 # trained model, "his" gives a weight of 0.36 to "Aad", the first token of "Aadhan", in one head,
 # and 0.32 to "ounced", the end of "renounced", in another. Before training, these weights were 0.16
-# and 0.24. (GPT-2's tokens split both words.)
+# and 0.24. Our short story could do with less: with a single head, the model recites 100% as well.
 #
 #     $ python story_llm.py attention --prompt "Once Aadhan renounced his"     (for a trained model)
 #
@@ -629,8 +635,8 @@ class MultiHeadAttention(nn.Module):
 
     def average(self, queries, keys, values):
         """The context vectors (B, H, T, D): the values, averaged with the attention weights."""
-        if queries.is_cuda:     # On a GPU, one call of torch does what the three lines below do.
-            return fused_attention(queries, keys, values, self.dropout)     # Edit them? Drop this.
+        if queries.is_cuda:     # this call replaces what follows; delete it if you edit that
+            return fused_attention(queries, keys, values, self.dropout)
         mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
         weights = self.dropout(attention_weights(queries, keys, mask))
         return weights @ values
@@ -667,29 +673,26 @@ class FeedForward(nn.Module):
 # read on: what would be lost with x = f(x)?
 #
 # Everything that f does not repeat. Early in training, attention returns something close to the
-# average of all tokens so far, and two neighbours have nearly the same average; in the place of x,
-# it would leave the next block with tokens that it cannot tell apart. Thanks to the `x +`, f only
-# has to contribute what is new. This is the residual connection (He et al. 2016), and nothing in
-# the model matters more. With it, our loss falls to 0.22; without it, it is still 4.34 after the
-# same 180 steps, and not a single sentence can be recited.
+# average of all tokens so far, nearly the same for two neighbours; put in place of x, it would
+# leave the next block with tokens that can hardly be told apart. Thanks to the `x +`, the residual
+# connection (He et al. 2016), f only has to contribute what is new. Without it, our loss is still
+# 4.34 after 180 steps instead of 0.22, and the model cannot recite a single sentence.
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The gradient profits as well. On its way back it is multiplied by the derivative f' of every
-# layer, and 24 factors of 0.5 leave less than a ten-millionth of it. But the derivative of x + f(x)
-# is 1 + f'(x): whatever f' does, the 1 hands the gradient on as it came. Nor does it explode,
-# because small initial weights keep f' small.
+# The gradient benefits as well. Every layer multiplies it by a derivative f', and 24 layers with an
+# f' of 0.5 would leave less than a ten-millionth of it. But the derivative of x + f(x) is 1 +
+# f'(x), and the 1 hands the gradient on as it came.
 #
-# And the norm? LayerNorm (Ba et al. 2016) takes the C numbers of a token, subtracts their mean,
-# divides by their standard deviation, and applies a scale and a shift that it learns, with which it
-# can still give some dimensions more weight than others. Thus f receives inputs of one size,
-# whatever the size of x. Ours would begin far too small, with a standard deviation of 0.06; all
-# scores would be almost 0, and attention would remain a plain average for a long time. Later, since
-# every block adds to x, it tends to grow, and large inputs would saturate softmax. Its place
-# matters, too: inside the branch. In norm(x + f(x)), the form of the original transformer, the
-# gradient passes through every norm on its way back, and each divides it by the standard deviation
-# of its input; after many layers it is far too large or too small. In x + f(norm(x)), called
-# pre-norm, the way along the `x +` is free of norms (Xiong et al. 2020).
+# And the norm? LayerNorm (Ba et al. 2016) brings the C numbers of each token to mean 0 and standard
+# deviation 1, then scales and shifts them by parameters of its own. Without it, the input of f
+# would be too small at first, when x has a standard deviation of 0.06 and all scores would be
+# almost 0, and too large later, since every block adds to x until softmax saturates.
+#
+# The norm belongs inside the branch. In norm(x + f(x)), the original form, every norm divides the
+# gradient by the standard deviation of its input, and after many layers it is far too large or too
+# small. In x + f(norm(x)), called pre-norm, the path along the `x +` is free of norms (Xiong et al.
+# 2020).
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -721,28 +724,22 @@ class TransformerBlock(nn.Module):
 
 # Why several blocks, one on top of the other? In the first, attention compares bare tokens. In the
 # second, it compares tokens that have already found something: "han", for example, no longer stands
-# for three letters but for the end of "Aadhan". Let us look at "his" half-way. If the output head
-# read its vector right after the embedding, "kingdom" would have a probability of 2 %; after the
-# first block, it is 79 %, and after the second 96 %.
+# for three letters but for the end of "Aadhan". Let us look at "his" on its way. If the last layer,
+# which turns a vector into logits, read it right at the beginning, "kingdom" would have a
+# probability of 2%; after the first block, it is 79%, and after the second 96%.
 
-# ─── Before the weights move ───────────────────────────────────────────────────────────────────
-# This is a good place to stop for tonight. All of the machinery is explained; what is left of this
-# step is where its numbers start, and how the pieces are put together. If you want to see them
-# first:
+# ─── Initialization ────────────────────────────────────────────────────────────────────────────
+# Training changes the parameters, but where do they begin? If all were equal, all heads would
+# compute the same result, receive the same gradient, and stay equal forever, so the weights are
+# random. They are also small, so that the first logits are close to 0 and no token is strongly
+# preferred. GPT-2 draws its weights from a normal distribution with a standard deviation of 0.02.
+# Ours is larger, 0.04, because our vectors have 192 numbers instead of 768, and dot products fewer
+# terms.
 #
-#     $ python story_llm.py model
-#
-# Training changes the parameters, but where do they begin? Not all equal: then all heads would
-# compute the same result, receive the same gradient, and stay equal forever. So the initialization
-# is random. It is also small, so that the first logits are close to 0 and no token is preferred.
-# GPT-2 draws its weights from a normal distribution with a standard deviation of 0.02. Our vectors
-# are shorter, 192 numbers instead of 768, so dot products have fewer terms, and larger weights make
-# up for it.
-#
-# The layers whose output is added to x start smaller still, as in GPT-2. Each block has two, so
-# that x becomes a sum of n = 2 n_layers outputs, whose standard deviation is sqrt(n) times that of
-# each. We divide by this factor. At the start, x is then about equally large in a deep model and in
-# a shallow one; that training may make it grow is what the norms are for.
+# The layers whose output is added to x start smaller still, as in GPT-2. There are n = 2 n_layers
+# of them, and a sum of n independent outputs has sqrt(n) times the standard deviation of one.
+# Dividing their weights by sqrt(n) makes x start out about equally large in deep models and in
+# shallow ones.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -766,21 +763,21 @@ def make_embedding(n_vectors, config):
 # One thing is still missing. Scores depend on what the tokens are, not on where they stand, so
 # after "dog bites man" and after "man bites dog", the next token would find the same three keys,
 # and the first block could not tell who bites. Each position therefore has a learned vector of its
-# own, its positional embedding, which is added to the embedding of the token. Does that not spoil
-# it? With 192 numbers there is room for both: training can place the positions in directions that
-# tokens hardly use, and the query and key layers can read either.
+# own, its positional embedding, which is added to the embedding of the token. With 192 numbers
+# there is room for both: training can place the positions in directions that tokens hardly use, and
+# the query and key layers can read either.
 #
-# To be honest, our story does not need them. Without positions, the model still recites 99% of the
-# sentences, because the causal mask betrays the order: the third token has averaged three tokens,
-# the second only two. The workshop has two other kinds of position encoding.
+# To be honest, our story does not need positional embeddings. Without them, the model still recites
+# 99% of the sentences, because the causal mask betrays the order: the third token has averaged
+# three tokens, the second only two. The workshop has two other kinds of position encoding.
 #
 #     Try it: python extras/experiments.py no-positions
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
-# every token, and the logit of a token is the dot product of x with this row. That is one vector
-# per token, as in the embedding, and both should be similar for tokens that are used alike. So one
-# matrix can serve twice, which is called weight tying; GPT-2 does it, and with `--tie-weights` our
-# model does, saving V C = 399,168 parameters.
+# every token, and the logit of a token is the dot product of x with this row. The embedding, too,
+# has one vector per token, and in both matrices, tokens that are used alike should have similar
+# vectors. So one matrix can serve twice, which is called weight tying; GPT-2 does it, and with
+# `--tie-weights` our model does, saving V C = 399,168 parameters.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -825,7 +822,7 @@ class GPTModel(nn.Module):
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Now follow one sentence of four tokens through all of it. The weights are random, so what comes
-# out means nothing yet, but every shape is the one that it will always be.
+# out means nothing yet, but the shapes are final.
 def one_sentence_through_the_model():
     """The token ids look up their embeddings, and the vectors of the positions 0 to 3 are added:
 
@@ -863,9 +860,9 @@ def one_sentence_through_the_model():
 
     One sixth would be pure guessing. Training has all of its work to do."""
 
-# Three kinds of numbers should not be confused. Parameters are learned and stored. Activations,
-# such as x and the weights above, are computed anew for every batch. Gradients exist only in
-# training, one number for each parameter. How many parameters are there, and where?
+# Do not confuse three kinds of numbers. Parameters are learned and stored. Activations, such as x
+# and the weights above, are computed anew for every batch. Gradients exist only in training, one
+# number for each parameter.
 #
 #     $ python story_llm.py model
 #     ...
@@ -889,8 +886,8 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
-# Let the model write. In training, the predictions at all positions count; to write, only the last
-# one does, because the others predict tokens that are already there. Greedy decoding takes the
+# Let the model write. In training, the predictions at all positions count; in writing, only the
+# last one does, because the others predict tokens that we already have. Greedy decoding takes the
 # token with the highest logit, appends it, and asks again.
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` tokens to the token ids idx (B, T), chosen greedily. The model sees
@@ -933,9 +930,10 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #
 # All its logits are close to 0, so every token gets about 1/2079, whatever the text says, and the
 # loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher, because the
-# logits are not exactly 0, and unequal guesses cost more on average. Of two equally frequent
-# tokens, a model that gives each 0.5 has a loss of 0.69; with 0.6 and 0.4, it is 0.51 or 0.92, and
-# 0.71 on average. Should you ever see much more than ln(V) before training, look for a bug.
+# logits are not exactly 0, and unequal guesses cost more on average. If two tokens are equally
+# frequent, a model that gives each a probability of 0.5 has a loss of 0.69; with 0.6 and 0.4, the
+# loss is 0.51 half of the time and 0.92 the other half, 0.71 on average. Should you ever see much
+# more than ln(V) before training, look for a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -952,8 +950,8 @@ def batch_loss(model, inputs, targets):
     # the text are filled up with padding, whose target is -100 and which is left out of the mean.
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
 
-# The loss of a whole split is the mean over windows of it that do not overlap. The figures in the
-# log come from at most 32 windows, spread evenly over the split, so that they cost next to nothing.
+# The loss of a whole split is the mean over windows that lie end to end. The figures in the log
+# come from at most 32 windows, spread evenly over the split, so that they cost next to nothing.
 def mean_loss(model, token_ids, max_windows=32):
     """Return the mean loss over token ids (N,), or None if N < 2."""
     if len(token_ids) < 2:
@@ -969,19 +967,18 @@ def mean_loss(model, token_ids, max_windows=32):
             total += batch_loss(model, inputs.to(device), targets.to(device)) * len(part)
     return total.item() / count
 
-# But the loss does not tell us what we most want to know. Can the model continue the story? We
-# shall ask it. Recall is the share of sentences of at least eight words that the model continues
-# word for word from their first five words alone, for at least 80 characters, if need be into the
-# next sentence. (Research papers call this verbatim memorization, Carlini et al. 2023.) That is
-# hard, because nothing before those five words tells the model where in the story it is. The
-# sentences come from the training split, since nobody could guess those of the validation split;
-# `recall_tests` in the workshop collects them, and leaves out those that begin alike and go on
-# differently. In a poem or a chat, it takes lines.
+# But the loss does not tell us what we most want to know: can the model continue the story? Recall
+# is the share of sentences that it continues word for word from their first five words alone, for
+# at least 80 characters, even where these reach into the next sentence; papers call it verbatim
+# memorization (Carlini et al. 2023). The test is hard, because nothing before those five words
+# tells the model where in the story it is. `recall_tests` in the workshop takes sentences of at
+# least eight words from the training split, and leaves out those that begin alike and go on
+# differently. In a poem or a chat, lines take the place of sentences.
 #
-# Must we let the model write, token by token? No. We show it the prompt together with the right
-# continuation, in one pass, and compare its prediction at each position with the token that
-# follows. As long as they agree, greedy decoding would have written exactly these tokens.
-# Everything depends on the causal mask here: without it, the model sees the answers.
+# Must we let the model write, token by token? No. One pass over the prompt and its true
+# continuation gives the prediction at every position, and as long as each agrees with the token
+# that follows, greedy decoding would have written the same. Without the causal mask, the model
+# would see the answers.
 def recites(model, tokenizer, prompt, continuation):
     """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
@@ -999,16 +996,18 @@ def recites(model, tokenizer, prompt, continuation):
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 #
 # The figures in parentheses are two other forms of the loss. Perplexity is e to the power of the
-# loss: the number of equally likely tokens among which the model would be just as uncertain. Like
-# the loss, it depends on how the text is split into tokens. Bits per character do not, which makes
-# them the figure to compare models by: add up the losses of all tokens, then divide by the number
-# of characters and by ln(2).
+# loss: the number of equally likely tokens among which the model would be just as uncertain. (Here
+# there are more of them than tokens, because unequal guesses are worse than equal ones.) Like the
+# loss, it depends on how the text is split into tokens. Bits per character do not, which makes them
+# the figure to compare models by: add up the losses of all tokens, then divide by the number of
+# characters and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
-# gradient, move all parameters a little, repeat. Two objects go through it. A corpus is the text,
-# split and encoded, as `corpus_from_text` makes it; a run is the rest: the model, how it is
-# trained, and how far it has come. `new_run` makes one. (Both functions are in the workshop.)
+# gradient, move all parameters a little, repeat. The functions of this step share two objects. A
+# Corpus is the text, split and encoded, and a Run is the model with its settings, its optimizer and
+# the number of steps done; `corpus_from_text` and `new_run` in the workshop make them. You need not
+# read their fields now.
 @dataclass(repr=False)
 class Corpus:
     """A text, split and encoded. (extras/library.py makes one of token ids alone, without text.)"""
@@ -1072,35 +1071,35 @@ class Run:
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
 # On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
 # of 0.1. Our model learns too slowly that way: with the best learning rate that we found, its loss
-# was still 3.06 after 180 steps. Gradients are up to 200 times as large in some of its matrices as
-# in others, so a learning rate that suits the ones leaves the others where they are. And since a
-# batch is only a small part of the text, its gradient never points exactly the right way.
+# was still 3.06 after 180 steps. In some matrices, gradients are up to 200 times as large as in
+# others, so a learning rate that suits the former leaves the latter almost where they were. And
+# since a batch is only a small part of the text, its gradient never points exactly the right way.
 #
 #     Try it: python extras/experiments.py gradient-descent
 #
-# Adam (Kingma & Ba 2015) has an answer to both, two moving averages for every parameter. The first,
-# m, follows its gradient g, so that the noise of single batches cancels. The second, v, follows
-# g^2, and its root says how large the gradients of this parameter usually are. The parameter w
-# moves by the quotient:
+# Adam (Kingma & Ba 2015) answers both with two moving averages for every parameter. The first, m,
+# follows the gradient g and evens out what differs from batch to batch. The second, v, follows g^2;
+# its square root says how large the gradients of this parameter usually are. The parameter w moves
+# by the quotient:
 #
-#     m = 0.9 m + 0.1 g               nine tenths of the old average, one tenth of the new gradient
+#     m = 0.9 m + 0.1 g
 #     v = 0.98 v + 0.02 g^2
 #     w = w - lr m / (sqrt(v) + 1e-8)
 #
-# Old gradients fade: one of ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
-# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. With gradients of 3, 1, 2, a
-# parameter moves exactly as far as with 0.03, 0.01, 0.02, whereas one whose gradient keeps flipping
-# between 3 and -3 hardly moves at all. One detail remains. Both averages start at 0 and are too
-# small at first: after n steps, the weights of all gradients in m add up to 1 - 0.9^n instead of 1,
-# and dividing by this sum corrects it.
+# Old gradients fade: one from ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
+# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. The quotient makes the size of the
+# gradients irrelevant: multiply all of them by 100, and w moves just as far, by about lr a step.
+# What counts is whether they agree; if their sign changes from step to step, w stays almost where
+# it is. Since both averages start at 0, they are too small at first: after n steps, the shares of
+# all gradients in m add up to 1 - 0.9^n instead of 1, and dividing by this sum corrects it.
 #
-# The W in AdamW (Loshchilov & Hutter 2019) is for weight decay: in each step, all weights shrink a
-# little, apart from what the averages say. Like dropout, this is a form of regularization, which
-# limits a model so that it generalizes, that is, does well on unseen text. Ours is meant to
-# memorize, and its weight decay is 0. Where there is any, only matrices decay, since a norm would
-# suffer if its scale shrank.
+# The W in AdamW (Loshchilov & Hutter 2019) is for weight decay: in each step, all matrices shrink a
+# little, whatever their averages say. (Norms and biases do not; a norm would suffer if its scale
+# shrank.) Like dropout, weight decay is a form of regularization, which limits a model so that it
+# generalizes, that is, does well on unseen text. Ours is meant to memorize, and its weight decay is
+# 0.
 class AdamW:
-    """torch.optim.AdamW, written out, with the betas that suit short trainings. `parameters` are
+    """torch.optim.AdamW, written out, with the betas that suit short runs. `parameters` are
     pairs (name, parameter), as `model.named_parameters()` gives them.
 
     >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
@@ -1138,16 +1137,16 @@ class AdamW:
         usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt_() + 1e-8
         if self.weight_decay > 0 and p.dim() >= 2:
             p.mul_(1 - lr * self.weight_decay)
-        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))      # - lr m / usual_size
+        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))      # lr m / usual_size
 
 def make_optimizer(model, config):
     if config.optimizer == "muon":
         return Muon(model, config)              # workshop
     return AdamW(model.named_parameters(), config.weight_decay)
 
-# The learning rate itself changes, too. In the first steps, the averages rest on a few batches and
-# are not to be trusted, so it rises from almost nothing, which is called warm-up. Later, large
-# steps would overshoot the minimum again and again, so it falls linearly towards 0.
+# In the first steps, the averages rest on a few batches and are not to be trusted, so the learning
+# rate rises from almost nothing, which is called warm-up. Later, large steps would overshoot the
+# minimum again and again, so it falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1176,7 +1175,7 @@ class TrainConfig(Settings):
     grad_clip: float = setting(1.0, "clip the gradient norm to this", minimum=1e-9)
     prompt_windows: float = setting(0.5, "share of windows that start as a prompt would", below=1)
     val_fraction: float = setting(0.1, "share of the text, its end, kept for validation", below=1)
-    eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5 % of all "
+    eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5% of all "
                               "steps, at least 45)")
     keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
                               "falls, and keep the best weights")
@@ -1185,21 +1184,20 @@ class TrainConfig(Settings):
     seed: int = setting(42, "random seed")
 
 # ─── The batches, and the loop ─────────────────────────────────────────────────────────────────
-# Which windows make up a batch? Half of them are the sliding windows of step 5, though not always
-# the same ones: if they started at the same places in every epoch, that is, in every pass over the
-# text, each token would always stand at the same position in its window, and the model would hardly
-# recognize a passage that began elsewhere. So each epoch cuts the text from another random offset.
+# Which windows make up a batch? Half of them are the sliding windows of step 5. If they started at
+# the same places in every epoch, as a pass over the text is called, each token would always stand
+# at the same position, and the model would hardly recognize a passage that begins elsewhere. So
+# each epoch cuts the text from a new random offset.
 #
-# The other half are prompt windows. When you type a prompt, it starts at position 0, and its first
-# word has no space before it, so it is tokenized differently than in the middle of the text.
-# Sliding windows almost never look like that. Prompt windows do: they start where a prompt would,
-# most at the beginning of a sentence, one in five at a random word. Without them, the model knows
-# the story just as well, but not in the form in which it will be asked; recall is 94%.
-# `training_batches` in the workshop puts both halves together.
+# The other half are prompt windows, which start where a prompt would: four in five at the beginning
+# of a sentence, the rest at a random word. A prompt begins at position 0 and without the space that
+# its first word has in the middle of the text; sliding windows almost never look like that. Trained
+# without prompt windows, the model knows the story just as well, but not in the form in which we
+# ask for it: recall is 94% instead of 100%. `training_batches` in the workshop puts both halves
+# together.
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 #
-# From time to time, the run is evaluated:
 def evaluate(run, corpus):
     """Return the Evaluation of a run as it is now: the losses on some windows of both splits,
     recall on some sentences, and a sample of what the model writes."""
@@ -1212,9 +1210,9 @@ def evaluate(run, corpus):
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-# Nothing is missing any more, and the loop itself is short. It is a generator, which hands control
-# to its caller after every step: `train`, behind the command of that name, prints, saves, and
-# leaves the loop when you press Ctrl-C.
+# The loop needs few lines now. As a generator, it hands control to its caller after every step:
+# `train`, behind the command of that name, prints, saves, and leaves the loop when you press
+# Ctrl-C.
 def training_steps(run, corpus):
     """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
     becomes NaN or infinite.
@@ -1238,7 +1236,7 @@ def training_steps(run, corpus):
                 loss = batch_loss(run.model, inputs, targets)
             run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
             loss.backward()
-            # A single unusual batch can have a gradient many times longer than the others and spoil
+            # Now and then, a batch has a gradient many times as long as usual, which would distort
             # Adam's averages for many steps. The gradient of all parameters is one long vector, and
             # the length of this vector is its norm. Clipping shortens it to at most grad_clip.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
@@ -1254,8 +1252,8 @@ def training_steps(run, corpus):
 
 # Here it is at work; some evaluations and the ends of the lines are left out. The training split
 # has 4,579 tokens, and an epoch has nine steps, in which the sliding windows cover all of them
-# once, and the prompt windows show about as many again. Below each line stands what the model then
-# makes of "Once Aadhan renounced his kingdom", with \n for the end of a line:
+# once, and the prompt windows show about as many again. Each line is followed by a sample, with
+# three dots between the prompt and what the model adds, and \n for the end of a line:
 #
 #     $ python story_llm.py train
 #     ...
@@ -1268,39 +1266,39 @@ def training_steps(run, corpus):
 #     Ep 20 (Step 000180): Train loss 0.219, Val loss 6.458, recall 100% ...
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# First it learns which tokens are frequent, then which follow each other, then whole phrases, and
-# in the end the story. Before you read on: compare the two losses. One falls all the way, while the
-# other turns after the fifth epoch and ends higher than after the first. What is being learned
-# after that?
+# First the model learns which tokens are frequent, then which follow each other, then whole
+# phrases, and in the end the story. Before you read on: the training loss falls all the way, while
+# the validation loss turns around the fifth epoch and ends higher than after the first. What is the
+# model learning by then?
 #
-# Until then, some of what the model picks up holds for both splits: a comma, for example, is often
-# followed by "and". After that it overfits. What it learns is true of the training split alone, and
-# it grows certain of it. There, "A ferry goes back and forth" is followed by "and", while the
+# The early lessons are true of both splits: many a comma is followed by "and", for example. From
+# the fifth epoch on the model overfits; it learns what is true of the training split alone, and
+# grows certain of it. There, "A ferry goes back and forth" is followed by "and", while the
 # validation split has "going back and forth with the rope". After 45 steps, the model gave this
-# "with" a probability of about 1/35; in the end it is certain of "and", and 1/8,700 is left for
-# "with". The loss of this one token has risen from 3.6 to 9.1. Doubt is cheap; being certain and
-# wrong is not.
+# "with" a probability of about 1/35; in the end, 1/8,700 is left for it, and the loss of this one
+# token has risen from 3.6 to 9.1. Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
 # fourth position it is 0.5, and from the eleventh on 0.07.
 #
 # With a single short story, a model can do little but memorize, and that is what we wanted. To
-# generalize, it needs far more text. The validation loss tells us how well it does on the rest of
-# the same story; for other texts, even that would be too optimistic.
+# generalize, it needs far more text.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # All of this would be lost if the process ended. So everything goes into one file, a checkpoint,
-# which serves two purposes. To generate, it must hold the model, even where the story is not at
-# hand. To resume the training as if it had never stopped, it must also hold whatever the next step
-# depends on:
+# which serves two purposes. To generate, we need the model from it, even where the story is not at
+# hand. To resume training as if it had never stopped, we also need whatever the next steps depend
+# on. (No random state is among it: every random choice of a step follows from the seed and the
+# step.)
 #
 #     entry                              to generate    to resume
 #     config, tokenizer, weights             yes           yes
 #     train_config, step, total_steps                      yes
 #     averages (AdamW's m and v)                           yes      twice as large as the weights
 #     fingerprint of the text                              yes      the text must be the same
-#     history                                              yes      for the curves of step 12
+#     history                                                       for the curves of step 12
+#     format, test_loss                                             to check the file
 def save_checkpoint(path, run):
     """Save a run as a plain `torch.save` file. Raises StoryError if that fails; an old file is kept
     in that case.
@@ -1332,8 +1330,8 @@ def save_checkpoint(path, run):
 # Loading needs more care, because a file may come from anywhere. torch.save uses Python's pickle
 # format, and a pickle can run any code while it is loaded. `weights_only=True` forbids that: torch
 # then accepts tensors and plain values only. And what if the code of the model has changed since?
-# Together with the weights, we saved their loss on a fixed window. If the same weights now give
-# another loss, they are no longer the same model.
+# Together with the weights, we saved their loss on a fixed window. If they now give another loss,
+# the code no longer computes what was trained.
 def load_checkpoint(path, device="cpu"):
     """Load a run, ready to generate (`.model`, `.tokenizer`) or to resume training. Raises
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
@@ -1379,23 +1377,23 @@ def plot_losses(history, vocab_size, path=None):
     return save_figure(figure, path)
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
-# `generate_text_simple` is wasteful. For each new token it sends the whole window through the
-# model, although all but one of these tokens have been there before. Their vectors cannot have
-# changed either, because the causal mask keeps every token from seeing what comes after it. What
-# does the new token need from them? Two things in every layer: their keys, with which its query is
-# compared, and their values, which are averaged. The key-value cache keeps both, and only one token
-# goes through the layers.
+# `generate_text_simple` is wasteful: for each new token it sends the whole window through the
+# model, although all tokens but the last went through in the step before. Their vectors are still
+# the same, because the causal mask keeps every token from seeing what comes after it. In every
+# layer, the new token compares its query with their keys and averages their values, and needs
+# nothing else from them. So we store the keys and values in a key-value cache, and send only the
+# new token through the layers.
 #
-# Three lines that you may have wondered about in step 6 now make sense. With five tokens in the
-# cache and a sixth arriving, T is 1 and S is 6:
+# Step 6 is prepared for that in three places. If the cache holds five tokens, the next one comes
+# with a single query, T = 1, and meets six keys, S = 6:
 #
 #     keys, values = cache.append(self, keys, values)     # (B, H, 6, D) instead of (B, H, 1, D)
 #     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
 #     start = cache.length                                 # position 5, counting from 0
 #
-# This works until the window is full. From then on, every new token pushes the first one out, and
-# the others, which had attended to it, move to other positions. Nothing in the cache is right any
-# more, so it is emptied at every step and saves nothing.
+# Once the window is full, the cache no longer helps. The first token, to which all the others had
+# attended, drops out at every step, and the others move to other positions. Whatever the cache
+# holds is then wrong, so we empty it.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1412,14 +1410,15 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a text that is known by heart. Elsewhere, it soon runs in a circle, as in
-# the sample after 9 steps: a phrase that has just been written makes its own continuation more
-# likely, and greedy decoding never takes another path. Sampling does. It draws the next token at
-# random, each with its probability, and three settings change these probabilities. The temperature
-# divides the logits before softmax, which raises every probability to the power 1 / temperature and
-# rescales the results: below 1, the likely tokens gain, and above 1 the unlikely ones. Top-k keeps
-# the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes the most likely
-# tokens one by one until their probabilities add up to p.
+# Greedy decoding suits a text that is known by heart. Elsewhere it soon runs in a circle: a phrase
+# that has just been written makes its own continuation more likely, and greedy decoding never takes
+# another path. Trained by gradient descent, as in the experiment of step 10, our model writes ",
+# and he had been in the wall, and he had been in the wall, and he had". Sampling breaks out. It
+# draws the next token at random, each with its probability, and three settings change these
+# probabilities. The temperature divides the logits before softmax, which raises every probability
+# to the power 1 / temperature and rescales the results: below 1, the likely tokens gain, and above
+# 1 the unlikely ones. Top-k keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et
+# al. 2020), takes the most likely tokens one by one until their probabilities add up to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
     """How the next token is chosen. Those marked with `draws` have no effect on greedy decoding,
@@ -1473,8 +1472,8 @@ def predict_next(model, window, sampling, cache):
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
     """Continue token ids (B, T). This generator yields a tensor (B,) of new ids at every step. With
-    greedy decoding, these are the ids that `generate_text_simple` would append (unless rounding
-    decides between two tokens), but computed faster."""
+    greedy decoding, they are the ids that `generate_text_simple` would append, unless rounding
+    decides between two tokens; until the window is full, they are computed faster."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
     window = token_ids[:, -context_length:].to(device_of(model))
@@ -1499,48 +1498,29 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 #     $ python story_llm.py next --prompt "Once Aadhan renounced his"
 #     next token        logit  softmax  sampled   (--temperature 1.0 --top-k 0 --top-p 1.0)
-#     ␣kingdom          11.54   95.51%   95.51%   ██████████████████████████████████████
-#     ␣brother           5.71    0.28%    0.28%
-#     ␣shoulder          5.64    0.26%    0.26%
+#     ␣kingdom          12.04   96.41%   96.41%   ███████████████████████████████████████
+#     ␣li                7.20    0.76%    0.76%
+#     ␣belt              5.89    0.21%    0.21%
 #     ...
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
-# Read this sentence: you have built an autoregressive, decoder-only transformer with pre-norm,
-# learned positions and causal multi-head self-attention, trained by next-token prediction with
-# cross-entropy, AdamW, warm-up, linear decay and gradient clipping, and it decodes with a key-value
-# cache. In step 1, that would have been noise. Now open the model of nanoGPT, a well-known small
-# implementation of GPT-2, or the GPT-2 paper itself, and you will find hardly anything new.
+# You have built an autoregressive, decoder-only transformer with pre-norm and causal multi-head
+# self-attention, trained by next-token prediction with cross-entropy and AdamW, and it decodes with
+# a key-value cache. Thirteen steps ago, hardly a word of that meant anything. Open the model of
+# nanoGPT, a well-known small implementation of GPT-2, and you will know your way around.
 #
-# What if you want new text in the manner of a story, rather than the story itself? Give the model
-# more text than it can memorize, limit it by weight decay or dropout, keep the weights with the
-# lowest validation loss, and sample. For a text of 300 KB or more, `train --preset writer` and
-# `generate --temperature 0.8` do that.
+# For new text in the manner of a story, rather than the story itself, a model needs more text than
+# it can memorize. Given 300 KB or more, `train --preset writer` limits it by weight decay and keeps
+# the weights with the lowest validation loss; `generate --temperature 0.8` samples from it.
 #
-# What separates ours from ChatGPT is size, and then two more kinds of training. GPT-3 (2020) has
-# 175 billion parameters, 100,000 times as many as our model, and was trained on hundreds of
-# billions of tokens. Against so much text memorizing does not get a model far; it has to learn the
-# patterns of language, of facts, of arguments. This is pre-training, and the result continues any
-# text. Fine-tuning on dialogues, the loop of step 10 with other texts, turns it into a model that
-# answers. Reinforcement learning comes last: the model writes answers itself, each is scored by
-# what people prefer, and training makes answers with a high score more probable. But at the bottom
-# of all that sits one question, and you have just watched a model learn it: which token comes next?
-#
-# Further reading
-#   Gage 1994, A new algorithm for data compression
-#   Srivastava et al. 2014, Dropout: a simple way to prevent neural networks from overfitting
-#   Kingma & Ba 2015, Adam: a method for stochastic optimization
-#   Ba et al. 2016, Layer normalization
-#   He et al. 2016, Deep residual learning for image recognition
-#   Hendrycks & Gimpel 2016, Gaussian error linear units (GELUs)
-#   Sennrich et al. 2016, Neural machine translation of rare words with subword units
-#   Vaswani et al. 2017, Attention is all you need
-#   Radford et al. 2019, Language models are unsupervised multitask learners (GPT-2)
-#   Loshchilov & Hutter 2019, Decoupled weight decay regularization (AdamW)
-#   Xiong et al. 2020, On layer normalization in the transformer architecture
-#   Holtzman et al. 2020, The curious case of neural text degeneration
-#   Carlini et al. 2023, Quantifying memorization across neural language models
-#   On other options of this file: Su et al. 2021 (RoFormer); Jordan et al. 2024, Liu et al. 2025
-#   and Amsel et al. 2025 (Muon)
+# ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
+# 175 billion parameters, 100,000 times as many as our model, and read hundreds of billions of
+# tokens. A model does not get far by memorizing so much; it has to learn the patterns of language,
+# of facts, of arguments. The result of this pre-training continues any text. Fine-tuning on
+# dialogues, the loop of step 10 with other texts, turns it into a model that answers, and
+# reinforcement learning makes the answers that people prefer more probable. But at the bottom of
+# all that sits one question, and you have just watched a model learn to answer it: which token
+# comes next?
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
@@ -1631,8 +1611,8 @@ def decode(data, path, encoding=""):
                          "Western European text from Windows; if only a few bytes are wrong, "
                          "--encoding utf-8 replaces them") from None
     except (LookupError, ValueError):
-        raise StoryError(f"there is no encoding named {reprlib.repr(encoding)}: try utf-8, utf-16 or cp1252"
-                         ) from None
+        raise StoryError(f"there is no encoding named {reprlib.repr(encoding)}: try utf-8, utf-16 "
+                         "or cp1252") from None
     check("\0" not in text, f"{path} contains zeros, so it is not plain text in "
           f"{encoding or 'UTF-8'}: if it is text in another encoding, name it, such as --encoding "
           "utf-16-le; otherwise convert the file to plain text first")
@@ -1687,9 +1667,9 @@ def first_words(text, start=0):
 # beginnings.
 #
 # In most prose, a new line also begins a sentence, even after a heading without a full stop. Only
-# in wrapped text it means nothing. One sees that from the lines at whose end a sentence goes on:
-# the next word would not have fit. Wrapped lines hold less than a sentence, so there, "often" means
-# in every tenth line, and elsewhere in every second.
+# in wrapped text does it mean nothing. We recognize wrapped text by the lines at whose end a
+# sentence goes on: the next word would not have fit. There, "often" means in one line out of ten,
+# because a line holds less than a sentence; elsewhere, in one out of two.
 #
 # A sentence begins at the start of the text, after an empty line, and after . ! ? and the like. No
 # pattern is always right. This one finds no new sentence after Mr. or an initial (but "I" counts as
@@ -2007,7 +1987,7 @@ def default_preset(n_bytes):
 def preset_settings(name, n_bytes):
     """Return the settings, {name: value}, in which a preset differs from the defaults. `story` is
     the lesson's model. `novel` memorizes a longer text in little time: the longer it is, the wider
-    the model. `writer` writes new text in the manner of a text of 100 KB or more; the shorter it
+    the model. `writer` writes new text in the manner of a text of 300 KB or more; the shorter it
     is, the sooner it is overfitted, so the more weight decay. The formulas are fitted to
     measurements (see benchmarks/README.md)."""
     size = max(n_bytes / 100_000, 1)
@@ -2038,7 +2018,7 @@ def corpus_from_text(text, tokenizer="auto", config=None, vocab_size=2048):
     train_text, val_text = split_text(text, config or TrainConfig())
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)     # workshop
-    # where the text ends, training shall predict `<|endoftext|>`
+    # the model learns to predict `<|endoftext|>` where the text ends
     train_ids = torch.tensor([*tokenizer.encode(train_text), tokenizer.end_of_text])
     val_ids = torch.tensor(tokenizer.encode(val_text), dtype=torch.long)
     return Corpus(text, tokenizer, train_text, train_ids, val_ids,
@@ -2218,7 +2198,7 @@ def weights_to_save(run):
     return run.best_weights, weights
 
 def step_of_weights(run):
-    """Return the step after which a saved model had its weights."""
+    """Return the step that the weights of a saved model come from."""
     best = best_evaluation(run.history)
     return best.step if run.train_config.keep_best and best is not None else run.step
 
@@ -2233,7 +2213,7 @@ def describe_loss(loss, token_ids, tokenizer):
 # The average gradient of a weight matrix usually has a few large singular values and many small
 # ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
 # that the matrix changes in many more directions. Our story then needs half as many steps, but each
-# takes about 30 % longer. Training is also stable at higher learning rates.
+# takes about 30% longer. Training is also stable at higher learning rates.
 class Muon(AdamW):
     """AdamW's sibling: it updates the weight matrices of the blocks in its own way."""
     def __init__(self, model, config):
@@ -2410,8 +2390,8 @@ def loss_on_test_window(model):
     return loss
 
 def keep_finished_model(path):
-    """Before a new run first saves to `path`: copy what is there to NAME.old.pt, unless it is only
-    the beginning of a training. Return the name of the copy, or None."""
+    """Before a new run first saves to `path`: copy what is there to NAME.old.pt, unless it comes
+    from a run that was not finished. Return the name of the copy, or None."""
     path = Path(os.path.realpath(path))
     if not os.path.exists(path):
         return None
@@ -2895,7 +2875,7 @@ class Progress:
         return f", {tokens:,.0f} tokens/s, {left // 60}:{left % 60:02} left"
 
     def save(self, run):
-        """Save, and set the time of the next save so that saving takes at most 2 % of the time."""
+        """Save, and set the time of the next save so that saving takes at most 2% of the time."""
         if self.path is None:
             return
         start = time.perf_counter()
@@ -2975,8 +2955,8 @@ def finish_training(args, run, corpus):
         log(f"The last {run.train_config.val_fraction:.0%} of the text was kept for validation, so "
             "the model has not learned it; with --val-fraction 0, it learns everything.")
     if not writes:
-        log("This training is for a text by heart; for new text in the manner of a long one, there "
-            "is --preset writer.")
+        log("This model learns its text by heart; for new text in the manner of a long one, use "
+            "--preset writer.")
     model = ["--model", args.model] if "model" in args.given else []
     sampling = ["--temperature", "0.8"] if writes else []
     prompt = run.prompt.replace("\n", "\\n")
