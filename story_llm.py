@@ -1174,7 +1174,8 @@ class TrainConfig(Settings):
     weight_decay: float = setting(0.0, "weight decay")
     grad_clip: float = setting(1.0, "clip the gradient norm to this", minimum=1e-9)
     prompt_windows: float = setting(0.5, "share of windows that start as a prompt would", below=1)
-    val_fraction: float = setting(0.1, "share of the text, its end, kept for validation", below=1)
+    val_fraction: float = setting(0.1, "share of the text, its end, kept for validation", below=1,
+                                  splits=True)
     eval_every: int = setting(0, "steps between evaluations, besides two early ones (0: 5% of all "
                               "steps, at least 45)")
     keep_best: bool = setting(False, "early stopping: stop when the validation loss no longer "
@@ -1423,8 +1424,7 @@ class KeyValueCache:
 class Sampling(Settings):
     """How the next token is chosen. Those marked with `draws` have no effect on greedy decoding,
     which draws nothing."""
-    temperature: float = setting(0.0, "0: greedy decoding; higher: more randomness, and another "
-                                 "text each time")
+    temperature: float = setting(0.0, "0: greedy decoding; higher: more randomness")
     top_k: int = setting(0, "sample from the k most likely tokens (0: all)", draws=True)
     top_p: float = setting(1.0, "sample from the most likely tokens with total probability p",
                            minimum=1e-9, draws=True)
@@ -2045,7 +2045,8 @@ def new_run(corpus, config=None, train_config=None, device="cpu"):
                tokenizer=corpus.tokenizer, train_config=train_config,
                fingerprint=corpus.fingerprint, steps_per_epoch=steps_per_epoch,
                total_steps=count_steps(steps_per_epoch, train_config),
-               prompt=first_words(beginning), beginnings=beginnings_of(corpus.train_text))
+               prompt=corpus.recall_tests[0][0] if corpus.recall_tests else first_words(beginning),
+               beginnings=beginnings_of(corpus.train_text))
 
 def count_steps(steps_per_epoch, config):
     """Return the total number of training steps."""
@@ -2286,7 +2287,8 @@ def write_checkpoint(path, contents):
 def read_checkpoint(path):
     """Return the contents of a checkpoint, with its settings, tokenizer and history as objects. The
     file may come from anywhere, so whatever is wrong with it becomes a StoryError."""
-    check(os.path.lexists(path), f"there is no model at {path}: train one or give another path")
+    check(os.path.lexists(path), f"there is no model at {path}: train one first (python "
+          "story_llm.py train), or give another path with --model")
     check_file_path(path)
     try:
         with open(path, "rb") as file:
@@ -2952,7 +2954,7 @@ def finish_training(args, run, corpus):
     plot_losses(run.history, run.config.vocab_size, args.plot)
     log(f"The model is in {args.model}, its loss curves are in {args.plot}.")
     if len(corpus.val_ids) > 0 and not writes:
-        log(f"The last {run.train_config.val_fraction:.0%} of the text was kept for validation, so "
+        log(f"{run.train_config.val_fraction:.0%} of the text was kept for validation, so "
             "the model has not learned it; with --val-fraction 0, it learns everything.")
     if not writes:
         log("This model learns its text by heart; for new text in the manner of a long one, use "
@@ -2983,7 +2985,7 @@ def check_prompt(prompt, run):
                 for beginning in (*run.beginnings, run.prompt))
     if run.step > 0 and run.beginnings and not run.train_config.keep_best and not known:
         kept = "" if best_evaluation(run.history) is None else (
-            f" (the last {run.train_config.val_fraction:.0%} of the text was kept for validation)")
+            f" ({run.train_config.val_fraction:.0%} of the text was kept for validation)")
         note(f"nothing that the model was trained on begins with these words{kept}")
     return prompt
 
@@ -3072,6 +3074,7 @@ TOUR = (    # (a command, what to look at)
     ("evaluate --untrained {text}", "The loss is about ln(V), that of a uniform guess."),
     ("train {text} {model}", "The training loss falls, the validation loss turns and rises."),
     ("plot {model}", "Look at the picture: where does the validation loss turn?"),
+    ("generate --sentences 2 {model} --prompt {prompt}", "Now the model has learned the story."),
     ("attention {model}", "Look at the picture: to which token does each token attend?"),
     ("next --temperature 2 {model}", "A temperature above 1 makes unlikely tokens likelier."))
 
@@ -3079,7 +3082,10 @@ def command_tour(args):
     text = shlex.join(["--text", *args.text]) if "text" in args.given else ""
     model = shlex.join(["--model", args.model]) if "model" in args.given else ""
     for command, hint in TOUR:
-        words = shlex.split(command.format(text=text, model=model))
+        prompt = ""
+        if "{prompt}" in command:
+            prompt = shlex.quote(load_checkpoint(args.model).prompt)
+        words = shlex.split(command.format(text=text, model=model, prompt=prompt))
         log(f"\n\n═══ {COMMANDS[words[0]][1]}\n{hint}\n\n$ {command_line(*words)}\n")
         status = main(words)
         if status != 0:
@@ -3127,7 +3133,8 @@ SPECIAL = {
     ("generate", "prompt"): ("", "the text that the model continues; \\n is a line break (default: "
                              "lines that are typed, or that come through a pipe)")}
 TOKENIZER = ("text", "encoding", "tokenizer", "vocab_size")
-NEW_MODEL = (*TOKENIZER, "preset", "val_fraction", "seed",
+SPLIT = tuple(f.name for f in fields(TrainConfig) if f.metadata.get("splits"))    # the text
+NEW_MODEL = (*TOKENIZER, "preset", *SPLIT, "seed",
              *(name for name in names_of(GPTConfig) if name != "vocab_size"))
 RESUME_OPTIONS = ("text", "encoding", "model", "resume", "epochs", "max_steps", "eval_every",
                   "device", "plot")
@@ -3137,7 +3144,7 @@ COMMANDS = {    # {name: (function, help, options)}
               ("text", "encoding", "prompt")),
     "bpe": (command_bpe, "step 4: the text as byte-pair tokens", (*TOKENIZER, "prompt")),
     "windows": (command_windows, "step 5: windows of the text, inputs and targets",
-                (*TOKENIZER, "context_length", "stride", "val_fraction")),
+                (*TOKENIZER, "context_length", "stride", *SPLIT)),
     "model": (command_model, "steps 6, 7: shapes and parameter counts of the model",
               (*NEW_MODEL, "device")),
     "evaluate": (command_evaluate, "step 9: losses and recall of a model",
@@ -3209,8 +3216,13 @@ def make_parser():
 def parse(argv):
     """Parse a command line into a namespace. `given` holds only the options that the user typed."""
     parser = make_parser()
-    given = vars(parser.parse_args(argv))
+    parsed, unknown = parser.parse_known_args(argv)
+    given = vars(parsed)
     command = given.pop("command")
+    if unknown:
+        help_of = f"{command} --help" if command else "--help"
+        parser.exit(2, f"error: unknown argument {unknown[0]} (python story_llm.py {help_of} lists "
+                    "what is possible)\n")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     if "text" in given:

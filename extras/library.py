@@ -168,7 +168,8 @@ def library_corpus(path, val_fraction, context_length):
 PRESETS = ("story", "gpt2-small")
 DEFAULTS = {"epochs": 1, "prompt_windows": 0.0}
 SETTINGS = [name for cls in (story_llm.GPTConfig, story_llm.TrainConfig)
-            for name in story_llm.names_of(cls) if name not in ("vocab_size", *DEFAULTS)]
+            for name in story_llm.names_of(cls) if name not in ("vocab_size", *DEFAULTS)
+            if name == "val_fraction" or name not in story_llm.SPLIT]
 RESUME_OPTIONS = ("data", "model", "resume", "epochs", "max_steps", "eval_every", "device")
 
 def new_run(args):

@@ -14,7 +14,7 @@ ALL_SETTINGS = [GPTConfig, TrainConfig, Sampling, Options]
 EVERY_FIELD = [(settings, f) for settings in ALL_SETTINGS for f in dataclasses.fields(settings)]
 WRONG_TYPES = {bool: ["no", "False", "", 0, 1, None, 0.0, [], math.nan],
                int: ["1", b"1", True, None, 1.0, 2.5, math.nan, math.inf, [1], 1 + 0j, torch.tensor(1), -1, 10**30],
-               float: ["0.5", True, None, math.nan, math.inf, -math.inf, [0.5], 0.5j, torch.tensor(0.5), -0.1, 10**30],
+               float: ["0.5", True, None, math.nan, math.inf, -math.inf, [0.5], 0.5j, torch.tensor(0.5), -0.1, 10**400],
                str: [None, True, 0, 1.5, b"auto", [], ["auto"]],
                tuple: ["story.txt", None, True, 0, [], ["story.txt"], b"story.txt"]}
 
