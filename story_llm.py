@@ -2120,7 +2120,8 @@ def training_batches(run, corpus):
     is the last step. A batch of our story model consists of 16 sliding windows and 16 prompt
     windows. It depends on the text, the settings, the seed and the step, but not on earlier steps,
     so a resumed run sees the same batches as an uninterrupted one."""
-    config, T, device = run.train_config, run.config.context_length, device_of(run.model)
+    config, T = run.train_config, run.config.context_length
+    device = device_of(run.model)
     n_prompts = int(config.prompt_windows * config.batch_size)
     windows = SlidingWindowDataset(corpus.train_ids, T)     # stride 1: one for every start
     starts = window_starts(len(windows), T, config.seed)

@@ -466,7 +466,7 @@ def test_no_note_on_a_prompt_is_false(folder, call, small):
     assert call(*small("train", *text, "--prompt", "a prompt of my own"))[0] == 0
     assert call("generate", "--prompt", "Nobody ever saw the king")[2] == ""
     assert "begins with these words" in call("generate", "--prompt", "My mother took")[2]
-    assert "the last 30% of the text" in call("generate", "--prompt", "My mother took")[2]
+    assert "30% of the text" in call("generate", "--prompt", "My mother took")[2]
     for command in (["next"], ["attention"], ["generate", "--prompt", "a prompt of my own"],
                     small("generate", *text, "--prompt", "Not in the story"),
                     small("next", *text, "--prompt", "Nor this")):

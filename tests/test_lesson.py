@@ -259,7 +259,7 @@ def test_every_command_that_the_file_names_exists(monkeypatch, capsys):
     on_lines = re.findall(r"(?m)^ *(?:# *)?(?:\$ )?python story_llm\.py ([a-z].*?)(?:   .*)?$", SOURCE)
     in_sentences = re.findall(r"`python story_llm\.py ([a-z][^`]*)`", re.sub(r"\n *(?:# *)?", " ", SOURCE))
     assert len(on_lines) > len(SHOWN) > 0
-    commands = {*on_lines, *in_sentences, *(command.format(text="", model="") for command, _ in story_llm.TOUR)}
+    commands = {*on_lines, *in_sentences, *(command.format(text="", model="", prompt="Once") for command, _ in story_llm.TOUR)}
     reached = []
     monkeypatch.setattr(story_llm, "COMMANDS", {name: (reached.append, *rest)
                                                 for name, (_, *rest) in story_llm.COMMANDS.items()})
@@ -286,8 +286,8 @@ def test_the_sizes_that_the_lesson_names_are_those_of_the_story_with_gpt2s_token
     per_block = story_llm.count_parameters(run.model.trf_blocks[0])
     assert per_block == 12 * C ** 2 + 10 * C
     lesson = " ".join(line.removeprefix("# ") for line in LINES[:WORKSHOP])
-    for words in (f"{V:,} in all", f"ln({V}) = {math.log(V):.2f}", f"It is {n / 1e6:.1f} million numbers",
-                  f"has {len(corpus.train_ids):,} tokens", f"We repeat that {run.total_steps} times", "12 C^2 weights",
+    for words in (f"{V:,} in all", f"ln({V}) = {math.log(V):.2f}", f"a list of {n / 1e6:.1f} million numbers",
+                  f"has {len(corpus.train_ids):,} tokens", f"After {run.total_steps} such steps", "12 C^2 weights",
                   f"0 of {len(corpus.recall_tests)} sentences", f"for our C = {C}", f"about 1/{V}"):
         assert words in lesson, words
     assert run.steps_per_epoch == 9 and "an epoch has nine steps" in lesson
