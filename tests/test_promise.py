@@ -10,16 +10,17 @@ CONTINUATION = (" for the love of Thamarai, its people living in fear and oppres
                 "swiftly to overthrow his brother's oppressive regime.")
 
 
-@pytest.fixture(scope="module", params=["auto", "gpt2"])
+@pytest.fixture(scope="module", params=["auto", "word", "gpt2"])
 def trained(request, run_program, tmp_path_factory):
     """(tokenizer, folder, output of training, environment). "auto" runs without a network and without GPT-2's files."""
     if request.param == "gpt2":      # skipped if its files are not on this machine
         return "gpt2", *request.getfixturevalue("trained_with_defaults"), {}
     folder = tmp_path_factory.mktemp(request.param)
     environment = bare_environment(tmp_path_factory.mktemp("cache"))
-    done = run_program(folder, "train", **environment)
+    options = [] if request.param == "auto" else ["--tokenizer", request.param]
+    done = run_program(folder, "train", *options, **environment)
     assert done.returncode == 0, done.stderr
-    return "story", folder, done.stdout, environment
+    return {"auto": "story"}.get(request.param, request.param), folder, done.stdout, environment
 
 
 def test_with_the_defaults_the_model_recites_the_story_and_continues_the_promised_line(trained, run_program):
