@@ -1905,13 +1905,11 @@ def seeded_rng(seed, device):
 def training_mode(run):
     """Dropout is on in this block. It depends only on the seed and the step, so that a resumed run
     drops the same numbers as an uninterrupted one."""
-    rng = contextlib.nullcontext()
-    if run.config.drop_rate > 0:
-        seed = hash((run.train_config.seed, run.step))      # of integers: always the same
-        rng = seeded_rng(seed, device_of(run.model))
+    seed = hash((run.train_config.seed, run.step))      # of integers: always the same
+    rng = seeded_rng(seed, device_of(run.model))
     run.model.train()
     try:
-        with rng:
+        with rng if run.config.drop_rate > 0 else contextlib.nullcontext():
             yield
     finally:
         run.model.eval()
@@ -2295,20 +2293,14 @@ def read_checkpoint(path):
         with open(path, "rb") as file:
             saved = load_plain(file)
         restore_objects(saved)
+        check_tensors(saved)
     except ModuleNotFoundError:     # tiktoken is not installed
         raise
     except Exception as error:      # a damaged or hostile file can make torch raise anything
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
         raise StoryError(f"{path} is not a checkpoint that this version of story_llm can read "
-                         f"({reason}): train again, or give another path") from error
-    with torch.device("meta"):      # shapes without memory, because a file may claim any size
-        model = GPTModel(saved["config"])
-        averages = make_optimizer(model, saved["train_config"]).averages
-    weights = model.state_dict()
-    for name, expected in (("weights", weights), ("last_weights", weights), ("averages", averages)):
-        check(shapes(saved[name] or expected) == shapes(expected), f"{path} does not fit this "
-              f"version's model (the names or shapes of its {name} differ): use the version that "
-              "saved it, or train again")
+                         f"({reason}): use the version that saved it, train again, or give another "
+                         "path") from error
     return saved
 
 def load_plain(file):
@@ -2334,45 +2326,43 @@ def restore_objects(saved):
     """Turn plain values into settings, a tokenizer and evaluations. Raises whatever their classes
     raise, or StoryError."""
     for name, kind in {**PLAIN_FIELDS, "test_loss": float}.items():
-        check(type(saved[name]) is kind, f"its {name} has the wrong type")
-        if kind is int:
-            check(0 <= saved[name] < 1 << 32, f"its {name} is out of range")
-        if kind is list:
-            check(all(type(string) is str for string in saved[name]), f"its {name} is no text")
+        check_plain(name, saved[name], kind)
     check(saved["steps_per_epoch"] > 0, "its steps_per_epoch is 0")
     saved["config"] = GPTConfig(**saved["config"])
     saved["train_config"] = TrainConfig(**saved["train_config"])
     saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
     check(saved["tokenizer"].vocab_size == saved["config"].vocab_size, "its vocab_size is wrong")
-    # Sizes that the weights do not have would take time and memory only to be found wrong.
-    C = saved["config"].emb_dim
-    check(8 * saved["config"].n_layers <= len(saved["weights"])
-          and saved["weights"]["tok_emb.weight"].shape == (saved["config"].vocab_size, C)
-          and saved["weights"]["pos_emb.weight"].shape == (saved["config"].context_length, C),
-          "its weights do not fit its settings")
-    for name in ("last_weights", "averages"):
-        saved[name] = saved[name] or None
     saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
     for evaluation, f in itertools.product(saved["history"], fields(Evaluation)):
-        value = getattr(evaluation, f.name)
-        valid = isinstance(value, f.type)
-        if isinstance(value, (int, float)):
-            valid = valid and 0 <= value < 1 << 32      # not NaN, for example
-        check(valid, f"its history has a wrong {f.name}")
-    tensors = [*saved["weights"].values(), *(saved["last_weights"] or {}).values()]
-    for averages in (saved["averages"] or {}).values():
-        tensors += averages
-    check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
+        check_plain(f.name, getattr(evaluation, f.name), f.type)
 
-def is_plain(tensor):
-    """Return whether this is a dense, contiguous tensor of finite numbers in fp32, on the CPU."""
-    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided
-            and tensor.dtype == torch.float32 and tensor.is_contiguous()
-            and tensor.device.type == "cpu" and bool(tensor.isfinite().all()))
+def check_plain(name, value, kind):
+    valid = isinstance(value, kind)
+    if isinstance(value, (int, float)):
+        valid = valid and 0 <= value < 1 << 32      # not NaN, for example
+    if isinstance(value, list):
+        valid = valid and all(type(string) is str for string in value)
+    check(valid, f"its {name} is invalid")
 
-def shapes(tensors):
-    """{name: a list of shapes, because the optimizer has several tensors of one name}"""
-    return {name: [part.shape for part in ([entry] if torch.is_tensor(entry) else entry)]
+def check_tensors(saved):
+    """Raise StoryError unless all tensors are finite, and are what this version's model needs."""
+    check(saved["config"].n_layers <= len(saved["weights"]), "it has fewer weights than layers")
+    with torch.device("meta"):      # shapes without memory, because a file may claim any size
+        model = GPTModel(saved["config"])
+        averages = make_optimizer(model, saved["train_config"]).averages
+    weights = {name: (weight,) for name, weight in model.state_dict().items()}
+    for name, expected in (("weights", weights), ("last_weights", weights), ("averages", averages)):
+        if name == "weights" or saved[name]:
+            found = {key: (entry,) if torch.is_tensor(entry) else tuple(entry)
+                     for key, entry in saved[name].items()}
+            check(layouts(found) == layouts(expected), f"the names or shapes of its {name} are not "
+                  "those of this version's model")
+            tensors = itertools.chain(*found.values())
+            check(all(t.isfinite().all() for t in tensors), "some of its numbers are not finite")
+
+def layouts(tensors):
+    """{name: what there is to know of each of its tensors without its numbers}"""
+    return {name: [(type(t), t.dtype, t.shape, t.stride()) for t in entry]
             for name, entry in tensors.items()}
 
 def check_test_loss(path, model, expected):
@@ -2515,34 +2505,26 @@ def plot_attention(run, prompt, path=None):
 def label_fonts(names):
     """Return (the names to draw, the fonts to draw them in, the characters that no installed font
     has: each is a box in the names, which otherwise matplotlib would draw, with a warning)."""
-    families, missing = fonts_for("".join(names))
+    from matplotlib.font_manager import FontProperties, findfont
+    families = list(FontProperties().get_family())
+    missing = not_in_font(findfont(FontProperties()), set("".join(names)))
+    for font in installed_fonts() if missing else []:
+        lacks = not_in_font(font.fname, missing)
+        if lacks < missing:
+            families.append(font.name)
+            missing = lacks
     boxes = dict.fromkeys(map(ord, missing), "□")
     return [name.translate(boxes) for name in names], families, missing
 
-def fonts_for(text):
-    """Return (families, missing): matplotlib's font and those installed ones that have the other
-    characters of the text, and the characters that none of them has."""
-    from matplotlib import font_manager, rcParams
-    families = list(rcParams["font.family"])
-    default = font_manager.findfont(font_manager.FontProperties())
-    missing = not_in_font(default, set(text))
-    fonts = installed_fonts() if missing else {}        # which takes time
-    lacks = {name: not_in_font(path, missing) for name, path in fonts.items()}
-    for name in sorted(lacks, key=lambda name: ("Noto Sans" not in name, len(lacks[name]), name)):
-        if missing - lacks[name]:
-            families.append(name)
-            missing = missing & lacks[name]
-    return families, missing
-
 def installed_fonts():
-    """Return {name: path} of the upright fonts, if possible in their regular weight."""
+    """All upright fonts, first Noto Sans, and the regular weight of each before its others."""
     from matplotlib.font_manager import findSystemFonts, fontManager
     for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
         with contextlib.suppress(Exception):        # a broken file, or emojis in colour
             fontManager.addfont(path)               # newer than matplotlib's list of fonts
-    regular_first = sorted(fontManager.ttflist, key=lambda font: font.weight != 400)
-    return {font.name: font.fname for font in reversed(regular_first)       # the first one stays
-            if font.style == font.stretch == "normal" and "LastResort" not in font.fname}
+    upright = [font for font in fontManager.ttflist if font.style == font.stretch == "normal"
+               and "LastResort" not in font.fname]
+    return sorted(upright, key=lambda f: ("Noto Sans" not in f.name, f.weight != 400, f.name))
 
 def not_in_font(path, characters):
     """Return the characters that the font in this file does not have."""
@@ -2723,11 +2705,6 @@ def check_different(output, *others):
         check(os.path.realpath(path) != os.path.realpath(output),
               f"{output} cannot be used for two things: give different files")
 
-def load_or_create_run(args):
-    if args.untrained:
-        return new_run_from_args(args)[0]
-    return load_checkpoint(args.model, args.device)
-
 # ─── Steps 2 to 9 ──────────────────────────────────────────────────────────────────────────────
 def command_words(args):
     args.given["tokenizer"] = "word"
@@ -2828,9 +2805,9 @@ def stop_requests():
     def remember(number, frame):
         received.append(number)
         signal.signal(number, before[number])
-        with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step (Ctrl-C again: at once, "
-                     b"which loses what was learned since the last save)\n")
+        with contextlib.suppress(OSError):      # stderr (2) may be closed
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, which loses what was "
+                     b"learned since the last save)\n")
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -3004,7 +2981,7 @@ def command_attention(args):
 
 def command_next(args):
     """Print the most likely next tokens, before and after sampling settings change them."""
-    run = load_or_create_run(args)
+    run = new_run_from_args(args)[0] if args.untrained else load_checkpoint(args.model, args.device)
     sampling = override_settings(Sampling(temperature=1.0), args.given)
     prompt = check_prompt(args.given.get("prompt", run.prompt), run)
     window = ids_of_prompt(run, prompt).to(device_of(run.model))
@@ -3022,19 +2999,16 @@ def command_next(args):
         log(row.rstrip())
 
 def command_generate(args):
+    if args.untrained:
+        log_greedy(args)
+        return
     sampling = override_settings(Sampling(), args.given)
     if sampling.temperature == 0:
         draws = [f.name for f in fields(Sampling) if f.metadata.get("draws")]
-        if args.untrained:
-            draws.remove("seed")            # it also seeds the weights
         refuse_options(args, draws, "is for sampling: give a --temperature above 0 as well")
-    run = load_or_create_run(args)
-    if args.untrained and sampling == override_settings(Sampling(), {"seed": sampling.seed}):
-        log_greedy(run, args)
-        return
+    run = load_checkpoint(args.model, args.device)
     model = prepare_inference(run.model, args.precision)
-    typed = "prompt" not in args.given and not args.untrained
-    for prompt in typed_prompts() if typed else [args.given.get("prompt", run.prompt)]:
+    for prompt in [args.prompt] if "prompt" in args.given else typed_prompts():
         check_prompt(prompt, run)
         drawn = sampling
         if sampling.temperature > 0 and sampling.seed == 0:
@@ -3046,12 +3020,15 @@ def command_generate(args):
             log(piece, end="")
         log()
 
-def log_greedy(run, args):
-    """Continue the prompt with `generate_text_simple`, as in step 8."""
-    prompt = args.given.get("prompt", run.prompt)
-    idx = ids_of_prompt(run, prompt).to(device_of(run.model))
-    longer = generate_text_simple(run.model, idx, args.max_new_tokens, run.config.context_length)
-    log(prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
+def log_greedy(args):
+    """Continue the prompt with an untrained model, with `generate_text_simple` as in step 8."""
+    refuse_options(args, ("temperature", "top_k", "top_p", "sentences"),
+                   "cannot be combined with --untrained")
+    run, _ = new_run_from_args(args)
+    model = prepare_inference(run.model, args.precision)
+    idx = ids_of_prompt(run, run.prompt).to(device_of(model))
+    longer = generate_text_simple(model, idx, args.max_new_tokens, run.config.context_length)
+    log(run.prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
 
 def typed_prompts():
     """Yield the lines that are typed, or that come through a pipe, if they are not empty."""
@@ -3195,7 +3172,7 @@ def add_option(parser, name, command=None):
 class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line."""
     def error(self, message):
-        self.exit(2, f"error: {message} (python {self.prog} --help lists what is possible)\n")
+        self.exit(2, f"error: {message} (--help after a command lists what is possible)\n")
 
 def make_parser():
     parser = Parser(
@@ -3217,13 +3194,8 @@ def make_parser():
 def parse(argv):
     """Parse a command line into a namespace. `given` holds only the options that the user typed."""
     parser = make_parser()
-    parsed, unknown = parser.parse_known_args(argv)
-    given = vars(parsed)
+    given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    if unknown:
-        help_of = f"{command} --help" if command else "--help"
-        parser.exit(2, f"error: unknown argument {unknown[0]} (python story_llm.py {help_of} lists "
-                    "what is possible)\n")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     if "text" in given:
