@@ -54,10 +54,7 @@ ROUNDING = 1e-4
 
 def read_config(folder):
     """Return (the GPTConfig of config.json, the kind of its tokenizer)."""
-    found = json.loads((folder / "config.json").read_text("utf-8"))
-    check(found.get("model_type") == "gpt2", f"its model_type is {found.get('model_type')}, "
-          "not gpt2")
-    found = REQUIRED | DEFAULTS | found
+    found = REQUIRED | DEFAULTS | json.loads((folder / "config.json").read_text("utf-8"))
     for name, value in REQUIRED.items():
         check(found[name] == value, f"its {name} is {found[name]}, not {value}")
     width, activation = found.get("n_inner"), found["activation_function"]
@@ -88,8 +85,8 @@ def config_json(run):
     activation = {"tanh": "gelu_new", "exact": "gelu"}[config.gelu]
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.drop_rate)
     end_of_text = run.tokenizer.end_of_text
-    return {**REQUIRED, "architectures": ["GPT2LMHeadModel"], **settings, "n_inner": None,
-            "activation_function": activation, **dropout, "bos_token_id": end_of_text,
+    return {**REQUIRED, "architectures": ["GPT2LMHeadModel"], **settings, **dropout,
+            "activation_function": activation, "bos_token_id": end_of_text,
             "eos_token_id": end_of_text, "story_llm_tokenizer": run.tokenizer.kind}
 
 # ─── Weights ───────────────────────────────────────────────────────────────────────────────────
@@ -142,8 +139,8 @@ def to_gpt2(model):
     their names."""
     config, ours, theirs = model.config, model.state_dict(), {}
     for name, parts in weight_names(config.n_layers).items():
-        if name.endswith("c_attn.bias"):        # GPT-2 has one; without qkv_bias, ours is 0
-            ours = {**dict.fromkeys(parts, torch.zeros(config.emb_dim)), **ours}
+        if name.endswith("c_attn.bias") and not config.qkv_bias:    # GPT-2 always has one
+            ours |= dict.fromkeys(parts, torch.zeros(config.emb_dim))
         if ours.keys() >= set(parts):
             theirs[name] = transposed(name, torch.cat([ours.pop(part) for part in parts]))
     if config.tie_weights:
@@ -161,7 +158,7 @@ def from_gpt2(theirs, config):
     theirs.setdefault("lm_head.weight", theirs["wte.weight"])
     ours = {}
     for name, parts in weight_names(config.n_layers).items():
-        ours |= zip(parts, transposed(name, theirs[name]).chunk(len(parts)))
+        ours.update(zip(parts, transposed(name, theirs[name]).chunk(len(parts))))
     return ours
 
 # A folder has no place for code. If you have given the model in story_llm.py another activation
@@ -169,8 +166,8 @@ def from_gpt2(theirs, config):
 # word. That is why GPT-2's forward pass stands here once more, where no edit of story_llm.py
 # reaches it: a model is saved only if both compute the same logits.
 def plain_logits(weights, config, token_ids):
-    """The logits (T, V) that GPT-2, with rotary positions if the config says so, computes from the
-    weights {name in GPT-2: tensor} after token_ids (T,)."""
+    """Return the logits (T, V) that GPT-2, with rotary positions if the config says so, computes
+    from the weights {name in GPT-2: tensor} and token ids (T,)."""
     def linear(x, name):
         return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
@@ -217,7 +214,7 @@ def plain_weights(run, exportable, name):
         expected = plain_logits(weights, config, window)
         difference = (model(window[None])[0] - expected).abs().max()
     check(difference <= ROUNDING * expected.abs().max(), f"{name} has no place for code, and the "
-          "model in story_llm.py has been edited: with the same weights, a plain GPT-2 computes "
+          "model in story_llm.py has been edited: with the same weights, a plain GPT computes "
           f"logits that differ by up to {difference:.2g}. Train and save with the code as it was")
     return weights
 
@@ -323,28 +320,22 @@ def write_tokenizer(run, folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 # ─── Folders ───────────────────────────────────────────────────────────────────────────────────
-@contextlib.contextmanager
-def explain_folder_errors(folder):
-    """Turn the errors of reading a folder, which may come from anywhere, into StoryErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise StoryError(f"{error.filename} cannot be read ({error.strerror})") from None
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise StoryError(f"{folder} does not contain a GPT-2 that can be loaded "
-                         f"({first_line(error)})") from None
-
 def read_folder(folder):
     """Return (config, tokenizer, weights) of a folder. Raises StoryError if it is not a GPT-2."""
     folder = Path(folder)
     check(folder.is_dir(), f"{folder} is not a folder: give one that contains config.json, the "
           "weights and the tokenizer")
-    with explain_folder_errors(folder):
+    try:        # the files may come from anywhere
         config, kind = read_config(folder)
         tokenizer = read_tokenizer(folder, kind)
         check(tokenizer.vocab_size == config.vocab_size, f"its vocab_size is {config.vocab_size}, "
               f"but its tokenizer has {tokenizer.vocab_size} tokens")
         theirs = read_weights(folder)
+    except OSError as error:
+        raise StoryError(f"{error.filename} cannot be read ({error.strerror})") from None
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise StoryError(f"{folder} does not contain a GPT-2 that can be loaded "
+                         f"({first_line(error)})") from None
     return config, tokenizer, from_gpt2(theirs, config)
 
 def load(folder):
@@ -375,6 +366,7 @@ def load_to_train(folder, text, train_config, context_length=None, drop_rate=0.0
 def new_folder(folder, *errors):
     """Yield a temporary folder, which is renamed to `folder` after the block, or deleted if the
     block fails. OSError and `errors` become StoryErrors."""
+    folder = Path(folder)
     check(not os.path.lexists(folder), f"{folder} exists: give the path of a new folder")
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
     try:

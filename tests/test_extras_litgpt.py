@@ -176,11 +176,12 @@ def test_the_program_saves_without_importing_litgpt(tmp_path, capsys):
     """Here, as for a program in this folder, `import litgpt` would find the program itself."""
     story_llm.save_checkpoint(tmp_path / "model.pt", lively_run())
     folder = tmp_path / "my folder"
-    assert program.main(["save", "--model", str(tmp_path / "model.pt"), str(folder)]) == 0
+    assert program.main(["save", "--model", str(tmp_path / "model.pt"), f"{folder}/"]) == 0
     assert "litgpt" not in sys.modules
     command = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
-    assert shlex.split(command) == ["litgpt", "generate", str(folder), "--prompt", "The old", "--top_k", "1"]
-    assert sorted(os.listdir(folder)) == ["lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"]
+    assert shlex.split(command) == ["litgpt", "generate", f"{folder}/", "--prompt", "The old", "--top_k", "1"]
+    files = ["lit_model.pth", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(folder)) == files
     for arguments in ([], ["save"], ["load", "x"]):
         assert program.main(arguments) == 2 and capsys.readouterr().err.count("\n") == 1
 
