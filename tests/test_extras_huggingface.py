@@ -518,7 +518,7 @@ def test_a_missing_safetensors_is_named_in_one_line(make_folder, tmp_path, capsy
 
 
 def test_the_commands_of_the_readme_work_as_they_are(make_folder, tmp_path, monkeypatch):
-    text = (ROOT / "extras" / "README.md").read_text(encoding="utf-8").split("## huggingface.py")[1]
+    text = (ROOT / "extras" / "README.md").read_text(encoding="utf-8").split("## huggingface.py")[1].split("\n## ")[0]
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
     make_folder("gpt2", n_layer=1, n_head=2, n_embd=16, n_positions=130)
     (tmp_path / "my_story.txt").write_text(5 * TEXT, encoding="utf-8")
