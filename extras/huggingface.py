@@ -207,7 +207,7 @@ def plain_weights(run, exportable, name):
     check_expressible(run, exportable, name)
     model = copy.deepcopy(run.model).cpu().eval()
     weights, config = to_gpt2(model), model.config
-    check_shapes(weights, config, "this model")
+    check_shapes(weights, config, "this edited model")
     generator = torch.Generator().manual_seed(0)
     window = torch.randint(config.vocab_size, (config.context_length,), generator=generator)
     with torch.no_grad():
