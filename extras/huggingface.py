@@ -28,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
@@ -40,19 +41,20 @@ NAMES = {"vocab_size": "vocab_size", "context_length": "n_positions", "emb_dim":
 DEFAULTS = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
             "tie_word_embeddings": True, "activation_function": "gelu_new"}
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+APPROXIMATIONS = {"exact": "none", "tanh": "tanh"}      # what torch calls them
 # Other values of these describe a model that story_llm.py does not have.
 REQUIRED = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 # GPT-2's format can express these settings. All others must have their defaults, so a model with a
 # setting that story_llm.py gets later is refused, and not exported as if it did not have it.
 EXPORTABLE = (*NAMES, "gelu", "qkv_bias", "drop_rate")
+# The largest difference between two programs, as a share of the largest logit. Rounding makes it
+# 0.000001 (0.00004 in a deep model with huge weights), the other form of GELU 0.0002.
+ROUNDING = 1e-4
 
 def read_config(folder):
     """Return (the GPTConfig of config.json, the kind of its tokenizer)."""
-    found = json.loads((folder / "config.json").read_text("utf-8"))
-    check(found.get("model_type") == "gpt2", f"its model_type is {found.get('model_type')}, "
-          "not gpt2")
-    found = REQUIRED | DEFAULTS | found
+    found = REQUIRED | DEFAULTS | json.loads((folder / "config.json").read_text("utf-8"))
     for name, value in REQUIRED.items():
         check(found[name] == value, f"its {name} is {found[name]}, not {value}")
     width, activation = found.get("n_inner"), found["activation_function"]
@@ -64,48 +66,68 @@ def read_config(folder):
     settings = {ours: found[theirs] for ours, theirs in NAMES.items()}
     return GPTConfig(**settings, gelu=ACTIVATIONS[activation], qkv_bias=True), kind
 
-def config_json(run):
-    """Return the contents of config.json. Raises StoryError if the model has a setting that GPT-2's
-    format cannot express."""
-    config = run.config
-    for f in fields(config):
-        value = getattr(config, f.name)
-        check(f.name in EXPORTABLE or value == f.default, f"GPT-2's format cannot express "
+def check_expressible(run, exportable, name):
+    """Raise StoryError if a run has a tokenizer or a setting that the format called `name` cannot
+    express. Settings that are not `exportable` must have their defaults."""
+    check(run.tokenizer.kind != "word", f"{name} cannot express a word tokenizer: train a model "
+          "with another --tokenizer")
+    for f in fields(run.config):
+        value = getattr(run.config, f.name)
+        check(f.name in exportable or value == f.default, f"{name} cannot express "
               f"{f.name} {value}: train a model without {story_llm.option_string(f.name)}")
-    activation = {"tanh": "gelu_new", "exact": "gelu"}.get(config.gelu)
-    check(activation, f"GPT-2's format cannot express gelu {config.gelu}: train a model with "
-          "--gelu exact or --gelu tanh")
+    check(run.config.gelu in APPROXIMATIONS, f"{name} cannot express gelu {run.config.gelu}: train "
+          "a model with --gelu exact or --gelu tanh")
+
+def config_json(run):
+    """Return the contents of config.json."""
+    config = run.config
     settings = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+    activation = {"tanh": "gelu_new", "exact": "gelu"}[config.gelu]
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.drop_rate)
     end_of_text = run.tokenizer.end_of_text
-    return {**REQUIRED, "architectures": ["GPT2LMHeadModel"], **settings, "n_inner": None,
-            "activation_function": activation, **dropout, "bos_token_id": end_of_text,
+    return {**REQUIRED, "architectures": ["GPT2LMHeadModel"], **settings, **dropout,
+            "activation_function": activation, "bos_token_id": end_of_text,
             "eos_token_id": end_of_text, "story_llm_tokenizer": run.tokenizer.kind}
 
 # ─── Weights ───────────────────────────────────────────────────────────────────────────────────
-LAYERS = {"ln_1": "norm1", "attn.c_proj": "att.out_proj", "ln_2": "norm2", "mlp.c_fc": "ff.expand",
-          "mlp.c_proj": "ff.project"}       # {name in a block of GPT-2: name in our block}
+# {name in a block of GPT-2: names in our block, of its parts one after the other}
+LAYERS = {"ln_1": ("norm1",), "attn.c_attn": ("att.query", "att.key", "att.value"),
+          "attn.c_proj": ("att.out_proj",), "ln_2": ("norm2",), "mlp.c_fc": ("ff.expand",),
+          "mlp.c_proj": ("ff.project",)}
 
 def weight_names(n_layers):
-    """{name in GPT-2: our name} of all weights but the output head and queries, keys and values."""
-    layers = {"ln_f": "final_norm"}
+    """{name in GPT-2: our names of its parts} of all weights."""
+    layers = {"ln_f": ["final_norm"]}
     for i in range(n_layers):
         for theirs, ours in LAYERS.items():
-            layers[f"h.{i}.{theirs}"] = f"trf_blocks.{i}.{ours}"
-    names = {"wte.weight": "tok_emb.weight", "wpe.weight": "pos_emb.weight"}
+            layers[f"h.{i}.{theirs}"] = [f"trf_blocks.{i}.{layer}" for layer in ours]
+    names = {"wte.weight": ["tok_emb.weight"], "wpe.weight": ["pos_emb.weight"],
+             "lm_head.weight": ["out_head.weight"]}
     for theirs, ours in layers.items():
         for kind in ("weight", "bias"):
-            names[f"{theirs}.{kind}"] = f"{ours}.{kind}"
+            names[f"{theirs}.{kind}"] = [f"{layer}.{kind}" for layer in ours]
     return names
 
-def attention_names(n_layers):
-    """{name in GPT-2: [our names of queries, keys and values, which it contains in this order]}."""
-    names = {}
-    for i in range(n_layers):
-        for kind in ("weight", "bias"):
-            names[f"h.{i}.attn.c_attn.{kind}"] = [
-                f"trf_blocks.{i}.att.{layer}.{kind}" for layer in ("query", "key", "value")]
-    return names
+def check_shapes(weights, config, where):
+    """Raise StoryError unless the weights {name in GPT-2: tensor}, which come from `where`, have
+    the names and shapes of a GPT-2 with these settings."""
+    V, T, C = config.vocab_size, config.context_length, config.emb_dim
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "lm_head.weight": (V, C),
+              "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    if config.tie_weights:
+        del shapes["lm_head.weight"]
+    block = {"ln_1": (C,), "attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "ln_2": (C,),
+             "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    for i in range(config.n_layers):
+        for layer, shape in block.items():
+            shapes[f"h.{i}.{layer}.weight"] = shape
+            shapes[f"h.{i}.{layer}.bias"] = shape[-1:]
+    for name in sorted(weights.keys() | shapes.keys()):
+        check(name in shapes, f"{where} has a weight {name}, which is not one of GPT-2's")
+        check(name in weights, f"GPT-2's weight {name} is missing in {where}")
+        found = tuple(weights[name].shape)
+        check(found == shapes[name], f"the weight {name} has the shape {found} in {where}, but "
+              f"with its settings it should be {shapes[name]}")
 
 def transposed(name, weight):
     """The linear layers of GPT-2, whose names contain c_, have matrices of shape (inputs, outputs).
@@ -113,27 +135,17 @@ def transposed(name, weight):
     return weight.T.contiguous() if ".c_" in name and weight.dim() == 2 else weight
 
 def to_gpt2(model):
-    """Return the weights of a model as {name in GPT-2: tensor}. Raises StoryError if GPT-2 has no
-    place for one of them, or needs one that the model lacks."""
-    config, ours = model.config, model.state_dict()
-
-    def take(name):
-        check(name in ours, f"GPT-2 needs a weight {name}, which this model does not have")
-        return ours.pop(name)
-
-    theirs = {}
-    for name, our_name in weight_names(config.n_layers).items():
-        theirs[name] = transposed(name, take(our_name))
-    for name, our_names in attention_names(config.n_layers).items():
-        for our_name in our_names:
-            if our_name.endswith(".bias"):      # GPT-2 has one; without qkv_bias, ours is 0
-                ours.setdefault(our_name, torch.zeros(config.emb_dim))
-        theirs[name] = transposed(name, torch.cat([take(our_name) for our_name in our_names]))
-    head = take("out_head.weight")
-    if not config.tie_weights:
-        theirs["lm_head.weight"] = head
-    check(not ours, f"GPT-2 has no place for {', '.join(ours)}, which are weights of this model")
-    return theirs
+    """Return the weights of a model as {name in GPT-2: tensor}. Those that GPT-2 does not have keep
+    their names."""
+    config, ours, theirs = model.config, model.state_dict(), {}
+    for name, parts in weight_names(config.n_layers).items():
+        if name.endswith("c_attn.bias") and not config.qkv_bias:    # GPT-2 always has one
+            ours |= dict.fromkeys(parts, torch.zeros(config.emb_dim))
+        if ours.keys() >= set(parts):
+            theirs[name] = transposed(name, torch.cat([ours.pop(part) for part in parts]))
+    if config.tie_weights:
+        theirs.pop("lm_head.weight", None)      # the same as wte.weight
+    return theirs | ours
 
 def from_gpt2(theirs, config):
     """Return weights for GPTModel(config) from {name in GPT-2: tensor}. Raises StoryError unless
@@ -141,24 +153,70 @@ def from_gpt2(theirs, config):
     theirs = {name.removeprefix("transformer."): weight for name, weight in theirs.items()
               if not name.endswith((".attn.bias", ".attn.masked_bias"))}    # masks, in old files
     if config.tie_weights:
-        theirs.pop("lm_head.weight", None)          # the same as wte.weight
-    with torch.device("meta"):      # shapes without memory, because config.json may claim any size
-        needed = to_gpt2(story_llm.GPTModel(config))
-    for name in sorted(theirs.keys() | needed.keys()):
-        check(name in needed, f"the folder has a weight {name}, which is not one of GPT-2's")
-        check(name in theirs, f"the weight {name} is missing in the folder")
-        found, expected = tuple(theirs[name].shape), tuple(needed[name].shape)
-        check(found == expected, f"the weight {name} has the shape {found} in the folder, but "
-              f"according to its config.json it should be {expected}")
-    theirs = {name: transposed(name, weight) for name, weight in theirs.items()}
+        theirs.pop("lm_head.weight", None)
+    check_shapes(theirs, config, "the folder")
+    theirs.setdefault("lm_head.weight", theirs["wte.weight"])
     ours = {}
-    for name, our_name in weight_names(config.n_layers).items():
-        ours[our_name] = theirs[name]
-    for name, our_names in attention_names(config.n_layers).items():
-        for our_name, part in zip(our_names, theirs[name].chunk(3)):
-            ours[our_name] = part
-    ours["out_head.weight"] = theirs["wte.weight" if config.tie_weights else "lm_head.weight"]
+    for name, parts in weight_names(config.n_layers).items():
+        ours.update(zip(parts, transposed(name, theirs[name]).chunk(len(parts))))
     return ours
+
+# A folder has no place for code. If you have given the model in story_llm.py another activation
+# function, say, transformers takes its weights and computes something else with them, without a
+# word. That is why GPT-2's forward pass stands here once more, where no edit of story_llm.py
+# reaches it: a model is saved only if both compute the same logits.
+def plain_logits(weights, config, token_ids):
+    """Return the logits (T, V) that GPT-2, with rotary positions if the config says so, computes
+    from the weights {name in GPT-2: tensor} and token ids (T,)."""
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    rotary = config.position == "rotary"
+    x = weights["wte.weight"][token_ids]                                            # (T, C)
+    if not rotary:
+        x = x + weights["wpe.weight"][:len(token_ids)]
+    for block in (f"h.{i}" for i in range(config.n_layers)):
+        parts = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3, dim=-1)
+        queries, keys, values = [part.unflatten(-1, (config.n_heads, -1)).transpose(0, 1)
+                                 for part in parts]                                 # (H, T, D)
+        if rotary:
+            queries, keys = turn(queries), turn(keys)
+        contexts = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + linear(contexts.transpose(0, 1).flatten(1), f"{block}.attn.c_proj")
+        hidden = F.gelu(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc"),
+                        approximate=APPROXIMATIONS[config.gelu])
+        x = x + linear(hidden, f"{block}.mlp.c_proj")
+    return norm(x, "ln_f") @ weights.get("lm_head.weight", weights["wte.weight"]).T
+
+def turn(x):
+    """Rotate x (H, T, D). Numbers i and i + D / 2 of a vector are the two parts of a complex
+    number, whose angle grows by 10000^(-2i / D) from one position to the next."""
+    real, imaginary = x.chunk(2, dim=-1)
+    _, T, pairs = real.shape
+    angles = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(pairs) / pairs))
+    turned = torch.complex(real, imaginary) * torch.polar(torch.ones(T, pairs), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+def plain_weights(run, exportable, name):
+    """Return the weights of a run as {name in GPT-2: tensor}. Raises StoryError if the format
+    called `name`, which has the settings `exportable`, cannot express the run, or if the model
+    computes other logits over a whole context than a plain GPT-2 with these weights."""
+    check_expressible(run, exportable, name)
+    model = copy.deepcopy(run.model).cpu().eval()
+    weights, config = to_gpt2(model), model.config
+    check_shapes(weights, config, "this edited model")
+    generator = torch.Generator().manual_seed(0)
+    window = torch.randint(config.vocab_size, (config.context_length,), generator=generator)
+    with torch.no_grad():
+        expected = plain_logits(weights, config, window)
+        difference = (model(window[None])[0] - expected).abs().max()
+    check(difference <= ROUNDING * expected.abs().max(), f"{name} has no place for code, and the "
+          "model in story_llm.py has been edited: with the same weights, a plain GPT computes "
+          f"logits that differ by up to {difference:.2g}. Train and save with the code as it was")
+    return weights
 
 def read_weights(folder):
     """Return {name in GPT-2: tensor}."""
@@ -240,8 +298,8 @@ def read_tokenizer(folder, kind):
     check(in_order and merged == set(results), "its tokens are not in the order of its merges")
     return story_llm.restore_tokenizer(kind, tokens)
 
-def tokenizer_files(run):
-    """Return {name of a file: its contents}, from which transformers makes the same tokenizer."""
+def write_tokenizer(run, folder):
+    """Write the files from which transformers, or the package tokenizers, makes the tokenizer."""
     tokenizer = run.tokenizer
     ids = {as_characters(token): token_id for token_id, token in enumerate(tokenizer.tokens)}
     merges = [[as_characters(half) for half in pair] for pair in all_merges(tokenizer.tokens)]
@@ -252,44 +310,32 @@ def tokenizer_files(run):
     split = {"type": "Split", "pattern": {"Regex": story_llm.SPLIT_PATTERNS[tokenizer.kind]},
              "behavior": "Isolated", "invert": False}
     contents = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end_of_text],
-        "normalizer": None, "post_processor": None, "decoder": byte_level,
+        "version": "1.0", "added_tokens": [end_of_text],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                  "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "byte_fallback": False, "vocab": ids, "merges": merges}}
+        "model": {"type": "BPE", "vocab": ids, "merges": merges}, "decoder": byte_level}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT,
               "bos_token": END_OF_TEXT, "model_max_length": run.config.context_length,
               "clean_up_tokenization_spaces": False}
-    lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges), ""]
-    return {"tokenizer.json": json.dumps(contents),
-            "tokenizer_config.json": json.dumps(config, indent=2),
-            "vocab.json": json.dumps(ids | {END_OF_TEXT: tokenizer.end_of_text}),
-            "merges.txt": "\n".join(lines)}
+    (folder / "tokenizer.json").write_text(json.dumps(contents), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 # ─── Folders ───────────────────────────────────────────────────────────────────────────────────
-@contextlib.contextmanager
-def explain_folder_errors(folder):
-    """Turn the errors of reading a folder, which may come from anywhere, into StoryErrors."""
-    try:
-        yield
-    except OSError as error:
-        raise StoryError(f"{error.filename} cannot be read ({error.strerror})") from None
-    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise StoryError(f"{folder} does not contain a GPT-2 that can be loaded "
-                         f"({first_line(error)})") from None
-
 def read_folder(folder):
     """Return (config, tokenizer, weights) of a folder. Raises StoryError if it is not a GPT-2."""
     folder = Path(folder)
     check(folder.is_dir(), f"{folder} is not a folder: give one that contains config.json, the "
           "weights and the tokenizer")
-    with explain_folder_errors(folder):
+    try:        # the files may come from anywhere
         config, kind = read_config(folder)
         tokenizer = read_tokenizer(folder, kind)
         check(tokenizer.vocab_size == config.vocab_size, f"its vocab_size is {config.vocab_size}, "
               f"but its tokenizer has {tokenizer.vocab_size} tokens")
         theirs = read_weights(folder)
+    except OSError as error:
+        raise StoryError(f"{error.filename} cannot be read ({error.strerror})") from None
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise StoryError(f"{folder} does not contain a GPT-2 that can be loaded "
+                         f"({first_line(error)})") from None
     return config, tokenizer, from_gpt2(theirs, config)
 
 def load(folder):
@@ -316,30 +362,34 @@ def load_to_train(folder, text, train_config, context_length=None, drop_rate=0.0
     run.model.load_state_dict(weights)
     return run, corpus
 
-def save(run, folder):
-    """Write a run to a new folder. Raises StoryError if that fails, or if GPT-2's format cannot
-    express the model."""
+@contextlib.contextmanager
+def new_folder(folder, *errors):
+    """Yield a temporary folder, which is renamed to `folder` after the block, or deleted if the
+    block fails. OSError and `errors` become StoryErrors."""
     folder = Path(folder)
-    check(not folder.exists(), f"{folder} exists: give the path of a new folder")
-    check(run.tokenizer.kind != "word", "GPT-2's format cannot express a word tokenizer: train a "
-          "model with another --tokenizer")
-    settings, weights = config_json(run), {}
-    for name, weight in to_gpt2(copy.deepcopy(run.model).cpu()).items():
-        weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight
-    safetensors = import_safetensors()
+    check(not os.path.lexists(folder), f"{folder} exists: give the path of a new folder")
     temporary = Path(f"{folder}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        files = {**tokenizer_files(run), "config.json": json.dumps(settings, indent=2)}
-        for name, contents in files.items():
-            (temporary / name).write_text(contents, "utf-8")
-        safetensors.torch.save_file(weights, temporary / "model.safetensors", {"format": "pt"})
+        yield temporary
         temporary.rename(folder)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, *errors) as error:
         raise StoryError(f"{folder} could not be written ({first_line(error)}): make room, or give "
                          "another path") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+def save(run, folder):
+    """Write a run to a new folder. Raises StoryError if that fails, or if GPT-2's format cannot
+    express the model."""
+    weights = {}
+    for name, weight in plain_weights(run, EXPORTABLE, "GPT-2's format").items():
+        weights[name if name == "lm_head.weight" else f"transformer.{name}"] = weight
+    safetensors = import_safetensors()
+    with new_folder(folder, safetensors.SafetensorError) as new:
+        write_tokenizer(run, new)
+        (new / "config.json").write_text(json.dumps(config_json(run), indent=2), "utf-8")
+        safetensors.torch.save_file(weights, new / "model.safetensors", {"format": "pt"})
 
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
 FINE_TUNING = TrainConfig(learning_rate=1.25e-3)    # half of the default, for a trained model

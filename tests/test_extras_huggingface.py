@@ -1,6 +1,7 @@
 """extras/huggingface.py against transformers itself: small folders with random weights, loaded and saved."""
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import KINDS, ROOT, STORY, TEXT, lively_model, story_llm, train_to, trained, weights_equal
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.nn import functional as F
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -314,13 +316,51 @@ def test_a_setting_or_a_value_that_is_added_later_is_refused(tmp_path):
 def test_weights_that_gpt2_has_no_place_for_and_weights_that_it_needs_are_refused(tmp_path):
     run = lively_run()
     run.model.trf_blocks[0].ff.gate = torch.nn.Linear(4, 4, bias=False)
-    with pytest.raises(story_llm.StoryError, match="no place for trf_blocks.0.ff.gate.weight,"):
+    with pytest.raises(story_llm.StoryError, match="a weight trf_blocks.0.ff.gate.weight, which is not"):
         huggingface.save(run, tmp_path / "out")
     run = lively_run()
     run.model.final_norm = torch.nn.RMSNorm(32)
-    with pytest.raises(story_llm.StoryError, match="needs a weight final_norm.bias"):
+    with pytest.raises(story_llm.StoryError, match="ln_f.bias is missing"):
+        huggingface.save(run, tmp_path / "out")
+    run = lively_run()
+    for block in run.model.trf_blocks:      # a narrower feed-forward network computes, but is no GPT-2
+        block.ff.expand, block.ff.project = torch.nn.Linear(32, 96), torch.nn.Linear(96, 32)
+    with pytest.raises(story_llm.StoryError, match=r"mlp.c_fc.bias has the shape \(96,\)"):
         huggingface.save(run, tmp_path / "out")
     assert not os.listdir(tmp_path)
+
+
+def blind_at_the_last_token(T, S, device=None):
+    """A causal mask without the first token for the last of a whole context of 8."""
+    mask = torch.ones(S, S, dtype=torch.bool).triu(1)
+    if S == 8:
+        mask[-1, 0] = True
+    return mask[S - T:]
+
+
+EDITS = {
+    "another activation": ("FeedForward.forward", lambda ff, x: ff.project(torch.relu(ff.expand(x)))),
+    "the other GELU": ("FeedForward.forward", lambda ff, x: ff.project(F.gelu(ff.expand(x), approximate="tanh"))),
+    "no mask": ("causal_mask", lambda T, S, device=None: torch.zeros(T, S, dtype=torch.bool)),
+    "a mask that only the last position shows": ("causal_mask", blind_at_the_last_token),
+    "post-norm": ("TransformerBlock.forward", lambda block, x, cache=None: block.norm2(
+        x + block.ff(block.norm1(x + block.att(x, cache))))),
+    "scores that are not scaled": ("attention_weights", lambda queries, keys, mask: (
+        queries @ keys.mT).masked_fill(mask, -math.inf).softmax(dim=-1)),
+    "another epsilon": ("make_norm", lambda config: torch.nn.LayerNorm(config.emb_dim, eps=0.1)),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_model_whose_code_was_edited_is_refused_and_nothing_is_written(tmp_path, capsys, monkeypatch, what):
+    """The weights have the names and shapes of GPT-2's, but GPT-2 would compute something else with them."""
+    name, edited = EDITS[what]
+    monkeypatch.setattr(f"story_llm.{name}", edited)
+    story_llm.save_checkpoint(tmp_path / "model.pt", lively_run())
+    assert "has been edited" in error_of(capsys, "save", "--model", tmp_path / "model.pt", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["model.pt"]
+    monkeypatch.undo()
+    huggingface.save(lively_run(), tmp_path / "out")
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": True, "qkv_bias": True, "gelu": "tanh"}], ids=str)
@@ -448,7 +488,7 @@ def full_disk_in_rust(*arguments):
     raise sys.modules["safetensors"].SafetensorError("I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("owner, name, failure", [(huggingface, "tokenizer_files", full_disk),
+@pytest.mark.parametrize("owner, name, failure", [(huggingface, "write_tokenizer", full_disk),
                                                   (safetensors_torch, "save_file", full_disk_in_rust)])
 def test_an_existing_folder_is_kept_and_a_failure_leaves_no_folder(tmp_path, capsys, monkeypatch, owner, name, failure):
     story_llm.save_checkpoint(tmp_path / "model.pt", lively_run())
@@ -478,7 +518,7 @@ def test_a_missing_safetensors_is_named_in_one_line(make_folder, tmp_path, capsy
 
 
 def test_the_commands_of_the_readme_work_as_they_are(make_folder, tmp_path, monkeypatch):
-    text = (ROOT / "extras" / "README.md").read_text(encoding="utf-8").split("## huggingface.py")[1]
+    text = (ROOT / "extras" / "README.md").read_text(encoding="utf-8").split("## huggingface.py")[1].split("\n## ")[0]
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
     make_folder("gpt2", n_layer=1, n_head=2, n_embd=16, n_positions=130)
     (tmp_path / "my_story.txt").write_text(5 * TEXT, encoding="utf-8")
