@@ -93,7 +93,7 @@ def load_text(paths, encoding=""):
 # How shall we know, later, whether the model has learned anything beyond this text or has only
 # memorized it? By holding some of the text back. The model is trained on the first nine tenths of
 # the story, the training split, and sees the rest, the validation split, only when we test it.
-# `split_text` in the workshop makes the cut.
+# (Only the vocabulary will be made from both.) `split_text` in the workshop makes the cut.
 #
 # Now for the numbers. The simplest way is to split the text into words and punctuation marks and to
 # list the distinct ones: this list is the vocabulary, and a word's place in it is its number.
@@ -131,7 +131,8 @@ def build_vocabulary(text):
 # processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
 # known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
 # fares better: it marks the end of the training text, and when the model predicts it, the program
-# stops writing.
+# stops writing. (If a validation split follows, this end is a cut in the middle of the story, and
+# there the model learns to stop.)
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -184,8 +185,9 @@ class WordTokenizer:
 # unknown to it. Then it looks for the pair of neighbouring tokens that occurs most often in the
 # text it learns from, merges it into a new token, and repeats this until the vocabulary is as large
 # as we want. Frequent words end up as one token, rare ones as several. The idea comes from data
-# compression (Gage 1994) and reached nearly every language model by way of machine translation
-# (Sennrich et al. 2016). Three words, with _ for the space, are merged like this:
+# compression (Gage 1994) and went on to machine translation (Sennrich et al. 2016), where it began
+# with characters; GPT-2 began with bytes, and most language models since do something similar.
+# Three words, with _ for the space, are merged like this:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -288,8 +290,8 @@ class BPETokenizer:
         return self.decode_bytes(token_ids).decode(errors="replace")
 
 # Whose merges do we use? By default not the story's, but those of GPT-2, OpenAI's model of 2019
-# (Radford et al.): 50,000 of them, learned from a large amount of English text, which tiktoken
-# downloads. Where the download fails or GPT-2's merges do not suit the language, the program learns
+# (Radford et al.): 50,000 merges, learned from a large amount of English text. tiktoken downloads
+# them. Where the download fails or GPT-2's merges do not suit the language, the program learns
 # merges from the story, as it does with `--tokenizer story`.
 #
 # Most of GPT-2's 50,257 tokens are useless to us, and each of them would make the model larger and
@@ -370,7 +372,8 @@ def pytorch_in_one_page():
 # Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
 # "renounced", and after all four comes "kingdom". At each position the model sees the token there
 # and everything to its left, nothing to its right. One window of four tokens therefore holds four
-# examples, and the model works on all of them at once.
+# examples, and the model works on all of them at once. (It always sees the true beginning, whatever
+# it would have written itself; that is called teacher forcing.)
 class SlidingWindowDataset:
     """Windows over token ids of shape (N,), which start `stride` tokens apart. Item i is a pair
     (input, target), each of shape (context_length,); if i is a tensor of indices, both have a
@@ -483,19 +486,18 @@ class GPTConfig(Settings):
 # The scores can be too large, however. Make those of the example four times as large:
 #
 #     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
-#     softmax([0, 9, 4, 0]) = [0.000, 0.993, 0.007, 0.000]
 #
-# A score rose by a whole unit, and the attention weights hardly moved: softmax is saturated. Its
-# derivative is almost 0 here, so hardly any gradient reaches the query and key layers, and they
-# learn slowly. Nor are such scores far-fetched. Each is a sum of D products, where D = 48 is the
-# length of a query. If the products are independent, with mean 0 and variance 1 (the mean squared
-# distance from the mean), their variances add up to 48, and the score has a standard deviation of
-# sqrt(48) = 6.9. In our model it is 2.1 at first, because the initial weights are small, and 7.0
-# once training has enlarged them.
+# Now "his" listens to one token alone, which is right only if that token has been well chosen. At
+# first, chance does the choosing. Each score is a sum of D products, where D = 48 is the length of
+# a query. Since the variances of independent numbers add up (a variance is a mean squared distance
+# from the mean), the standard deviation of the sum is sqrt(48) = 6.9 times that of one product: in
+# our untrained model, 2.1 instead of 0.3. With such scores, the largest attention weight of the
+# last token in a window of 32 is 0.34 on average, and training has to undo many a random choice
+# before it can make good ones.
 #
-# Dividing every score by sqrt(D) cancels the influence of D. This is scaled dot-product attention
-# (Vaswani et al. 2017, section 3.2.1), and the division earns its place: trained without it, our
-# model recites only 22% of the sentences.
+# Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
+# dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
+# trained without it, our model recites only 23% of the sentences.
 #
 #     Try it: python extras/experiments.py no-scaling      (each experiment takes a minute or two)
 def attention_weights(queries, keys, mask):
@@ -559,8 +561,9 @@ def causal_mask(T, S, device=None):
 #     head 4 before   0.16    0.18    0.18    0.16    0.24    0.09
 #            after    0.11    0.20    0.13    0.19    0.32    0.05       finds the deed
 #
-# (GPT-2's tokens split "Aadhan" and "renounced".) Our short story would not even need several
-# heads: with a single one, the model recites 100% as well.
+# (GPT-2's tokens split "Aadhan" and "renounced".) Both findings count. If "his" may not attend to
+# "Aad" in this block, the probability of "kingdom" falls from 96% to 84%; without "ounced" it falls
+# to 92%.
 #
 #     $ python story_llm.py attention --prompt "Once Aadhan renounced his"         (after training)
 #
@@ -658,28 +661,29 @@ class FeedForward(nn.Module):
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The gradient benefits as well. Picture a deep model with one number per layer: every layer
-# multiplies the gradient by a derivative f', and after 24 layers with an f' of 0.5, less than a
-# ten-millionth of it would be left. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes
-# the gradient on unchanged.
+# The gradient benefits as well. Picture a deep network of single numbers: every layer multiplies
+# the gradient by a derivative f', and after 24 layers with an f' of 0.5, less than a ten-millionth
+# of it would be left. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient on
+# unchanged.
 #
-# And the norm? It keeps the input of f at one size. Without it, that input would be too small at
-# first, because the small initial weights give x a standard deviation of 0.06, so that all scores
-# would be almost 0; later, after every block has added to x, it would be so large that softmax
-# saturates. LayerNorm (Ba et al. 2016) brings the C numbers of each token to mean 0 and standard
-# deviation 1, then scales and shifts them by parameters of its own.
+# And the norm? It keeps the input of f at one size. LayerNorm (Ba et al. 2016) brings the C numbers
+# of each token to mean 0 and standard deviation 1, then scales and shifts them by parameters of its
+# own. Without it, x would enter the first block with a standard deviation of 0.06, because the
+# initial weights are small, and all scores would be almost 0. They still are after 180 steps: the
+# loss is then 2.23, and nothing is recited. In deep models the norm also guards against the
+# opposite, since every block adds to x.
 #
-# But a norm divides by the standard deviation s of its input, and so its derivative contains 1 / s.
-# In the original transformer, x = norm(x + f(x)), every norm therefore multiplies the whole
-# gradient by such a factor, and after many layers the gradient is far too large or too small. In x
-# + f(norm(x)), called pre-norm, the factors appear in f' alone, and the 1 stays a 1 (Xiong et al.
-# 2020).
+# The original transformer computed norm(x + f(x)). Since a norm divides by the standard deviation s
+# of its input, its derivative contains 1 / s, and there every block multiplies the whole gradient
+# by such a factor. The layers near the output then get large gradients at first, and training needs
+# a careful warm-up. In x + f(norm(x)), called pre-norm, the factors appear in f' alone, and the 1
+# stays a 1 (Xiong et al. 2020). Ours ends at a loss of 0.64 with the original form.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
 # The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
 # its input to 0 and enlarges the others to make up for it, so that the network does not come to
-# rely on any one of them. That helps a model which shall do well on unseen text. Ours is meant to
+# rely on any one of them. That helps a model that should do well on unseen text. Ours is meant to
 # memorize its text, so its dropout probability is 0.
 def make_norm(config):
     return nn.LayerNorm(config.emb_dim)
@@ -703,18 +707,22 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Why several blocks? In the first, attention compares bare tokens. In the second, it compares
-# tokens that have already found something: "han", for example, no longer stands for three letters
-# but for the end of "Aadhan". To watch "his" on its way through our trained model, we apply the
-# last layer, which turns a vector into logits, too early. It gives "kingdom" a probability of 2%
-# before the first block, 79% after it, and 96% after the second.
+# Why several blocks? Because each works on what the one before has found. In the second, "han" no
+# longer stands for three letters but for the end of "Aadhan". We can watch "his" on its way through
+# our trained model by applying the final norm and the output head too early, a trick called the
+# logit lens. This is the probability that they give to "kingdom":
+#
+#     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
+#        2%              2%                 79%              75%              96%
+#
+# Attention only gathers; it is the feed-forward network that draws the conclusion.
 
 # ─── Initialization ────────────────────────────────────────────────────────────────────────────
 # Where do the parameters begin? If all were equal, all heads would compute the same result, receive
 # the same gradient, and stay equal forever, so the weights are random. They are also small, so that
-# no token is strongly preferred at first. GPT-2 draws its weights from a normal distribution with a
-# standard deviation of 0.02. With 192 numbers in a vector instead of 768, our dot products have
-# fewer terms, so our standard deviation is larger, 0.04.
+# no token is strongly preferred at first. GPT-2 draws most of its weights from a normal
+# distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of 768, our
+# dot products have fewer terms, so our standard deviation is larger, 0.04.
 #
 # The layers whose output is added to x start with smaller weights still, as in GPT-2. There are n =
 # 2 n_layers of them, and a sum of n independent outputs has sqrt(n) times the standard deviation of
@@ -745,20 +753,14 @@ def make_embedding(n_vectors, config):
 #
 # Does the addition not blur the two? If tokens used only the first hundred numbers and positions
 # only the rest, nothing would be lost, and a linear layer could read either part. Training need not
-# be so tidy, but with 192 dimensions it finds room to keep the two apart.
-#
-# Our story, as it turns out, does not need positional embeddings. Without them, the model still
-# recites 99% of the sentences, because the causal mask betrays the order: an average over more
-# tokens varies less, and the second block can learn to read that. The workshop has two other kinds
-# of position encoding.
-#
-#     Try it: python extras/experiments.py no-positions
+# be so tidy, but with 192 dimensions it finds room to keep the two apart. The workshop has two
+# other kinds of position encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
 # has one vector per token, and in both matrices, tokens that are used alike should have similar
-# vectors. So one matrix can serve twice. GPT-2 does this, which is called weight tying; here it is
-# an option, `--tie-weights`, which saves V C = 399,168 parameters.
+# vectors. So one matrix can serve twice (Press & Wolf 2017). GPT-2 uses this weight tying; here it
+# is an option, `--tie-weights`, which saves V C = 399,168 parameters.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -800,8 +802,22 @@ class GPTModel(nn.Module):
             x = block(x, cache)                                     # (B, T, C)
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
-# These fifteen lines are the whole model: look up, mix, process, mix, process, compare with every
-# token of the vocabulary. What it knows is in the numbers, and those are still random.
+# That is the whole model: look up, mix, process, mix, process, compare with every token of the
+# vocabulary. Is every part of it needed? For long texts, yes. For one short story, some are luxury,
+# as you see when you train without them:
+#
+#     without ...                                  loss     recall
+#     (the model as it is)                         0.22      100%
+#     attention                                    2.15        0%    no-attention
+#     attention weights: the plain average         0.37       98%    average
+#     several heads: a single one                  0.22      100%    one-head
+#     a second block                               0.23      100%    one-block
+#     positional embeddings                        0.22       99%    no-positions
+#
+# Attention itself is indispensable. But in a story of 4,000 words, the words so far nearly always
+# settle the next one, whatever their order.
+#
+#     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
 # Now follow one sentence of four tokens through the whole model. The weights are random, so what
@@ -947,11 +963,11 @@ def mean_loss(model, token_ids, max_windows=32):
 
 # But the loss does not tell us what we most want to know: can the model continue the story? Recall
 # does. It is the share of sentences that the model continues word for word from their first five
-# words alone, for at least 80 characters, if need be into the next sentence; papers call it
-# verbatim memorization (Carlini et al. 2023). The sentences, of at least eight words, come from the
-# training split; those that begin alike and go on differently are left out, and in a poem or a chat
-# lines take the place of sentences. The test is hard, because nothing before the five words tells
-# the model where in the story it is.
+# words alone, for at least 80 characters, if need be into the next sentence. (In the terms of
+# Carlini et al. 2023, such a text is extractable.) The sentences, of at least eight words, come
+# from the training split; those that begin alike and go on differently are left out, and in a poem
+# or a chat lines take the place of sentences. Five words sound like little. After training, three
+# are enough for 172 of the 175 sentences.
 #
 # Do we have to let the model write, token by token? No. One pass over the prompt and its true
 # continuation gives the prediction at every position, and as long as each prediction is the token
@@ -1067,8 +1083,9 @@ class AdamW:
 
 # At the very first step, the quotient is 1 or -1 for every parameter, however small or accidental
 # its gradient. A few batches are not enough for averages that can be trusted, which is why the
-# learning rate begins with a warm-up, a rise from almost nothing. Later, large steps would
-# overshoot the minimum again and again; therefore it falls linearly towards 0.
+# learning rate begins with a warm-up, a rise from almost nothing; without it, our loss ends at 0.30
+# instead of 0.22. Later, large steps would overshoot the minimum again and again; therefore the
+# learning rate falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1129,8 +1146,9 @@ def evaluate(run, corpus):
 # The other sixteen are prompt windows, which start where a prompt would: four in five at the
 # beginning of a sentence, the rest at a random word. A prompt begins at position 0 and without the
 # space that its first word has in the middle of the text; sliding windows almost never look like
-# that. Trained without prompt windows, the model knows the story just as well, but not in the form
-# in which a prompt asks for it: recall is 94% instead of 100%.
+# that. We train for the test, and mean to: trained without prompt windows, the model knows the
+# story just as well, but not in the form in which a prompt asks for it, and recall is 94% instead
+# of 100%.
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 def training_batches(run, corpus):
@@ -1172,9 +1190,9 @@ def training_steps(run, corpus):
                 loss = batch_loss(run.model, inputs, targets)
             run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
             loss.backward()
-            # Now and then, a batch has a gradient many times as long as usual, which would distort
-            # Adam's averages for many steps. The gradient of all parameters is one long vector, and
-            # the length of this vector is its norm. Clipping shortens it to at most grad_clip.
+            # The gradient of all parameters is one long vector, whose length is called its norm. In
+            # the first steps it is more than twice as long as later and would stay in v for some
+            # fifty steps, making all of them too small: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
@@ -1202,17 +1220,18 @@ def training_steps(run, corpus):
 #     Ep 20 (Step 000180): Train loss 0.219, Val loss 6.458, recall 100% ...
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# First the model learns which tokens are frequent, then which follow each other, then whole
-# phrases, and in the end the story. Before you read on: the training loss falls all the way, while
-# the validation loss is lowest near the fifth epoch and ends higher than after the first. What is
-# the model learning by then?
+# First the model learns which tokens are frequent (to know only that would give a loss of 5.64),
+# then which follow each other, then whole phrases, and in the end the story. Before you read on:
+# the training loss falls all the way, while the validation loss is lowest near the fifth epoch and
+# ends higher than after the first. What is the model learning by then?
 #
 # The early lessons are true of both splits: a comma is often followed by "and", for example. From
 # the fifth epoch on the model overfits; it learns what is true of the training split alone, and
 # grows certain of it. In the training split, "A ferry goes back and forth" is followed by "and",
-# while the validation split has "going back and forth with the rope". After 45 steps, the model
-# gave this "with" a probability of about 1/35; after 180 steps it is 1/8,700, and the loss of this
-# one token has risen from 3.6 to 9.1. Doubt is cheap; being certain and wrong is not.
+# while the validation split has "going back and forth with the rope". In the window in which this
+# "with" is measured, its probability was about 1/20 after 45 steps; after 180 steps it is 1/8,500,
+# and the loss of this one token has risen from 3.0 to 9.1. Doubt is cheap; being certain and wrong
+# is not. (It is worst for 62 of the 512 targets, tokens that never occur in the training split.)
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
@@ -1436,11 +1455,17 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 # ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
 # 175 billion parameters, 100,000 times as many as our model, and read hundreds of billions of
-# tokens. So much text cannot be memorized; the model has to learn the patterns of language, of
-# facts, of arguments. The result of this pre-training continues any text. Fine-tuning on dialogues,
-# the loop of step 10 with other texts, turns it into a model that answers, and reinforcement
-# learning makes the answers that people prefer more probable. But at the bottom of all that sits
-# one question, and you have just watched a model learn to answer it: which token comes next?
+# tokens, in windows of 2,048, although attention compares every token with every earlier one and
+# its cost grows with the square of the window. Newer models have exchanged parts of the plan that
+# you know: RMSNorm for LayerNorm, SwiGLU for GELU, rotary positions, several heads that share their
+# keys and values. So much text cannot be memorized as a whole; the model has to learn the patterns
+# of language, of facts, of arguments. The result of this pre-training continues any text.
+#
+# To make it answer, it is trained further on dialogues, which is called fine-tuning and is the loop
+# of step 10 with other texts. Then people compare answers, a second model learns to predict which
+# they prefer, and reinforcement learning makes such answers more probable. But at the bottom of all
+# that sits one question, and you have just watched a model learn to answer it: which token comes
+# next?
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
