@@ -215,7 +215,7 @@ def definitions(source):
     """{name: code} of everything that the source defines at its top."""
     lines, code = source.split("\n"), {}
     for statement in ast.parse(source).body:
-        if not isinstance(statement, (ast.Import, ast.ImportFrom, ast.If, ast.Try)):
+        if isinstance(statement, (*DEFINITIONS, ast.Assign, ast.AnnAssign)):
             text = "\n".join(lines[first_line(statement) - 1:statement.end_lineno])
             code |= dict.fromkeys(names_defined(statement), text)
     return code
@@ -316,11 +316,13 @@ def session(text, names):
 
 # ─── Prose ─────────────────────────────────────────────────────────────────────────────────────
 # In prose, `names` and "strings with a \n" are code, and so are names such as WORD_OR_MARK.
-CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*")|\b(\w*[a-z_][A-Z_]\w*)\b')
+CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*"|\b(?:nn|F|torch)\.[\w.]*\w)'
+                           r"|\b(\w*[a-z_][A-Z_]\w*)\b")
 TYPOGRAPHY = [
     (r"\^(-?\w+)", r"<sup>\1</sup>"),
     (r"(?<=[\w)>]) - (?=[\w(])", " − "), (r"(?<![\w)\-])-(?=\d|ln\b|lr\b)", "−"),
-    (r'(^|(?<=[\s(\[]))&quot;', "“"), (r"&quot;", "”"), (r"&#x27;", "’"),
+    (r"-&gt;", "→"), (r"\((?:\.\.\., )?[A-Z](?:, [A-Z]|, \d+| \+ \d+)*,?\)", r'<span class="shape">\g<0></span>'),
+    (r'(^|(?<=[\s(\[]))&quot;', "“"), (r"&quot;", "”"), (r"\bf&#x27;", "f′"), (r"&#x27;", "’"),
     (r"\b[Ss]tep (\d+)\b", r'<a href="#step-\1">\g<0></a>')]
 
 def prose(text, names):
@@ -335,7 +337,7 @@ def prose(text, names):
         parts.append(f"<code>{names.link(shown, html.escape(shown, quote=False))}</code>")
         end = found.end()
     parts.append(typeset(text[end:], text[:end]))
-    return "".join(parts)
+    return re.sub(r"Before you read on:.*?\?", r"<em>\g<0></em>", "".join(parts))
 
 def typeset(text, before=""):
     """A piece of prose without code, as HTML. A quotation mark right behind code closes."""
@@ -350,9 +352,7 @@ def block_html(block, names):
     """A block as HTML."""
     if block.kind == "prose":
         shown = prose(block.text, names)
-        if block.text.startswith("Before you read on"):
-            return f'<p class="question">{shown}</p>'
-        return f'<p class="of">{shown}</p>' if block.of else f"<p>{shown}</p>"
+        return f'<p class="of" data-of="{block.of}">{shown}</p>' if block.of else f"<p>{shown}</p>"
     if block.kind == "code":
         anchors = "".join(f'<a class="anchor" id="{name}"></a>' for name in block.names
                           if name in names.lesson)
@@ -390,13 +390,17 @@ def table_html(block, names):
 # ─── Rows ──────────────────────────────────────────────────────────────────────────────────────
 # A wide window has two columns: prose, and beside it the code and the sessions that it is about. A
 # row holds some paragraphs and what stands beside them; in a narrow window, one follows the other.
+# What keeps its line breaks and is wider than the prose has a row of its own.
 PROSE_WIDTH = 66        # characters in a line of prose, about
+DRAWING_WIDTH = 77      # characters in a line of what keeps its line breaks
 
 def is_beside(block):
     """Whether a block belongs in the column beside the prose."""
-    if block.kind in ("command", "drawing"):
-        return max(map(len, block.text.split("\n"))) > PROSE_WIDTH
-    return block.kind in ("code", "example")
+    return block.kind in ("code", "example") or block.text.startswith("Try it: ")
+
+def is_wide(block):
+    return (block.kind in ("command", "drawing") and not is_beside(block)
+            and max(map(len, block.text.split("\n"))) > DRAWING_WIDTH)
 
 def height(block):
     """The height of a block or figure, in lines of prose and roughly."""
@@ -419,19 +423,21 @@ def in_reading_order(blocks):
     return ordered
 
 def rows_of(blocks, figures):
-    """Rows, each a pair (blocks in the column of the prose, blocks beside them), of the blocks
-    between two headings."""
+    """Rows of the blocks between two headings. Each is a pair: the blocks in the column of the prose
+    and those beside them; of a wide block, the second is None."""
     rows, prose_column, beside = [], [], []
     for block in [*in_reading_order(blocks), None]:
         if block is not None and is_beside(block):
             beside.append(block)
             continue
-        if beside or block is None:
+        if beside or block is None or is_wide(block):
             names = {name for block in beside for name in block.names}
             belonging = [figure for figure in figures if figure.after in names]
             rows += split_row(prose_column, beside, belonging)
             prose_column, beside = [], []
-        if block is not None:
+        if block is not None and is_wide(block):
+            rows.append(([block], None))
+        elif block is not None:
             prose_column.append(block)
     return rows
 
@@ -475,6 +481,8 @@ def section_of_panel(step, definition):
     return found[0] if found else len(sections) - 1
 
 def row_html(row, names):
+    if row[1] is None:
+        return f'<div class="wide">{block_html(row[0][0], names)}</div>'
     columns = []
     for place, blocks in zip(("prose", "beside"), row):
         content = "\n".join(figure_html(block, names) if isinstance(block, Figure)
@@ -589,7 +597,8 @@ def make_page(source, run=None, name="", text=None):
                          f' <span class="title">{prose(step.title, names)}</span></a></li>'
                          for step in steps[1:])
     page = explore.fill("lesson.html", ["page.css", "lesson.css"], ["model.js", "lesson.js"],
-                        title=html.escape(steps[0].title), cover=beginning, contents=contents,
+                        title=html.escape(steps[0].title), cover=beginning, overview=contents,
+                        contents=contents,
                         model=model_html(run), lesson=lesson, boxes=names.boxes(), data=data_html(run, name, text))
     explore.check_size(len(page))
     return page
