@@ -125,13 +125,11 @@ def names_defined(statement):
     """The names that a statement at the top of a module binds."""
     if isinstance(statement, DEFINITIONS):
         return [statement.name]
-    names = []
-    for node in ast.walk(statement):
-        if isinstance(node, ast.alias):
-            names.append((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.append(node.id)
-    return names
+    if isinstance(statement, ast.Assign):
+        return [node.id for target in statement.targets for node in ast.walk(target)
+                if isinstance(node, ast.Name)]
+    return [(node.asname or node.name).partition(".")[0] for node in ast.walk(statement)
+            if isinstance(node, ast.alias)]
 
 def add_comments(steps, lines):
     """Add the comments among these lines to the last step, or begin steps as they say."""
@@ -215,7 +213,7 @@ def definitions(source):
     """{name: code} of everything that the source defines at its top."""
     lines, code = source.split("\n"), {}
     for statement in ast.parse(source).body:
-        if isinstance(statement, (*DEFINITIONS, ast.Assign, ast.AnnAssign)):
+        if isinstance(statement, (*DEFINITIONS, ast.Assign)):
             text = "\n".join(lines[first_line(statement) - 1:statement.end_lineno])
             code |= dict.fromkeys(names_defined(statement), text)
     return code
@@ -382,9 +380,11 @@ def command_html(text):
     return f'<pre class="command" tabindex="0"><code>{shown}</code></pre>'
 
 def table_html(block, names):
-    rows = ["".join(f"<td>{prose(cell, names)}</td>" for cell in row)
-            for row in table_rows(block.text)]
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    rows = table_rows(block.text)
+    short = [max(len(row[i]) for row in rows) < 18 for i in range(len(rows[0]))]
+    cells = [[f"<td{' class=short' * is_short}>{prose(cell, names)}</td>"
+              for cell, is_short in zip(row, short)] for row in rows]
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="scroll" tabindex="0"><table class="{block.kind}">{body}</table></div>'
 
 # ─── Rows ──────────────────────────────────────────────────────────────────────────────────────
@@ -550,8 +550,8 @@ def markdown_blocks(text):
 def exercise_html(exercise, names):
     question, answer = ("\n".join(exercise_block_html(block, names) for block in blocks)
                         for blocks in (exercise.question, exercise.answer))
-    return (f'<aside class="exercise"><h3><span class="label">Exercise</span> '
-            f"{prose(exercise.title, names)}</h3>\n{question}\n"
+    return (f'<aside class="exercise"><p class="label">Exercise</p>'
+            f"<h3>{prose(exercise.title, names)}</h3>\n{question}\n"
             f"<details><summary>Answer</summary>\n{answer}\n</details></aside>")
 
 def exercise_block_html(block, names):
