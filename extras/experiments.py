@@ -108,7 +108,7 @@ EXPERIMENTS = {
         settings={"prompt_windows": 0.0})}
 
 # AdamW's averages are recorded for this number: (the name of a parameter, an index)
-RECORDED_PARAMETER = ("trf_blocks.0.att.value.weight", (0, 0))
+RECORDED_PARAMETER = ("trf_blocks.1.ff.project.bias", (1,))
 
 # ─── Change and train ──────────────────────────────────────────────────────────────────────────
 def read_program():
@@ -180,6 +180,10 @@ def next_probabilities(run, prompt):
     with torch.no_grad():
         return run.model(torch.tensor([run.tokenizer.encode(prompt)]))[0, -1].softmax(dim=-1)
 
+def without_last_word(prompt):
+    """What comes before the last word of a prompt, so that the model has to predict this word."""
+    return prompt.rpartition(" ")[0] or prompt
+
 def record_prediction(run, corpus, prompt, every=5, n_best=3):
     """Train a run to its end, and follow what it predicts after a prompt. Return {"prompt",
     "steps", "tokens"}; "tokens" has the probabilities, one for each of the steps, of all tokens
@@ -190,8 +194,8 @@ def record_prediction(run, corpus, prompt, every=5, n_best=3):
             rows[run.step] = next_probabilities(run, prompt)
     probabilities = torch.stack(list(rows.values()))                # (steps, V)
     best = probabilities.topk(n_best).indices.flatten().unique()
-    tokens = {run.tokenizer.decode([token_id]): probabilities[:, token_id].tolist()
-              for token_id in best.tolist()}
+    names = story_llm.token_names(run.tokenizer, best.tolist())
+    tokens = dict(zip(names, probabilities[:, best].T.tolist()))
     return {"prompt": prompt, "steps": list(rows), "tokens": tokens}
 
 def record_averages(run, corpus, name, index, n_steps=50):
@@ -222,13 +226,12 @@ def write_record(path, corpus, settings, results, prompt):
         return story_llm.new_run(corpus, train_config=story_llm.TrainConfig(**settings))
 
     log("recording how a prediction grows, and AdamW's averages ...", sys.stderr)
-    start_of_prompt = prompt.rpartition(" ")[0] or prompt           # its last word is predicted
     measured = {name: dict(zip(("losses", "recall", "sample"), result))
                 for name, result in results.items()}
     record = {"measured": datetime.date.today().isoformat(), "torch": torch.__version__,
               "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.kind,
               "settings": settings, "experiments": measured,
-              "prediction": record_prediction(new_run(), corpus, start_of_prompt),
+              "prediction": record_prediction(new_run(), corpus, without_last_word(prompt)),
               "averages": record_averages(new_run(), corpus, *RECORDED_PARAMETER)}
     lines = json.dumps(rounded(record), ensure_ascii=True, allow_nan=False, indent=1)
     Path(path).write_text(lines + "\n", encoding="utf-8", newline="\n")
