@@ -219,12 +219,14 @@ def definitions(source):
     return code
 
 class Names:
-    """The names that can be looked up on the page. `used` are those whose boxes it needs."""
+    """The names that can be looked up on the page. `used` are those whose boxes it needs, and
+    `documented` those whose docstring has begun."""
     def __init__(self, source, steps):
         self.lesson = {name for step in steps[1:] for block in step.blocks for name in block.names}
         self.workshop = {name: code for name, code in definitions(source).items()
                          if name not in self.lesson}
         self.used = []
+        self.documented = set()
 
     def link(self, name, shown, new_boxes=True):
         """A piece of HTML as a link to the definition of a name, if it has one."""
@@ -319,7 +321,8 @@ CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*"|\b(?:nn|F|t
 TYPOGRAPHY = [
     (r"\^(-?\w+)", r"<sup>\1</sup>"),
     (r"(?<=[\w)>]) - (?=[\w(])", " − "), (r"(?<![\w)\-])-(?=\d|ln\b|lr\b)", "−"),
-    (r"-&gt;", "→"), (r"\((?:\.\.\., )?[A-Z](?:, [A-Z]|, \d+| \+ \d+)*,?\)", r'<span class="shape">\g<0></span>'),
+    (r"-&gt;", "→"), (r"\bGPT-\d", r'<span class="shape">\g<0></span>'),
+    (r"\((?:\.\.\., )?[A-Z](?:, [A-Z]|, \d+| \+ \d+)*,?\)", r'<span class="shape">\g<0></span>'),
     (r'(^|(?<=[\s(\[]))&quot;', "“"), (r"&quot;", "”"), (r"\bf&#x27;", "f′"), (r"&#x27;", "’"),
     (r"\b[Ss]tep (\d+)\b", r'<a href="#step-\1">\g<0></a>')]
 
@@ -350,7 +353,11 @@ def block_html(block, names):
     """A block as HTML."""
     if block.kind == "prose":
         shown = prose(block.text, names)
-        return f'<p class="of" data-of="{block.of}">{shown}</p>' if block.of else f"<p>{shown}</p>"
+        if not block.of:
+            return f"<p>{shown}</p>"
+        label = "" if block.of in names.documented else f' data-of="{block.of}"'
+        names.documented.add(block.of)
+        return f'<p class="of"{label}>{shown}</p>'
     if block.kind == "code":
         anchors = "".join(f'<a class="anchor" id="{name}"></a>' for name in block.names
                           if name in names.lesson)

@@ -996,7 +996,8 @@ function warn(message) {
 function describeRun() {
   const story = run.text_name && ` on ${run.text_name}`;
   if ($("title")) $("title").textContent = document.title = `Inside ${run.name}`;
-  $("subtitle").textContent = `${count(run.parameters, "parameter")}, trained for `
+  const name = $("title") ? "" : `${run.name}: `;
+  $("subtitle").textContent = `${name}${count(run.parameters, "parameter")}, trained for `
     + `${count(run.step, "step")}${story}. The model runs in this page.`;
   $("beginnings-box").hidden = !run.beginnings.length;
   $("beginnings").replaceChildren(element("option", {value: ""}, "choose …"),
