@@ -25,7 +25,7 @@ import sys
 import textwrap
 import types
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -220,21 +220,22 @@ def rounded(value, digits=4):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
-def write_record(path, corpus, settings, results, prompt):
-    """Write all that was measured, and two recordings of the unchanged training, as JSON."""
-    def new_run():
-        return story_llm.new_run(corpus, train_config=story_llm.TrainConfig(**settings))
+def make_record(corpus, settings, results, prompt):
+    """All that was measured, with two recordings of the unchanged training, in values that JSON can
+    express."""
+    config = story_llm.TrainConfig(**settings)
 
-    log("recording how a prediction grows, and AdamW's averages ...", sys.stderr)
+    def new_run():
+        return story_llm.new_run(corpus, train_config=config)
+
     measured = {name: dict(zip(("losses", "recall", "sample"), result))
                 for name, result in results.items()}
-    record = {"measured": datetime.date.today().isoformat(), "torch": torch.__version__,
-              "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.kind,
-              "settings": settings, "experiments": measured,
-              "prediction": record_prediction(new_run(), corpus, without_last_word(prompt)),
-              "averages": record_averages(new_run(), corpus, *RECORDED_PARAMETER)}
-    lines = json.dumps(rounded(record), ensure_ascii=True, allow_nan=False, indent=1)
-    Path(path).write_text(lines + "\n", encoding="utf-8", newline="\n")
+    return rounded({
+        "measured": datetime.date.today().isoformat(), "torch": torch.__version__,
+        "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.kind,
+        "settings": asdict(config), "experiments": measured,
+        "prediction": record_prediction(new_run(), corpus, without_last_word(prompt)),
+        "averages": record_averages(new_run(), corpus, *RECORDED_PARAMETER)})
 
 # ─── Print ─────────────────────────────────────────────────────────────────────────────────────
 def log_description(name):
@@ -300,7 +301,10 @@ def run_command(argv):
                                       {**settings, **experiment.settings}, prompt)
         log_results({"unchanged": results["unchanged"], name: results[name]})
     if path is not None:
-        write_record(path, corpus, settings, results, prompt or run.prompt)
+        log("recording how a prediction grows, and AdamW's averages ...", sys.stderr)
+        record = make_record(corpus, settings, results, prompt or run.prompt)
+        lines = json.dumps(record, ensure_ascii=True, allow_nan=False, indent=1)
+        Path(path).write_text(lines + "\n", encoding="utf-8", newline="\n")
         log(f"wrote {path}")
 
 def main(argv=None):

@@ -48,7 +48,7 @@ def figures(model_run=None):
     drawn = [windows_figure(), map_figure(view), mask_figure(view), heads_figure(view),
              residual_figure(view), loss_figure(record), averages_figure(record),
              learning_rate_figure(), prediction_figure(record), cache_figure(),
-             *(experiment_figure(name, record) for name in EXPERIMENTS if name in record["experiments"])]
+             *(experiment_figure(name, record) for name in EXPERIMENTS)]
     return sorted(drawn, key=lambda figure: figure.step)
 
 class View:
@@ -97,10 +97,11 @@ class Drawing:
         end = "/>" if content is None else f">{html.escape(content)}</{tag}>"
         self.elements.append(f"<{tag}{shown}{end}")
 
-    def text(self, x, y, content, fill=INK, anchor="start", size=SIZE, weight=None):
-        """Write a text. Its baseline is at y."""
-        self.add("text", content, x=x, y=y, fill=fill, font_size=size, font_weight=weight,
-                 text_anchor=None if anchor == "start" else anchor)
+    def text(self, x, y, content, fill=INK, anchor="start", halo=False):
+        """Write a text. Its baseline is at y. A halo keeps it apart from the lines behind it."""
+        edge = {"stroke": PAPER, "stroke_width": 4, "paint_order": "stroke"} if halo else {}
+        self.add("text", content, x=x, y=y, fill=fill, font_size=SIZE,
+                 text_anchor=None if anchor == "start" else anchor, **edge)
 
     def line(self, x1, y1, x2, y2, stroke=LINE, width=1, dashes=None):
         self.add("line", x1=x1, y1=y1, x2=x2, y2=y2, stroke=stroke, stroke_width=width,
@@ -215,7 +216,7 @@ def map_figure(view):
     T, C = (len(view.ids) if view else config.context_length), config.emb_dim
     shown = min(config.n_layers, 2)
     top = 108                                   # where the first block begins
-    bottom = top + 100 * shown
+    bottom = top + 108 * shown
     drawing = Drawing("map", bottom + (150 if view else 96), "The map of the model",
                       f"Token ids look up vectors of {C} numbers. Each of {config.n_layers} blocks "
                       "adds to them the output of attention, then that of the feed-forward network. "
@@ -250,16 +251,14 @@ def map_figure(view):
     drawing.line(x, 72, x, bottom + 12, ACCENT_2, width=2.5)
     drawing.text(x + 10, 92, f"x: {T} vectors of {C} numbers", ACCENT_2)
     for i in range(shown):
-        y = top + 100 * i
-        drawing.rect(6, y - 6, right + 8 - 6, 94, LINE, opacity=0.3, radius=6)
+        y = top + 108 * i
+        drawing.rect(6, y - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
         block = model.trf_blocks[i] if view else None
-        branch(y, "attention", [block.norm1, block.att] if view else [])
-        branch(y + 44, "feed-forward", [block.norm2, block.ff] if view else [])
+        branch(y, "norm, attention", [block.norm1, block.att] if view else [])
+        branch(y + 50, "norm, feed-forward", [block.norm2, block.ff] if view else [])
         last = i == shown - 1 and config.n_layers > shown
-        label = f"block {i + 1}" + (f" … {config.n_layers}" if last else "")
-        drawing.text(14, y + 52, label, MUTED) if False else None
-        if not view:
-            drawing.text(WIDTH - 6, y + 44, label, MUTED, "end")
+        label = f"block {i + 1}" + (f" … {config.n_layers}, all alike" if last else "")
+        drawing.text(right, y + 43, label, MUTED, "end")
     drawing.arrow(x, bottom + 4, x, bottom + 14, ACCENT_2)
     box(bottom + 14, "norm, then the output head", x1=6, x2=right)
     parameters(bottom + 14, *([model.final_norm, model.out_head] if view else []))
@@ -372,7 +371,7 @@ def heads_figure(view):
         strip(y, label, rows[label], H)
     middle = (width - 6 * (H - 1)) / H / 2
     drawing.arrow(left + middle, 162, left + middle, 204, ACCENT_2)
-    drawing.text(left + middle + 10, 180, "each head compares its query with all keys", MUTED)
+    drawing.text(left + middle + 10, 180, "each head compares query and keys", MUTED)
     drawing.text(left + middle + 10, 196, "and averages the values", MUTED)
     strip(208, "context", rows["context"], H)
     drawing.text(left, 254, "out_proj mixes what the heads have found", MUTED)
@@ -390,7 +389,7 @@ def heads_figure(view):
 
 def residual_figure(view):
     """x + f(norm(x)), twice, as in a block."""
-    drawing = Drawing("residual", 292, "x + f(norm(x))",
+    drawing = Drawing("residual", 270, "x + f(norm(x))",
                       "The vector x runs straight down. Attention, and after it the feed-forward "
                       "network, reads a normalized copy of x, and its output is added to x.")
     x = 44
@@ -400,10 +399,10 @@ def residual_figure(view):
         """How large the numbers of the last token are."""
         return f"{tensor[-1].std(correction=0).item():.2f}"
 
-    drawing.line(x, 28, x, 262, ACCENT_2, 2.5)
-    drawing.arrow(x, 256, x, 272, ACCENT_2)
-    drawing.text(x - 10, 18, "x", ACCENT_2)
-    for y, label, norm, f in ((36, "attention", "norm1", "att"), (146, "feed-forward", "norm2", "ff")):
+    drawing.line(x, 10, x, 256, ACCENT_2, 2.5)
+    drawing.arrow(x, 250, x, 262, ACCENT_2)
+    drawing.text(x - 18, 20, "x", ACCENT_2)
+    for y, label, norm, f in ((26, "attention", "norm1", "att"), (136, "feed-forward", "norm2", "ff")):
         drawing.arrow(x, y + 16, 108, y + 16)
         drawing.rect(108, y, 64, 32, PAPER, ACCENT, radius=4)
         drawing.text(140, y + 20, "norm", anchor="middle")
@@ -420,7 +419,7 @@ def residual_figure(view):
             drawing.text(268, y + 56, spread(seen[f][1]), MUTED, "end")
     caption = "A block: x = x + f(norm(x)), first with attention as f, then with the feed-forward network."
     if view:
-        drawing.text(x + 8, 282, spread(seen[block][1]), MUTED)
+        drawing.text(x + 8, 240, spread(seen[block][1]), MUTED)
         caption += (" The numbers are standard deviations, measured in block 1 of your model for "
                     f"{view.names[-1]}.")
     return Figure("residual", 6, "TransformerBlock", drawing.svg(), caption)
@@ -431,23 +430,26 @@ def loss_figure(record):
     prediction = record["prediction"]
     target, probabilities = final_prediction(prediction)
     steps = prediction["steps"]
-    drawing = Drawing("loss", 236, "The loss, -ln p",
+    drawing = Drawing("loss", 276, "The loss, -ln p",
                       "The loss is 0 where the probability of the token that came next is 1, and "
                       "grows without a limit as the probability approaches 0.")
-    axes = Axes(drawing, 28, 28, WIDTH - 20, 192, [(0, "0"), (0.25, ""), (0.5, "0.5"), (0.75, ""), (1, "1")],
+    axes = Axes(drawing, 28, 36, WIDTH - 20, 232, [(0, "0"), (0.25, ""), (0.5, "0.5"), (0.75, ""), (1, "1")],
                 [(loss, str(loss)) for loss in (0, 2, 4, 6, 8)])
     curve = [math.exp(-8 + i / 10) for i in range(81)]
     drawing.polyline(axes.places(curve, [-math.log(p) for p in curve]))
     drawing.text(6, 14, "loss, −ln p", MUTED)
-    drawing.text((axes.left + axes.right) / 2, 228, "p, the probability of the token that came next",
+    drawing.text((axes.left + axes.right) / 2, 268, "p, the probability of the token that came next",
                  MUTED, "middle")
-    for share in (0, 1 / 4, 1 / 2, 1):
-        i = round(share * (len(steps) - 1))
-        p, x, y = probabilities[i], axes.x(probabilities[i]), axes.y(-math.log(probabilities[i]))
+    half = next((i for i, p in enumerate(probabilities) if p > 0.2), 0)
+    for i in sorted({0, len(steps) // 4, half, len(steps) - 1}):
+        p, loss = probabilities[i], -math.log(probabilities[i])
+        x, y = axes.x(p), axes.y(loss)
         drawing.circle(x, y, 4, ACCENT_2)
-        label = f"step {steps[i]}: p = {p:.2g}, loss {-math.log(p):.2f}"
-        drawing.text(x + (10 if p < 0.5 else 0), y - (0 if p < 0.5 else 12), label, ACCENT_2,
-                     "start" if p < 0.5 else "middle" if p < 0.7 else "end")
+        anchor, x, y = ("start", x + 12, y - 6) if p < 0.5 else ("end", x + 14, y - 18)
+        if i == 0:
+            y += 24         # below the end of the curve
+        drawing.text(x, y - 15, f"step {steps[i]}", MUTED, anchor)
+        drawing.text(x, y, f"p = {p:.2g}, loss {loss:.2f}", ACCENT_2, anchor)
     return Figure("loss", 9, "batch_loss", drawing.svg(),
                   f"The loss of a prediction. The dots are those of {target} after "
                   f"“{prediction['prompt']}”, before, during and after a training.")
@@ -482,7 +484,7 @@ def averages_figure(record):
     for sign in (1, -1):
         drawing.polyline(axes.places(steps, [sign * size for size in sizes]), ACCENT_2, 1.5, "4 3")
     drawing.polyline(axes.places(steps, m), ACCENT, 2.5)
-    drawing.text(6, 212, "how far the parameter moves, m / √v (corrected), in units of lr", MUTED)
+    drawing.text(6, 212, "the move, m / √v after correction, in units of lr", MUTED)
     axes = Axes(drawing, 56, 224, WIDTH - 12, 294, x_ticks, [(-1, "−1"), (0, "0"), (1, "1")])
     drawing.polyline(axes.places(steps, [-move for move in moves]), INK)
     drawing.text((axes.left + axes.right) / 2, 324, "step", MUTED, "middle")
@@ -501,11 +503,12 @@ def learning_rate_figure(n_steps=180):
     peak = max(rates)
     axes = Axes(drawing, 48, 26, WIDTH - 16, 140,
                 [(0, "0"), (60, "60"), (120, "120"), (n_steps, str(n_steps))],
-                [(0, "0"), (peak * 0.4, f"{peak * 0.4:g}"), (peak, f"{peak:g}")])
+                [(0, "0"), *((peak * share, f"{peak * share:g}") for share in (0.4, 0.8)), (peak, f"{peak:g}")])
     drawing.polyline(axes.places(range(n_steps), rates))
     drawing.text(6, 14, "learning rate", MUTED)
     drawing.text((axes.left + axes.right) / 2, 180, "step", MUTED, "middle")
-    drawing.text(axes.x(warmup) + 40, axes.y(peak) + 16, "warm-up, then linearly towards 0")
+    drawing.text(axes.x(warmup) + 4, axes.y(peak * 0.12), f"{warmup + 1} steps of warm-up", MUTED)
+    drawing.text(axes.x(warmup + n_steps) / 2 + 24, axes.y(peak * 0.7), "then linearly towards 0", MUTED)
     return Figure("learning-rate", 10, "learning_rate", drawing.svg(),
                   f"The learning rate in the {n_steps} steps of a default training.")
 
@@ -518,7 +521,7 @@ def prediction_figure(record, n_tokens=8):
     tokens = sorted(peaks, key=peaks.get, reverse=True)[:n_tokens]
     # first those that rise first
     tokens.sort(key=lambda token: (token == target, steps[prediction["tokens"][token].index(peaks[token])]))
-    row, full = 24, 230             # the height of a row, and of a probability of 1
+    row, full = 27, 250             # the height of a row, and of a probability of 1
     bottom = 20 + row * len(tokens) + 20
     bottom = max(bottom, full + 10)
     drawing = Drawing("prediction", bottom + 44, "How a prediction grows",
@@ -538,14 +541,14 @@ def prediction_figure(record, n_tokens=8):
         area = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(left, base), *points, (right, base)])
         drawing.add("polygon", points=area, fill=color, fill_opacity=0.18)
         drawing.polyline(points, color, 1.6)
-        drawing.text(left - 8, base, shorten(token), color, "end")
+        drawing.text(left - 8, base, shorten(token) if len(token) > 1 else f"“{token}”", color, "end")
         best = values.index(peaks[token])
         x, y = points[best]
         drawing.circle(x, y, 2.5, color)
         if token == target:
-            drawing.text(x, y - 8, f"{peaks[token]:.0%}", color, "end")
+            drawing.text(x, y - 8, f"{peaks[token]:.0%}", color, "end", halo=True)
         else:
-            drawing.text(x + 6, y + 4, f"{peaks[token]:.0%}", color)
+            drawing.text(x + 6, y + 3, f"{peaks[token]:.0%}", color, halo=True)
     for share in range(4):
         step = steps[-1] * share // 3
         drawing.text(place(step, 0, 0)[0], bottom + 18, str(step), MUTED, "middle")
@@ -564,7 +567,7 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     list(story_llm.generate(model, torch.arange(n_prompt)[None], n_new))
     text = story_llm.load_text(story_llm.DEFAULT_TEXT)
     pieces = story_llm.split_words(text[text.index(story_llm.DEFAULT_PROMPT):])
-    drawing = Drawing("cache", 92 + 26 * n_new, "The key-value cache",
+    drawing = Drawing("cache", 68 + 26 * n_new, "The key-value cache",
                       f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that are computed at each step "
                       f"are {', '.join(map(str, sent))}; the keys and values of all others are kept.")
     left, cell = 92, 21
@@ -586,9 +589,9 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     drawing.text(26, y + 12, "computed anew", MUTED)
     drawing.rect(150, y, 14, 14, ACCENT, opacity=0.22)
     drawing.text(170, y + 12, "keys and values kept", MUTED)
-    drawing.text(6, y + 36, f"Once the window of {context_length} is full, it slides, and the cache is empty.", MUTED)
     return Figure("cache", 13, "KeyValueCache", drawing.svg(),
-                  f"The key-value cache, with a context length of {context_length} instead of 32.")
+                  f"The key-value cache, with a context length of {context_length} instead of 32. Once the "
+                  "window is full it slides, and all of it is computed anew.")
 
 # ─── Experiments ───────────────────────────────────────────────────────────────────────────────
 def experiment_figure(name, record):
