@@ -319,7 +319,7 @@ def session(text, names):
 CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*"|\b(?:nn|F|torch)\.[\w.]*\w)'
                            r"|\b(\w*[a-z_][A-Z_]\w*)\b")
 TYPOGRAPHY = [
-    (r"\^(-?\w+)", r"<sup>\1</sup>"),
+    (r"\^(-?\w+(?:\.\d+)?)", r"<sup>\1</sup>"),
     (r"(?<=[\w)>]) - (?=[\w(])", " − "), (r"(?<![\w)\-])-(?=\d|ln\b|lr\b)", "−"),
     (r"-&gt;", "→"), (r"\bGPT-\d", r'<span class="shape">\g<0></span>'),
     (r"\((?:\.\.\., )?[A-Z](?:, [A-Z]|, \d+| \+ \d+)*,?\)", r'<span class="shape">\g<0></span>'),
