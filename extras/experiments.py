@@ -14,8 +14,8 @@ more with --seed. With --json, everything that was measured also goes into a fil
 two recordings of the unchanged training: how the prediction of one word grows, and what AdamW makes
 of the gradients of one parameter. The figures of the lesson's page (figures.py) are drawn from it.
 
-No file of the program is changed. The source of story_llm.py is changed in memory, and the result is run as a
-module of its own. Your own experiment is one more entry in EXPERIMENTS.
+No file of the program is changed. The source of story_llm.py is changed in memory, and the result
+is run as a module of its own. Your own experiment is one more entry in EXPERIMENTS.
 """
 import contextlib
 import datetime
@@ -207,7 +207,8 @@ def record_averages(run, corpus, name, index, n_steps=50):
         gradients.append(run.model.get_parameter(name).grad[index].item())
         first.append(m[index].item())
         second.append(v[index].item())
-    return {"parameter": name, "index": list(index), "gradients": gradients, "m": first, "v": second}
+    return {"parameter": name, "index": list(index), "gradients": gradients,
+            "m": first, "v": second}
 
 def rounded(value, digits=4):
     """Round every number in nested lists and dictionaries to significant digits. (JSON knows no
@@ -277,7 +278,8 @@ def run_command(argv):
           + ", ".join(EXPERIMENTS))
     names = list(EXPERIMENTS) if name is None else [name]
     if only_list:
-        check(not given and path is None, "--list trains nothing, so it cannot be combined with another option")
+        check(not given and path is None,
+              "--list trains nothing, so it cannot be combined with another option")
         for name in names:
             log_description(name)
         return

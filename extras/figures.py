@@ -131,17 +131,17 @@ class Drawing:
 
     def svg(self):
         title, description = f"{self.name}-title", f"{self.name}-description"
+        size = f'viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH * 6 // 5}"'
         return "\n".join([
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" '
-            f'width="{WIDTH * 6 // 5}" height="{self.height * 6 // 5}" role="img" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"',
             f'aria-labelledby="{title} {description}" font-family="system-ui, sans-serif">',
             f'<title id="{title}">{html.escape(self.title)}</title>',
             f'<desc id="{description}">{html.escape(self.description)}</desc>',
             *self.elements, "</svg>"])
 
 def number(value):
-    """A coordinate with one decimal place, or none; a text as it is."""
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
+    """A number with at most two decimal places; a text as it is."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 class Axes:
     """A pair of axes in a drawing, which maps numbers to places. `x_ticks` and `y_ticks` are pairs
@@ -232,8 +232,8 @@ def map_figure(view):
     bottom = top + 108 * shown
     drawing = Drawing("map", bottom + (150 if view else 96), "The map of the model",
                       f"Token ids look up vectors of {C} numbers. Each of {config.n_layers} blocks "
-                      "adds to them the output of attention, then that of the feed-forward network. "
-                      "A norm and the output head turn them into logits.")
+                      "adds to them the output of attention, and then that of the feed-forward "
+                      "network. A norm and the output head turn them into logits.")
     x, left, right = 44, 96, 244                # the residual stream, and the boxes beside it
 
     def box(y, label, stroke=ACCENT, x1=left, x2=right):
@@ -300,34 +300,34 @@ def plus(drawing, x, y):
 def mask_figure(view):
     """Which token may attend to which; with a model, how much it does."""
     names = view.names if view else story_llm.split_words(story_llm.DEFAULT_PROMPT)[:-1]
-    T = len(names)
+    T, left = len(names), 80
     mask = story_llm.causal_mask(T, T)
     weights = most_telling_head(view) if view else None
-    cell = (WIDTH - 70) / T
+    cell = (WIDTH - 84) / T
     height = min(cell, 40)
     drawing = Drawing("mask", math.ceil(44 + T * height + 34), "The causal mask",
-                      "A grid with a row and a column for each token. A token attends to itself and "
-                      "to the tokens before it; whatever lies above the diagonal is masked.")
+                      "A grid with a row and a column for each token. A token attends to itself "
+                      "and to those before it; whatever lies above the diagonal is masked.")
     for t, name in enumerate(names):
-        x, y = 66 + t * cell, 40 + t * height
-        drawing.text(60, y + height / 2 + 4, visible(name), anchor="end")
+        x, y = left + t * cell, 40 + t * height
+        drawing.text(left - 6, y + height / 2 + 4, visible(name), anchor="end")
         drawing.text(x + cell / 2, 14 if t % 2 else 30, visible(name), anchor="middle")
         if t % 2:
             drawing.line(x + cell / 2, 18, x + cell / 2, 36)
         for s in range(T):
-            place = (66 + s * cell + 1, y + 1, cell - 2, height - 2)
+            place = (left + s * cell + 1, y + 1, cell - 2, height - 2)
             if mask[t, s]:
-                drawing.rect(*place, LINE, opacity=0.35)
+                drawing.rect(*place, LINE, opacity=0.6)
                 continue
             weight = weights[1][t, s].item() if view else 0.4
             drawing.rect(*place, ACCENT, ACCENT, 0.04 + 0.56 * weight)
             if view:
-                drawing.text(66 + (s + 0.5) * cell, y + height / 2 + 4, f"{weight:.2f}",
+                drawing.text(left + (s + 0.5) * cell, y + height / 2 + 4, f"{weight:.2f}",
                              anchor="middle")
     y = 44 + T * height + 10
-    drawing.rect(66, y, 14, 14, ACCENT, ACCENT, 0.3)
-    drawing.text(86, y + 12, "attention weight" if view else "may attend", MUTED)
-    drawing.rect(220, y, 14, 14, LINE, opacity=0.35)
+    drawing.rect(left, y, 14, 14, ACCENT, ACCENT, 0.3)
+    drawing.text(left + 20, y + 12, "attention weight" if view else "may attend", MUTED)
+    drawing.rect(220, y, 14, 14, LINE, opacity=0.6)
     drawing.text(240, y + 12, "masked, weight 0", MUTED)
     caption = ("The causal mask. Each row is a token, and its columns are the tokens to which it "
                "may attend.")
@@ -455,8 +455,8 @@ def loss_figure(record):
     curve = [math.exp(-8 + i / 10) for i in range(81)]
     drawing.polyline(axes.places(curve, [-math.log(p) for p in curve]))
     drawing.text(6, 14, "loss, −ln p", MUTED)
-    drawing.text((axes.left + axes.right) / 2, 268, "p, the probability of the token that came next",
-                 MUTED, "middle")
+    label = "p, the probability of the token that came next"
+    drawing.text((axes.left + axes.right) / 2, 268, label, MUTED, "middle")
     half = next((i for i, p in enumerate(probabilities) if p > 0.2), 0)
     for i in sorted({0, len(steps) // 4, half, len(steps) - 1}):
         p, loss = probabilities[i], -math.log(probabilities[i])
@@ -522,7 +522,7 @@ def learning_rate_figure(record):
     peak = max(rates)
     axes = Axes(drawing, 56, 26, WIDTH - 16, 140,
                 thirds(n_steps),
-                [(0, "0"), *((peak * share, f"{peak * share:g}") for share in (0.4, 0.8)), (peak, f"{peak:g}")])
+                [(peak * share, f"{peak * share:g}") for share in (0, 0.4, 0.8, 1)])
     drawing.polyline(axes.places(range(n_steps), rates))
     drawing.text(6, 14, "learning rate", MUTED)
     drawing.text((axes.left + axes.right) / 2, 180, "step", MUTED, "middle")
@@ -576,21 +576,22 @@ def prediction_figure(record, n_tokens=8):
         drawing.text(place(step, 0, 0)[0], bottom + 18, label, MUTED, "middle")
     drawing.text((left + right) / 2, bottom + 36, "step", MUTED, "middle")
     return Figure("prediction", 10, "training_steps", drawing.svg(),
-                  f"How a prediction grows: what the model finds probable after “{prompt}”, measured "
+                  f"How a prediction grows: what the model finds probable after “{prompt}”, "
                   f"every {steps[1]} steps of a training. All curves have the same scale.")
 
 # ─── Step 13 ───────────────────────────────────────────────────────────────────────────────────
 def cache_figure(n_prompt=3, context_length=7, n_new=7):
     """Which tokens are sent through the layers at each step, as `generate` really does it."""
-    model = story_llm.new_model(story_llm.GPTConfig(context_length=context_length))
+    config = story_llm.GPTConfig(vocab_size=50, context_length=context_length)
+    model = story_llm.new_model(config)
     sent = []
     model.register_forward_pre_hook(lambda module, inputs: sent.append(inputs[0].shape[1]))
     list(story_llm.generate(model, torch.arange(n_prompt)[None], n_new))
     text = story_llm.load_text(story_llm.DEFAULT_TEXT)
     pieces = story_llm.split_words(text[text.index(story_llm.DEFAULT_PROMPT):])
     drawing = Drawing("cache", 68 + 26 * n_new, "The key-value cache",
-                      f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that are "
-                      f"computed at each step are {', '.join(map(str, sent))}; the keys and values "
+                      f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that "
+                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and values "
                       "of all others are kept.")
     left, cell = 92, 21
     drawing.text(6, 18, "to predict")
@@ -612,8 +613,8 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     drawing.rect(150, y, 14, 14, ACCENT, opacity=0.22)
     drawing.text(170, y + 12, "keys and values kept", MUTED)
     return Figure("cache", 13, "KeyValueCache", drawing.svg(),
-                  f"The key-value cache, with a context length of {context_length} instead of 32. Once the "
-                  "window is full it slides, and all of it is computed anew.")
+                  f"The key-value cache, here with a context length of {context_length}. Once the "
+                  "window is full, it slides, and all of it is computed anew.")
 
 # ─── Experiments ───────────────────────────────────────────────────────────────────────────────
 def experiment_figure(name, record):
@@ -623,7 +624,7 @@ def experiment_figure(name, record):
     for key, label, color in (("unchanged", "unchanged", MUTED), (name, "changed", ACCENT_2)):
         losses = measured[key]["losses"]
         steps = [step for step in losses if losses[step] is not None]
-        curves[key] = ([int(step) for step in steps], [losses[step] for step in steps], label, color)
+        curves[key] = [*map(int, steps)], [losses[step] for step in steps], label, color
     last = max(curves["unchanged"][0])
     changed_end, unchanged_end = curves[name][1][-1], curves["unchanged"][1][-1]
     drawing = Drawing(f"experiment-{name}", 186, f"Experiment {name}",
@@ -652,9 +653,10 @@ def experiment_figure(name, record):
 # The definition behind the sentences that each experiment supports
 AFTER_EXPERIMENT = {
     "no-scaling": "attention_weights", "no-mask": "causal_mask", "one-head": "MultiHeadAttention",
-    "no-residual": "TransformerBlock", "no-norm": "TransformerBlock", "post-norm": "TransformerBlock",
-    "no-positions": "GPTModel", "gradient-descent": "AdamW", "high-learning-rate": "learning_rate",
-    "no-warm-up": "learning_rate", "no-prompt-windows": "evaluate"}
+    "no-residual": "TransformerBlock", "no-norm": "TransformerBlock",
+    "post-norm": "TransformerBlock", "no-positions": "GPTModel", "gradient-descent": "AdamW",
+    "high-learning-rate": "learning_rate", "no-warm-up": "learning_rate",
+    "no-prompt-windows": "evaluate"}
 
 def spread_out(ys, lowest, gap=15):
     """Move two labels apart until there is a gap between them, and none is below `lowest`."""
