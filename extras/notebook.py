@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
-from lesson import read_lesson
+from lesson import read_lesson, text_blocks
 from story_llm import StoryError, log
 
 EXERCISES = Path(__file__).with_name("exercises.md")
@@ -61,7 +61,7 @@ for _ in training_steps(story_run, story_corpus):
             growth[story_run.step] = story_run.model(prompt_ids)[0, -1].softmax(dim=-1)
     if story_run.history[-1].step == story_run.step:
         picture.update(plot_losses(story_run.history, story_run.config.vocab_size))
-print(story_run.write("Once Aadhan renounced his kingdom"))"""),
+print(story_run.write("Once Aadhan renounced his kingdom", max_new_tokens=20))"""),
         ("markdown", """\
 How does a prediction grow? The picture shows the six tokens that were the most probable at some time. What is frequent everywhere comes first; then what may follow "his"; and at last the one word that follows it here."""),
         ("code", """\
@@ -81,7 +81,7 @@ figure"""),
 Go back to a definition and change it: `F.relu` instead of `F.gelu` in `FeedForward`, or attention without the mask. Run its cell, then the cell that trains, and compare the curves.""")],
     11: [
         ("markdown", """\
-Your model is saved as `notebook.pt`, so that a `story_llm.pt` from the command line stays as it is."""),
+Your model is saved as `notebook.pt`, so that a `story_llm.pt` from the command line stays as it is. Where an answer to an exercise loads `story_llm.pt`, load this file."""),
         ("code", """save_checkpoint("notebook.pt", story_run)""")],
     13: [
         ("markdown", """\
@@ -90,7 +90,7 @@ Your model is saved as `notebook.pt`, so that a `story_llm.pt` from the command 
 It continues a prompt, and after that you see where each token of the prompt looks for information. What was even in step 6 has become a choice."""),
         ("code", """\
 story_run = load_checkpoint("notebook.pt")
-print(story_run.write("Vikram was alone.", max_new_tokens=60))"""),
+print(story_run.write("Vikram was alone.", max_new_tokens=20))"""),
         ("code", """plot_attention(story_run, "Once Aadhan renounced his kingdom")"""),
         ("markdown", """\
 Several sentences begin with "Aadhan", so what comes next is open. These are the most likely tokens, at three temperatures. Change the prompt, or the sampling."""),
@@ -117,7 +117,7 @@ def lesson_cells():
         if step.number == 0:
             # the code before step 1 is mostly imports, and %run brings what they bring
             prose = [block for block in step.blocks if block.kind != "code"]
-            found = [("markdown", f"# {step.title}"), *cells_of(prose), *BEGINNING]
+            found = [("markdown", f"# {step.title.removesuffix('.')}"), *cells_of(prose), *BEGINNING]
         else:
             title = ("markdown", f"## Step {step.number}: {step.title}")
             found = [title, *cells_of(step.blocks), *AFTER_STEP.get(step.number, []),
@@ -186,9 +186,9 @@ def as_markdown(block):
 
 def escape(text):
     """Let Markdown show a text as it is, except for what stands between backticks."""
-    parts = re.split(r"(`[^`]+`)", text)
-    return "".join(part if part.startswith("`") else re.sub(r"([\\*_<$\[])", r"\\\1", part)
-                   for part in parts)
+    parts = re.split(r"(`[^`]+`)", text)        # every second one is code
+    parts[::2] = [re.sub(r"([\\*_<$\[])", r"\\\1", part) for part in parts[::2]]
+    return "".join(parts)
 
 def join_prose(cells):
     """Join the cells of prose that follow one another, so that a step reads as a page."""
@@ -210,11 +210,23 @@ def read_exercises(text):
         number, title = heading.split(": ", 1)
         question, answer = rest.split("\n### Answer\n")
         cells.setdefault(int(number), []).extend([
-            ("markdown", f"#### Exercise: {title}\n\n{question.strip()}"),
+            ("markdown", f"#### Exercise: {title}\n\n{formatted(question)}"),
             ("code", "# Try it here."),
             ("markdown", "<details>\n<summary>The answer</summary>\n\n"
-                         f"{answer.strip(chr(10))}\n\n</details>")])
+                         f"{formatted(answer)}\n\n</details>")])
     return cells
+
+def formatted(text):
+    """A part of an exercise in Markdown. Its code is fenced already; the rest is written as the
+    lesson is."""
+    parts = re.split(r"(```python\n.*?```)", text, flags=re.DOTALL)
+    blocks = []
+    for part in parts:
+        if part.startswith("```"):
+            blocks.append(part)
+        else:
+            blocks += [as_markdown(block) for block in text_blocks(part.split("\n"))]
+    return "\n\n".join(blocks)
 
 # ─── The file ──────────────────────────────────────────────────────────────────────────────────
 def make_notebook():
