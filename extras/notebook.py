@@ -24,14 +24,19 @@ from story_llm import StoryError, log
 EXERCISES = Path(__file__).with_name("exercises.md")
 
 # ─── What belongs to the notebook alone ────────────────────────────────────────────────────────
-# A cell is a pair (type, source). These stand at the beginning, and at the end of each step.
+# A cell is a pair (type, source). These stand at the beginning, and at the end of a step.
 BEGINNING = [
     ("markdown", """\
 ---
 
-You are reading the lesson as a notebook. Run its cells from top to bottom, with Shift-Enter. Two files of the project must be in the same folder: `story_llm.py` and `Short_Story.txt`. In Colab, upload them with the folder icon on the left, and enter `%pip install tiktoken` in a cell of its own; torch and matplotlib are installed there.
+You are reading the lesson as a notebook. Run its cells from top to bottom, with Shift-Enter.
+Two files of the project must be in the same folder: `story_llm.py` and `Short_Story.txt`. In
+Colab, upload them with the folder icon on the left, and enter `%pip install tiktoken` in a cell
+of its own; torch and matplotlib are installed there.
 
-The cell below brings the whole program into the notebook, workshop included. After it, every definition of the lesson has a cell of its own. Change one and run it, and from then on the program uses yours."""),
+The cell below brings the whole program into the notebook, workshop included. After it, every
+definition of the lesson has a cell of its own. Change one and run it, and from then on the
+program uses yours."""),
     ("code", "%run -n -i story_llm.py")]
 
 AFTER_STEP = {
@@ -39,7 +44,9 @@ AFTER_STEP = {
         ("markdown", """\
 #### The attention of an untrained model
 
-Now the definitions above are put to work: a model for the story, with random weights. In each head, a token spreads its attention almost evenly over itself and what came before. Compare that with the picture in step 13."""),
+Now the definitions above are put to work: a model for the story, with random weights. In each
+head, a token spreads its attention almost evenly over itself and what came before. Compare that
+with the picture in step 13."""),
         ("code", """\
 story_corpus = corpus_from_text(load_text("Short_Story.txt"))
 untrained = new_run(story_corpus)
@@ -48,7 +55,8 @@ plot_attention(untrained, "Once Aadhan renounced his kingdom")""")],
         ("markdown", """\
 #### Your model trains
 
-This takes about a minute. After every epoch, the curves are drawn anew; and every third step, the cell asks the model what comes next after "Once Aadhan renounced his", and keeps the answer."""),
+This takes about a minute. After every epoch, the curves are drawn anew; and every third step,
+the cell asks the model what comes next after "Once Aadhan renounced his", and keeps the answer."""),
         ("code", """\
 settings = TrainConfig(eval_every=9)            # evaluate after every epoch
 story_run = new_run(story_corpus, train_config=settings)
@@ -63,7 +71,9 @@ for _ in training_steps(story_run, story_corpus):
         picture.update(plot_losses(story_run.history, story_run.config.vocab_size))
 print(story_run.write("Once Aadhan renounced his kingdom", max_new_tokens=20))"""),
         ("markdown", """\
-How does a prediction grow? The picture shows the six tokens that were the most probable at some time. What is frequent everywhere comes first; then what may follow "his"; and at last the one word that follows it here."""),
+How does a prediction grow? The picture shows the six tokens that were the most probable at some
+time. What is frequent everywhere comes first; then what may follow "his"; and at last the one
+word that follows it here."""),
         ("code", """\
 steps, probabilities = list(growth), torch.stack(list(growth.values()))     # (steps, V)
 figure = new_figure(figsize=(8, 4))
@@ -78,22 +88,26 @@ figure"""),
         ("markdown", """\
 #### Change the program
 
-Go back to a definition and change it: `F.relu` instead of `F.gelu` in `FeedForward`, or attention without the mask. Run its cell, then the cell that trains, and compare the curves.""")],
+Go back to a definition and change it: `F.relu` instead of `F.gelu` in `FeedForward`, or
+attention without the mask. Run its cell, then the cell that trains, and compare the curves.""")],
     11: [
         ("markdown", """\
-Your model is saved as `notebook.pt`, so that a `story_llm.pt` from the command line stays as it is. Where an answer to an exercise loads `story_llm.pt`, load this file."""),
+Your model is saved as `notebook.pt`, so that a `story_llm.pt` from the command line stays as it
+is. Where an answer to an exercise loads `story_llm.pt`, load this file."""),
         ("code", """save_checkpoint("notebook.pt", story_run)""")],
     13: [
         ("markdown", """\
 #### Your model from its file
 
-It continues a prompt, and after that you see where each token of the prompt looks for information. What was even in step 6 has become a choice."""),
+It continues a prompt, and after that you see where each token of the prompt looks for
+information. What was even in step 6 has become a choice."""),
         ("code", """\
 story_run = load_checkpoint("notebook.pt")
 print(story_run.write("Vikram was alone.", max_new_tokens=20))"""),
         ("code", """plot_attention(story_run, "Once Aadhan renounced his kingdom")"""),
         ("markdown", """\
-Several sentences begin with "Aadhan", so what comes next is open. These are the most likely tokens, at three temperatures. Change the prompt, or the sampling."""),
+Several sentences begin with "Aadhan", so what comes next is open. These are the most likely
+tokens, at three temperatures. Change the prompt, or the sampling."""),
         ("code", """\
 window = torch.tensor([story_run.tokenizer.encode("Aadhan")])
 figure = new_figure(figsize=(9, 3))
@@ -119,11 +133,18 @@ def lesson_cells():
             prose = [block for block in step.blocks if block.kind != "code"]
             found = [("markdown", f"# {step.title.removesuffix('.')}"), *cells_of(prose), *BEGINNING]
         else:
-            title = ("markdown", f"## Step {step.number}: {step.title}")
-            found = [title, *cells_of(step.blocks), *AFTER_STEP.get(step.number, []),
-                     *exercises.get(step.number, [])]
+            end = end_of_subject(step.blocks)
+            found = [("markdown", f"## Step {step.number}: {step.title}"),
+                     *cells_of(step.blocks[:end]), *AFTER_STEP.get(step.number, []),
+                     *exercises.get(step.number, []), *cells_of(step.blocks[end:])]
         cells[step.number] = join_prose(found)
     return cells
+
+def end_of_subject(blocks):
+    """Where the blocks on the subject of a step end. A step with several sections has divided its
+    subject; a single section, such as the page on PyTorch, comes after it."""
+    headings = [i for i, block in enumerate(blocks) if block.kind == "heading"]
+    return headings[0] if len(headings) == 1 else len(blocks)
 
 def cells_of(blocks):
     """The cells for some blocks of the lesson."""
