@@ -81,7 +81,7 @@ def show(browser, tmp_path):
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
         page.goto(uri)
-        wait_until(page, "document.title.startsWith('Inside')")
+        wait_until(page, "/ready|without-model/.test(document.body.className)")
         return page
     yield show
     for context in contexts:
@@ -310,12 +310,12 @@ def squared_relu(model):
     network.forward = lambda x: network.project(torch.relu(network.expand(x)) ** 2)
 
 
-def attention_window(model):
-    """Tokens attend to the last 20 tokens only."""
+def attention_window(model, size=20):
+    """Tokens attend to the last `size` tokens only."""
     def average(queries, keys, values):
         T = keys.shape[2]
         distances = torch.arange(T)[:, None] - torch.arange(T)
-        return story_llm.attention_weights(queries, keys, (distances < 0) | (distances >= 20)) @ values
+        return story_llm.attention_weights(queries, keys, (distances < 0) | (distances >= size)) @ values
     for block in model.trf_blocks:
         block.att.average = average
 
@@ -526,7 +526,7 @@ def test_the_history_is_shown_with_its_values(show, learned):
 
 def test_a_model_without_a_history_and_one_whose_history_lacks_numbers(show):
     page = show(explore.make_page(run_of(lively_model())))
-    assert not page.is_visible("#chart") and "not trained here" in page.inner_text("#learned")
+    assert not page.is_visible("#chart") and "not trained here" in page.inner_text(".learned")
     run = run_of(lively_model(context_length=1))
     run.history = [story_llm.Evaluation(0, 0.0, 0.0, None, None, "", "")]
     page = show(explore.make_page(run))
@@ -563,7 +563,7 @@ def test_a_story_is_data_and_stays_data(show, tmp_path):
     run.prompt, run.text_paths = " ".join(NASTY), [name]
     page = show(explore.make_page(run, name), "<b>&amp; 'a' \"b\".html")
     assert page.evaluate("typeof attacked") == "undefined"
-    assert page.locator("img, main script, main b:not(.lens b)").count() == 0
+    assert page.locator("img, main script, main b:not(.lens b, .sample b)").count() == 0
     assert page.text_content("#title") == f"Inside {name}" and f"on {name}." in page.text_content("#subtitle")
     assert page.input_value("#prompt") == run.prompt
     assert page.evaluate("ids") == run.tokenizer.encode(run.prompt)
