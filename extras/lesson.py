@@ -13,6 +13,7 @@ import doctest
 import html
 import inspect
 import io
+import itertools
 import keyword
 import re
 import sys
@@ -225,6 +226,10 @@ class Names:
         self.lesson = {name for step in steps[1:] for block in step.blocks for name in block.names}
         self.workshop = {name: code for name, code in definitions(source).items()
                          if name not in self.lesson}
+        # In prose, `decode` is the method of a tokenizer, although the workshop has a function of
+        # that name.
+        self.methods = {method for step in steps for block in step.blocks if block.kind == "code"
+                        for method in re.findall(r"^    def (\w+)", block.text, re.MULTILINE)}
         self.used = []
         self.documented = set()
 
@@ -335,7 +340,9 @@ def prose(text, names):
             continue
         parts.append(typeset(text[end:found.start()], text[:found.start()]))
         shown = backticks or string or name
-        parts.append(f"<code>{names.link(shown, html.escape(shown, quote=False))}</code>")
+        code = html.escape(shown, quote=False)
+        linked = code if shown in names.methods else names.link(shown, code)
+        parts.append(f"<code{' class=shape' * (len(shown) < 24)}>{linked}</code>")
         end = found.end()
     parts.append(typeset(text[end:], text[:end]))
     return re.sub(r"Before you read on:.*?\?", r"<em>\g<0></em>", "".join(parts))
@@ -419,7 +426,14 @@ def height(block):
     return 0.75 * block.text.count("\n") + 2
 
 def total(blocks):
-    return sum(map(height, blocks))
+    """The height of some blocks, where figures that follow each other stand side by side."""
+    return sum(max(map(height, group)) if is_figures else sum(map(height, group))
+               for is_figures, group in grouped_figures(blocks))
+
+def grouped_figures(blocks):
+    """Pairs (whether they are figures, blocks) of the blocks that follow each other."""
+    groups = itertools.groupby(blocks, key=lambda block: isinstance(block, Figure))
+    return [(is_figures, list(group)) for is_figures, group in groups]
 
 def with_experiments(blocks, figures):
     """The blocks, with the figure of each experiment behind the command that runs it."""
@@ -460,6 +474,9 @@ def rows_of(blocks, figures):
         if block is not None and is_wide(block):
             rows.append(([block], None))
         elif block is not None:
+            if prose_column and prose_column[-1].of not in ("", block.of):      # a docstring ends
+                rows.append((prose_column, []))
+                prose_column = []
             prose_column.append(block)
     return rows
 
@@ -507,8 +524,14 @@ def row_html(row, names):
         return f'<div class="wide">{block_html(row[0][0], names)}</div>'
     columns = []
     for place, blocks in zip(("prose", "beside"), row):
-        content = "\n".join(figure_html(block, names) if isinstance(block, Figure)
-                            else block_html(block, names) for block in blocks)
+        parts = []
+        for is_figures, group in grouped_figures(blocks):
+            if is_figures:
+                shown = "".join(figure_html(figure, names) for figure in group)
+                parts.append(f'<div class="figures">{shown}</div>')
+            else:
+                parts += [block_html(block, names) for block in group]
+        content = "\n".join(parts)
         columns.append(f'<div class="{place}">\n{content}\n</div>' if blocks else "")
     return f'<div class="row">{"".join(columns)}</div>'
 
@@ -528,7 +551,7 @@ def step_html(step, names, figures, panels, exercises):
         blocks = section
         if i > 0:                       # a heading begins it
             anchor = re.sub(r"\W+", "-", section[0].text.lower())
-            parts.append(f'<h3 id="step-{step.number}-{anchor}">{prose(section[0].text, names)}</h3>')
+            parts.append(f'<h3 id="step-{step.number}-{anchor}">{typeset(section[0].text)}</h3>')
             blocks = section[1:]
         rows = rows_of(blocks, figures)
         if i == 0 and opening:
@@ -541,7 +564,7 @@ def step_html(step, names, figures, panels, exercises):
     content = "\n".join(parts)
     return (f'<section class="step" id="step-{step.number}" aria-labelledby="title-{step.number}">'
             f'<header><p class="number">Step {step.number}</p>'
-            f'<h2 id="title-{step.number}">{prose(step.title, names)}</h2></header>\n'
+            f'<h2 id="title-{step.number}">{typeset(step.title)}</h2></header>\n'
             f"{content}\n</section>")
 
 # ─── Exercises ─────────────────────────────────────────────────────────────────────────────────
@@ -578,7 +601,7 @@ def exercise_html(exercise, names):
     question, answer = ("\n".join(exercise_block_html(block, names) for block in blocks)
                         for blocks in (exercise.question, exercise.answer))
     return (f'<aside class="exercise"><p class="label">Exercise</p>'
-            f"<h3>{prose(exercise.title, names)}</h3>\n{question}\n"
+            f"<h3>{typeset(exercise.title)}</h3>\n{question}\n"
             f"<details><summary>Answer</summary>\n{answer}\n</details></aside>")
 
 def exercise_block_html(block, names):
@@ -621,7 +644,7 @@ def make_page(source, run=None, name="", text=None):
                        for step in steps[1:])
     beginning = cover_html(steps[0], names)
     contents = "\n".join(f'<li><a href="#step-{step.number}"><span class="number">{step.number}</span>'
-                         f' <span class="title">{prose(step.title, names)}</span></a></li>'
+                         f' <span class="title">{typeset(step.title)}</span></a></li>'
                          for step in steps[1:])
     page = explore.fill("lesson.html", ["page.css", "lesson.css"], ["model.js", "lesson.js"],
                         title=html.escape(steps[0].title), cover=beginning, overview=contents,
@@ -636,7 +659,7 @@ def cover_html(step, names):
     shown = "\n".join(block_html(block, names) for block in step.blocks if block not in folded)
     code = "\n".join(block_html(block, names) for block in folded)
     name, _, description = step.title.partition(": ")
-    return (f"<h1>{prose(name, names)}<span>: </span><small>{prose(description, names)}</small></h1>"
+    return (f"<h1>{typeset(name)}<span>: </span><small>{typeset(description)}</small></h1>"
             f'\n{shown}\n<details class="imports"><summary>The first lines of the file</summary>'
             f"\n{code}\n</details>")
 
