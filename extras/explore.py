@@ -70,14 +70,15 @@ def check_supported(model):
     for f in fields(model.config):
         value = getattr(model.config, f.name)
         known = f.name in SUPPORTED and value in VALUES.get(f.name, [value])
-        check(known or value == f.default, f"the page cannot compute a model with {f.name} {value}: train one without "
-              f"{story_llm.option_string(f.name)}, or teach it to explore.html")
+        check(known or value == f.default, f"the page cannot compute a model with {f.name} "
+              f"{value}: train one without {story_llm.option_string(f.name)}, or teach it to "
+              "model.js")
     found = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     expected = expected_shapes(model.config)
     for name in sorted(found.keys() | expected.keys()):
         check(found.get(name) == expected.get(name), f"the page cannot compute this model, because "
               f"the shape of its weight {name} is {found.get(name)} and not {expected.get(name)}: "
-              "if you have changed the model in story_llm.py, change explore.html as well")
+              "if you have changed the model in story_llm.py, change model.js as well")
 
 # ─── Weights ───────────────────────────────────────────────────────────────────────────────────
 def as_base64(tensor):
@@ -189,8 +190,8 @@ def fill(template, style, script, **parts):
     return page
 
 def run_data(run, name, **more):
-    """The run as JSON, with more data. Raises StoryError if the page would be too large, or cannot compute the
-    model."""
+    """The run as JSON, with more data. Raises StoryError if the page would be too large, or cannot
+    compute the model."""
     check_supported(run.model)
     matrices = sum(weight.numel() for weight in weights_to_store(run.model).values())
     check_size(matrices * 2 * 4 // 3)       # two bytes each, and base64 makes four of three

@@ -69,7 +69,8 @@ function placeBoxes() {
     box.addEventListener("toggle", event => {
       if (event.newState !== "open" || !clicked) return;
       const name = clicked.getBoundingClientRect(), {offsetWidth, offsetHeight} = box;
-      const left = Math.max(8, Math.min(name.left, document.documentElement.clientWidth - offsetWidth - 8));
+      const farthest = document.documentElement.clientWidth - offsetWidth - 8;
+      const left = Math.max(8, Math.min(name.left, farthest));
       const below = name.bottom + 6, above = name.top - offsetHeight - 6;
       box.style.left = `${left}px`;
       box.style.top = `${below + offsetHeight > window.innerHeight && above > 8 ? above : below}px`;

@@ -245,11 +245,14 @@ class Names:
 
     def boxes(self):
         """The boxes with the code of the workshop's names. Code in a box opens no further boxes."""
-        return "\n".join(
-            f'<div popover class="box" id="box-{name}" role="dialog" aria-label="{name}">'
-            f'<p class="label">From the workshop</p>'
-            f'<pre tabindex="0"><code>{highlight(self.workshop[name], self, False)}</code></pre></div>'
-            for name in list(self.used))
+        boxes = []
+        for name in self.used:
+            code = highlight(self.workshop[name], self, new_boxes=False)
+            boxes.append(
+                f'<div popover class="box" id="box-{name}" role="dialog" aria-label="{name}">'
+                '<p class="label">From the workshop</p>'
+                f'<pre tabindex="0"><code>{code}</code></pre></div>')
+        return "\n".join(boxes)
 
 # ─── Code ──────────────────────────────────────────────────────────────────────────────────────
 LAYOUT = {tokenize.ENCODING, tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT,
@@ -410,7 +413,8 @@ DRAWING_WIDTH = 77      # characters in a line of what keeps its line breaks
 
 def is_beside(block):
     """Whether a block belongs in the column beside the prose."""
-    return isinstance(block, Figure) or block.kind in ("code", "example") or block.text.startswith("Try it: ")
+    return (isinstance(block, Figure) or block.kind in ("code", "example")
+            or block.text.startswith("Try it: "))
 
 def is_wide(block):
     return (not is_beside(block) and block.kind in ("command", "drawing")
@@ -459,8 +463,8 @@ def in_reading_order(blocks):
     return ordered
 
 def rows_of(blocks, figures):
-    """Rows of the blocks between two headings. Each is a pair: the blocks in the column of the prose
-    and those beside them; of a wide block, the second is None."""
+    """Rows of the blocks between two headings. Each is a pair: the blocks in the column of the
+    prose and those beside them; of a wide block, the second is None."""
     rows, prose_column, beside = [], [], []
     for block in [*in_reading_order(blocks), None]:
         if block is not None and is_beside(block):
@@ -483,10 +487,9 @@ def rows_of(blocks, figures):
 def split_row(prose_column, beside, figures):
     """Put the code beside the last paragraphs, as many as are about as high as the code, and each
     figure where there is room for it."""
-    n_last = 0
-    while n_last < len(prose_column) and total(prose_column[len(prose_column) - n_last:]) < total(beside):
-        n_last += 1
-    n_first = len(prose_column) - n_last
+    n_first = len(prose_column)
+    while n_first > 0 and total(prose_column[n_first:]) < total(beside):
+        n_first -= 1
     first, last = (prose_column[:n_first], []), (prose_column[n_first:], list(beside))
     for figure in figures:
         if total(first[1]) + height(figure) / 2 < total(first[0]):
@@ -639,17 +642,19 @@ def make_page(source, run=None, name="", text=None):
             panels.setdefault(place, []).append(shown[panel])
     drawn = figures(run)
     exercises = read_exercises(EXERCISES.read_text(encoding="utf-8"))
+    cover = cover_html(steps[0], names)
     lesson = "\n".join(step_html(step, names, drawn, panels,
                                  [each for each in exercises if each.step == step.number])
                        for step in steps[1:])
-    beginning = cover_html(steps[0], names)
-    contents = "\n".join(f'<li><a href="#step-{step.number}"><span class="number">{step.number}</span>'
-                         f' <span class="title">{typeset(step.title)}</span></a></li>'
+    contents = "\n".join(f'<li><a href="#step-{step.number}">'
+                         f'<span class="number">{step.number}</span> '
+                         f'<span class="title">{typeset(step.title)}</span></a></li>'
                          for step in steps[1:])
     page = explore.fill("lesson.html", ["page.css", "lesson.css"], ["model.js", "lesson.js"],
-                        title=html.escape(steps[0].title), cover=beginning, overview=contents,
+                        title=html.escape(steps[0].title), cover=cover, overview=contents,
                         contents=contents,
-                        model=model_html(run), lesson=lesson, boxes=names.boxes(), data=data_html(run, name, text))
+                        model=model_html(run), lesson=lesson, boxes=names.boxes(),
+                        data=data_html(run, name, text))
     explore.check_size(len(page))
     return page
 
@@ -680,7 +685,8 @@ def model_html(run):
                 "<code>python extras/lesson.py --model story_llm.pt lesson.html</code></p>")
     return ('<p class="model-line" id="subtitle">Loading the model …</p>'
             '<p class="warning" id="warning" role="alert" hidden></p>'
-            '<noscript><p class="warning">To run the model, this page needs JavaScript.</p></noscript>')
+            '<noscript><p class="warning">To run the model, this page needs JavaScript.</p>'
+            "</noscript>")
 
 # ─── The command line ──────────────────────────────────────────────────────────────────────────
 def text_of(run, path):
@@ -698,11 +704,12 @@ def text_of(run, path):
 def run_command(argv):
     parser = story_llm.Parser(prog="extras/lesson.py", allow_abbrev=False,
                               description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("page", metavar="FILE", help="the page (.html) or notebook (.ipynb) to write")
+    parser.add_argument("page", metavar="FILE",
+                        help="the page (.html) or notebook (.ipynb) to write")
     parser.add_argument("--model", metavar="FILE",
                         help="the checkpoint of the model that is alive in the page")
-    parser.add_argument("--text", metavar="FILE", help="the story of this model, whose words step 3 "
-                        "shows (default: Short_Story.txt, if it was trained on that)")
+    parser.add_argument("--text", metavar="FILE", help="the story of this model, whose words step "
+                        "3 shows (default: Short_Story.txt, if it was trained on that)")
     args = parser.parse_args(argv)
     story_llm.check_different(args.page, *filter(None, (args.model, args.text)))
     story_llm.check_writable(args.page, (".html", ".htm", ".ipynb"))

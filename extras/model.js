@@ -447,9 +447,9 @@ function* generate(model, ids, sampling) {
 }
 
 // ─── The page ─────────────────────────────────────────────────────────────────────────────────
-// explore.html and lesson.html have the same parts, each as many of them as it needs. What has an id
-// occurs once on a page at most; a prompt, the bars and the curves have classes instead, because the
-// lesson shows them in several steps. All texts of the run are set as text, never as HTML.
+// explore.html and lesson.html have the same parts, each as many of them as it needs. What has an
+// id occurs once on a page at most; a prompt, the bars and the curves have classes instead, because
+// the lesson shows them in several steps. All texts of the run are set as text, never as HTML.
 const $ = id => document.getElementById(id);
 const all = selector => [...document.querySelectorAll(selector)];
 const MAX_NEW_TOKENS = 2000;
@@ -709,9 +709,11 @@ function showLosses() {
         element("span", {className: "bar"}, bar)), element("td", {}, loss.toFixed(2)));
   }));
   const mean = found.reduce((sum, {loss}) => sum + loss, 0) / found.length;
-  $("mean-loss").textContent = found.length ? `The mean loss of these ${count(found.length, "token")} `
-    + `is ${mean.toFixed(2)}, their perplexity ${Math.exp(mean).toFixed(1)}. A uniform guess would `
-    + `have ln(${run.config.vocab_size.toLocaleString("en")}) = ${uniform.toFixed(2)}.`
+  const V = run.config.vocab_size.toLocaleString("en");
+  $("mean-loss").textContent = found.length
+    ? `The mean loss of these ${count(found.length, "token")} is ${mean.toFixed(2)}, their `
+    + `perplexity ${Math.exp(mean).toFixed(1)}. A uniform guess would have ln(${V}) = `
+    + `${uniform.toFixed(2)}.`
     : "The first token has no loss, because nothing before it predicts it: type some more.";
 }
 
