@@ -155,7 +155,8 @@ class Axes:
             drawing.line(left, y, right, y)
             drawing.text(left - 6, y + 4, label, MUTED, "end")
         for value, label in x_ticks:
-            drawing.text(self.x(value), bottom + 16, label, MUTED, "middle")
+            if label:
+                drawing.text(self.x(value), bottom + 16, label, MUTED, "middle")
 
     def x(self, value):
         share = (value - self.x_min) / (self.x_max - self.x_min)
@@ -385,10 +386,10 @@ def heads_figure(view):
     drawing.text(left, 66, f"three linear layers, cut into {H} × {D}", MUTED)
     for y, label in ((74, "query"), (104, "key"), (134, "value")):
         strip(y, label, rows[label], H)
-    middle = (width - 6 * (H - 1)) / H / 2
-    drawing.arrow(left + middle, 162, left + middle, 204, ACCENT_2)
-    drawing.text(left + middle + 10, 180, "each head compares query and keys", MUTED)
-    drawing.text(left + middle + 10, 196, "and averages the values", MUTED)
+    middle = left + min((width - 6 * (H - 1)) / H / 2, 30)
+    drawing.arrow(middle, 162, middle, 204, ACCENT_2)
+    drawing.text(left + 44, 180, "each head compares query and keys", MUTED)
+    drawing.text(left + 44, 196, "and averages the values", MUTED)
     strip(208, "context", rows["context"], H)
     drawing.text(left, 254, "out_proj mixes what the heads have found", MUTED)
     strip(262, "output", rows["output"], 1)
@@ -591,8 +592,8 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     pieces = story_llm.split_words(text[text.index(story_llm.DEFAULT_PROMPT):])
     drawing = Drawing("cache", 68 + 26 * n_new, "The key-value cache",
                       f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that "
-                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and values "
-                      "of all others are kept.")
+                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and "
+                      "values of all others are kept.")
     left, cell = 92, 21
     drawing.text(6, 18, "to predict")
     drawing.text(left, 18, "tokens in the window", MUTED)
