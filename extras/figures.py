@@ -262,11 +262,12 @@ def map_figure(view):
     drawing.arrow(x, 26, x, 44)
     box(44, "embeddings: token + position", x1=6, x2=right)
     parameters(44, *([model.tok_emb, model.pos_emb] if view else []))
+    for i in range(shown):
+        drawing.rect(6, top + 108 * i - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
     drawing.line(x, 72, x, bottom + 12, ACCENT_2, width=2.5)
     drawing.text(x + 10, 92, f"x: {T} vectors of {C} numbers", ACCENT_2)
     for i in range(shown):
         y = top + 108 * i
-        drawing.rect(6, y - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
         block = model.trf_blocks[i] if view else None
         branch(y, "norm, attention", [block.norm1, block.att] if view else [])
         branch(y + 50, "norm, feed-forward", [block.norm2, block.ff] if view else [])

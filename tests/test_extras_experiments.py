@@ -115,7 +115,8 @@ def test_recall_of_what_it_writes_is_the_recall_of_the_lesson():
     assert experiments.written_recall(story_llm, run, "One two three.") is None
 
 
-@pytest.mark.parametrize("total, steps", [(180, [20, 60, 180]), (9, [1, 3, 9]), (2, [1, 2]), (1, [1]), (100, [11, 33, 100])])
+@pytest.mark.parametrize("total, steps", [
+    (180, [20, 60, 180]), (9, [1, 3, 9]), (2, [1, 2]), (1, [1]), (100, [11, 33, 100])])
 def test_the_table_has_the_losses_after_a_ninth_a_third_and_all_steps(total, steps, capsys):
     losses = {step: float(step) for step in range(total + 1)}
     experiments.log_results({"unchanged": (losses, 1.0, ""), "no-mask": (losses, None, "")})
@@ -164,7 +165,8 @@ def test_what_is_recorded_has_four_digits_and_no_nan():
         "a": [1.235, 12350, 3, "x"], "b": [1.235e-9, None, None]}
 
 
-@pytest.mark.parametrize("prompt, start", [("Once Aadhan renounced his kingdom", "Once Aadhan renounced his"), ("Once", "Once")])
+@pytest.mark.parametrize("prompt, start", [
+    ("Once Aadhan renounced his kingdom", "Once Aadhan renounced his"), ("Once", "Once")])
 def test_the_last_word_of_the_prompt_is_predicted(prompt, start):
     assert experiments.without_last_word(prompt) == start
 
@@ -204,7 +206,8 @@ def test_list_says_of_each_experiment_what_it_changes_and_shows(call, monkeypatc
 
 @pytest.mark.parametrize("arguments, message", [
     (["no-hat"], "choose one of " + ", ".join(EXPERIMENTS)), (["--list", "--seed", "1"], "--list trains nothing"),
-    (["no-mask", "--json", "a.json"], "--json records all experiments"), (["--list", "--json", "a.json"], "--list trains"),
+    (["no-mask", "--json", "a.json"], "--json records all experiments"),
+    (["--list", "--json", "a.json"], "--list trains"),
     (["--json", "a.txt"], ".json"), (["--json", "missing/a.json"], "cannot be written"),
     (["no-mask", "--text", "missing.txt"], "missing.txt"), (["no-mask", "--max-steps", "-1"], "max_steps"),
     (["no-mask", "--max-steps", "x"], "--max-steps")])
