@@ -510,7 +510,8 @@ def averages_figure(record):
     drawing.text((axes.left + axes.right) / 2, 324, "step", MUTED, "middle")
     return Figure("averages", 10, "AdamW", drawing.svg(),
                   f"The gradients of one parameter, {averages['parameter']}"
-                  f"{averages['index']}, in the first {n} steps of a training.")
+                  f"{averages['index']}, in the first {n} steps of a training. As long as they "
+                  "agree, it moves by about lr a step; once their signs change, it hardly moves.")
 
 def learning_rate_figure(record):
     """The learning rate of every step, from the program's own schedule."""
@@ -579,7 +580,9 @@ def prediction_figure(record, n_tokens=8):
     drawing.text((left + right) / 2, bottom + 36, "step", MUTED, "middle")
     return Figure("prediction", 10, "training_steps", drawing.svg(),
                   f"How a prediction grows: what the model finds probable after “{prompt}”, "
-                  f"every {steps[1]} steps of a training. All curves have the same scale.")
+                  f"every {steps[1]} steps of a training. First rise the tokens that are frequent "
+                  "everywhere, then words that follow the last token elsewhere in the story. All "
+                  "curves have the same scale.")
 
 # ─── Step 13 ───────────────────────────────────────────────────────────────────────────────────
 def cache_figure(n_prompt=3, context_length=7, n_new=7):

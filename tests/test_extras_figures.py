@@ -208,12 +208,15 @@ def test_the_mask_shows_the_attention_weights_of_one_head(untrained):
     block = run.model.trf_blocks[0]
     x = block.norm1(run.model.tok_emb(ids) + run.model.pos_emb(torch.arange(T)))[0].detach()
     head = int(re.search(r"head (\d)", found["mask"].caption)[1]) - 1
-    piece = slice(48 * head, 48 * (head + 1))
-    queries, keys = [(x @ layer.weight.detach().T)[:, piece].double() for layer in (block.att.query, block.att.key)]
-    expected = []
-    for t in range(T):
-        powers = [math.exp(queries[t] @ keys[s] / math.sqrt(48)) for s in range(t + 1)]
-        expected += [power / sum(powers) for power in powers]
+    queries, keys = [(x @ layer.weight.detach().T).double() for layer in (block.att.query, block.att.key)]
+
+    def row(t, head):
+        piece = slice(48 * head, 48 * (head + 1))
+        powers = [math.exp(queries[t, piece] @ keys[s, piece] / math.sqrt(48)) for s in range(t + 1)]
+        return [power / sum(powers) for power in powers]
+
+    assert head == max(range(4), key=lambda head: max(row(T - 1, head)[1:-1]))
+    expected = [weight for t in range(T) for weight in row(t, head)]
     shown = [float(word) for word in image.words() if re.fullmatch(r"\d\.\d\d", word)]
     assert shown == pytest.approx(expected, abs=0.006) and len(shown) == T * (T + 1) // 2
     cells = [a for a in image.all("rect", stroke=ACCENT) if a["width"] > 20]
@@ -304,6 +307,9 @@ def test_the_averages_are_those_of_the_recorded_gradients():
     (move,) = image.lines(stroke="var(--ink, #222)")
     one = next(a["y"] - 4 for text, a in image.texts if text == "1" and a["text-anchor"] == "end")
     assert [(zero[1] - y) / (zero[1] - one) for _, y in move] == pytest.approx(moves, abs=0.005)
+    # what the caption says
+    assert all(g < 0 for g in averages["gradients"][:5]) and all(0.7 < move < 1.01 for move in moves[:5])
+    assert sum(map(abs, moves[25:])) / 25 < 0.15
 
 
 def test_a_prediction_grows_as_it_was_measured():
@@ -321,6 +327,12 @@ def test_a_prediction_grows_as_it_was_measured():
         (line,) = [line for line in lines if abs(line[0][1] - base + values[0] * 250) < 1]
         assert [(base - y) / 250 for _, y in line] == pytest.approx(values, abs=1e-4)
         assert f"{max(values):.0%}" in words
+    # what the caption says: the order of the peaks, and which tokens follow "his" in the story
+    tokens.sort(key=lambda token: prediction["tokens"][token].index(peaks[token]))
+    assert {*tokens[:3]} == {".", "␣and", "␣in"} and tokens[-1] == "␣kingdom"
+    text = STORY.read_text(encoding="utf-8")
+    assert all(f" his {token[1:]}" in text for token in tokens[3:])
+    assert all(len(re.findall(rf"{word}\b|{word}(?=\s)", text)) > 50 for word in (r"\.", " and", " in"))
     step = image.scale("0", "180", "x", "middle")
     assert [step(x) for x, _ in lines[0]] == pytest.approx(prediction["steps"], abs=0.1)
 
