@@ -10,14 +10,12 @@
 
 The first half of this file is a lesson in 13 steps, for people who program in Python, know numpy
 and school mathematics, and have never looked inside a language model. Read it from top to bottom,
-in an evening or two. Most steps name a command that runs them, and have examples to try in an
-interactive session: start `python`, enter `from story_llm import *`, and type what follows `>>>`.
-Python prints the lines below it. After the lesson, the workshop makes the same code robust and
-fast, and the command line comes last.
+in an evening or two. Every step names a command that runs it or gives examples for an interactive
+session: start `python`, enter `from story_llm import *`, and type what follows `>>>`. After the
+lesson, the workshop makes the same code robust and fast, and the command line comes last.
 
-Every figure in the lesson was measured. Yours will differ a little, because processors round
-differently. Without a network connection, the program builds a different vocabulary (step 4), and
-your figures will differ more.
+Every result in the lesson was measured. Yours will differ a little from machine to machine, and
+more without a network connection, because the program then builds another vocabulary (step 4).
 """
 import functools
 import math
@@ -47,18 +45,20 @@ from torch.nn import functional as F
 
 # ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
 # Cover the end of a sentence with your hand, and you can often guess the next word. A language
-# model does nothing else. It reads the beginning of a text as tokens, words or pieces of words,
-# gives every token that it knows a probability of coming next, appends one of the likely ones, and
-# starts over. A model that predicts each token from those before it is called autoregressive, and
-# ChatGPT is built around such a model. Ours is far smaller, and a single story is all that it will
-# ever read.
+# model does nothing else. It reads the beginning of a text as a sequence of tokens, each a word or
+# a piece of a word; it gives every possible next token a probability; then it appends one of the
+# likely ones and goes on with the longer text. A model that predicts each token from those before
+# it is called autoregressive, and ChatGPT is built around such a model. Ours is far smaller, and
+# all that it will ever read is one story of 20 KB, Short_Story.txt: Prince Aadhan gives away his
+# kingdom for the love of a ferryman's daughter, and that is where his troubles begin.
 #
 # Nobody writes rules into it. The model is a list of 1.7 million numbers, its parameters, and
 # because nearly all of them are random at first, it begins by guessing. In training, it reads
 # passages of the story and predicts, at every position, which token comes next. The story shows
 # which token really came, so we can score every prediction and move every parameter a little in the
-# direction that improves the score. After 180 such steps, ten seconds to a minute on a laptop, the
-# model needs only the first five words of a sentence to continue it word for word.
+# direction that improves the score. After 180 such training steps, which take ten seconds to a
+# minute on a laptop, the model needs only the first five words of a sentence to continue it word
+# for word.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
 #       5     cut these numbers into training examples: some tokens, and the token that follows them
@@ -66,60 +66,42 @@ from torch.nn import functional as F
 #      9-10   measure how wrong the predictions are, and train the model to make them better
 #     11-13   save the model, look at how it learned, and let it continue the story
 #
-# The program needs three packages, which `pip install -r requirements.txt` installs: torch for the
-# arithmetic, tiktoken for byte-pair encodings, matplotlib for pictures. To see it all run first:
+# `pip install -r requirements.txt` installs what the program needs: torch for the arithmetic,
+# tiktoken for byte-pair encodings, matplotlib for pictures. Train the model once now, so that you
+# have one when a later step wants it, or let the tour run all steps one after the other:
 #
+#     $ python story_llm.py train
 #     $ python story_llm.py tour
 
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
-# A model computes with numbers, and a story seems to have none. Its file, however, is nothing else:
-# a sequence of bytes, numbers from 0 to 255, and an encoding says which characters they stand for.
-# In the usual one, UTF-8, an English letter takes one byte, an é two, and a Tamil or Chinese
-# character three. The ends of lines are stored differently on different systems, so we make all of
-# them "\n".
+# A model computes with numbers, and a story seems to contain none. On disk, however, it consists of
+# nothing but numbers: bytes, from 0 to 255, which an encoding maps to characters. In UTF-8, the
+# usual encoding, an English letter takes one byte, an é two, and a Tamil or Chinese character
+# three. The bytes will come back in step 4. First we read the characters, and because systems end
+# their lines differently, we turn every line end into "\n".
 def load_text(paths, encoding=""):
     """Return the text of a file, or of several files one after the other; "-" is standard input.
-    They are read as UTF-8, or as UTF-16 if they begin with its mark, or in the encoding that is
-    named. Raises StoryError if a file cannot be read, is not plain text, or contains none."""
+    Files are read as UTF-8, as UTF-16 if they begin with its mark, or in `encoding` if it is given.
+    Raises StoryError if a file cannot be read, is not plain text, or contains none."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     texts = [decode(read_file(path), path, encoding) for path in paths]         # workshop
     text = "\n\n".join(texts).replace("\r\n", "\n").replace("\r", "\n")
-    # check(condition, message) raises StoryError unless the condition holds
     check(text.strip(), "the text is empty: give at least five words")
     return text
 
-# How shall we know, later, whether the model has understood anything or has only memorized? By
-# keeping something from it. It will be trained on the first nine tenths of the story, the training
-# split; the rest, the validation split, it never sees until we test it. A few words would tell us
-# nothing, so a short text is not split at all.
-def split_text(text, config):
-    """Split a text at a space into the training split and the validation split that follows it.
-    `config` is a TrainConfig (step 10), whose `val_fraction` is the share kept for validation. A
-    validation split of fewer than 100 characters is left out.
-
-    >>> text = "They went upriver by boat. " * 50
-    >>> training, validation = split_text(text, TrainConfig(val_fraction=0.1))
-    >>> training[-17:], validation[:17], training + validation == text
-    (' upriver by boat.', ' They went uprive', True)
-    """
-    cut = len(text) - int(len(text) * config.val_fraction)
-    if len(text) - cut < 100:
-        return text, ""
-    # the last space or line end in the 50 characters before the cut; if there is none, as in
-    # Chinese, cut anyway
-    space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")
-    if space > 0:
-        cut = space
-    return text[:cut], text[cut:]
-
-# Now for the numbers. The simplest way is to split the text into words and punctuation marks, list
-# all the different ones, and use the place of each in this list, the vocabulary, as its number.
+# How shall we know, later, whether the model has learned anything beyond this text or has only
+# memorized it? By holding some of the text back. The model is trained on the first nine tenths of
+# the story, the training split, and sees the rest, the validation split, only when we test it.
+# `split_text` in the workshop makes the cut.
+#
+# Now for the numbers. The simplest way is to split the text into words and punctuation marks and to
+# list the distinct ones: this list is the vocabulary, and a word's place in it is its number.
 #
 # A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do: a word,
 # a punctuation mark, or white space. Our WORD_OR_MARK, in the workshop, does the same for every
-# script. Note the " ?" at its beginning. It keeps the space before a word as a part of the word, so
-# that nothing is lost: joined together, the pieces are the text again.
+# script. The " ?" at its beginning keeps the space before a word as a part of the word, and so
+# nothing is lost: joined together, the pieces are the text again.
 def split_words(text):
     """Split a text into words, punctuation marks and white space. A single space is kept with the
     piece that follows it.
@@ -133,7 +115,7 @@ END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unk|>"
 
 def build_vocabulary(text):
-    """Return the distinct pieces of a text, sorted, followed by two special tokens (see step 3).
+    """Return the distinct pieces of a text, sorted, and then the two special tokens of step 3.
 
     >>> build_vocabulary("the king and the ferryman")
     [' and', ' ferryman', ' king', ' the', 'the', '<|endoftext|>', '<|unk|>']
@@ -142,14 +124,14 @@ def build_vocabulary(text):
 
 # ═══ Step 3: a simple tokenizer ════════════════════════════════════════════════════════════════
 # A tokenizer translates in both directions: `encode` turns a text into token ids, which are places
-# in the vocabulary, and `decode` turns token ids back into a text. But what becomes of a word that
-# the vocabulary does not have?
+# in the vocabulary, and `decode` turns token ids back into a text. But what happens to a word that
+# the vocabulary does not contain?
 #
 # It becomes `<|unk|>`, a special token that stands for anything unknown. The text can then be
 # processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
 # known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
-# fares better: we put it where the training text ends, and generation ends when the model predicts
-# it.
+# fares better: it marks the end of the training text, and when the model predicts it, the program
+# stops writing.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -172,8 +154,7 @@ class WordTokenizer:
     def encode(self, text):
         token_ids = []
         for piece in split_words(text):
-            # A word without a space before it, such as the first of a text, may be in the
-            # vocabulary only with a space. Then use that token. (decode returns the space as well.)
+            # the first word of a text may be in the vocabulary only with a space before it
             if piece not in self.ids:
                 piece = " " + piece
             token_ids.append(self.ids.get(piece, self.ids[UNKNOWN]))
@@ -191,21 +172,20 @@ class WordTokenizer:
 #       tokens:  [Thamarai][<|unk|>][␣a][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>]
 #
 # The story knows Thamarai, but the word "bought" never occurs in it, let alone a laptop, and seven
-# of these nine tokens say nothing. (When you type `<|endoftext|>`, it is split like any other
-# characters; only the program itself can insert the special token.)
+# of these nine tokens say nothing.
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
-# So words make poor tokens. A language has hundreds of thousands of them, "king", "kings" and
-# "kingdom" are as different to the model as any three words, and whatever is new is lost.
-# Characters are no better: although they can spell every word, they make the text long, and each
-# says little.
+# Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
+# "kingdom" are as different to the model as any three words; and whatever is new is lost.
+# Characters do no better: although they can spell every word, the text becomes long, and each
+# character says little.
 #
 # Byte-pair encoding lies in between. It begins with the 256 possible bytes as tokens, so no text is
-# unknown to it. Then it looks for the pair of neighbouring tokens that occurs most often in some
-# training text, merges it into a new token, and repeats this until the vocabulary is as large as we
-# want. Frequent words end up as one token, rare ones as several. The idea comes from data
-# compression (Gage 1994), found its way into machine translation (Sennrich et al. 2016), and from
-# there into nearly every language model. Here it is at work on three words, with _ for the space:
+# unknown to it. Then it looks for the pair of neighbouring tokens that occurs most often in the
+# text it learns from, merges it into a new token, and repeats this until the vocabulary is as large
+# as we want. Frequent words end up as one token, rare ones as several. The idea comes from data
+# compression (Gage 1994) and reached nearly every language model by way of machine translation
+# (Sennrich et al. 2016). Three words, with _ for the space, are merged like this:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -214,9 +194,9 @@ class WordTokenizer:
 #     low     _low e r      _low l y        every remaining pair occurs only once, so we stop
 #
 # Merges never cross a word boundary: the text is first split much as in step 2, and pairs are
-# counted within each word. A merge changes only the words that contain the pair, which is why the
-# function below counts only their pairs anew. To count all of them again after every merge would
-# give the same tokens and take minutes for a novel.
+# counted within each word. Since a merge changes only the words that contain the pair, `train_bpe`
+# counts only their pairs anew. Counting all of them again would give the same tokens and take
+# minutes for a novel.
 def train_bpe(text, vocab_size):
     """Learn byte-pair tokens from a text. Return at most `vocab_size - 1` of them as byte strings,
     the 256 bytes first, then the merged tokens in the order of merging. (The remaining id is for
@@ -250,23 +230,17 @@ def train_bpe(text, vocab_size):
     return tokens
 
 def split_bytes(word):
-    """A word as a tuple of its bytes, each a byte string of length 1."""
     return tuple(bytes([byte]) for byte in word.encode("utf-8", errors="replace"))
 
 def most_frequent_pair(pair_counts):
-    """Return the most frequent pair (the smallest in case of a tie), or None if no pair occurs more
-    than once."""
+    """Return the most frequent pair (in a tie, the smallest), or None if no pair occurs twice."""
     highest = max(pair_counts.values(), default=0)
     if highest < 2:
         return None
     return min(pair for pair, count in pair_counts.items() if count == highest)
 
 def merge_pair(word, pair):
-    """Return a word, a tuple of tokens, with every occurrence of the pair merged into one token.
-
-    >>> merge_pair((b"l", b"o", b"w", b"l", b"o"), (b"l", b"o"))
-    (b'lo', b'w', b'lo')
-    """
+    """Return a word, a tuple of tokens, with every occurrence of the pair merged into one token."""
     merged = []
     for token in word:
         if merged and (merged[-1], token) == pair:
@@ -275,13 +249,12 @@ def merge_pair(word, pair):
             merged.append(token)
     return tuple(merged)
 
-# To encode a text, the merges are applied again in the order in which they were learned. tiktoken,
-# OpenAI's library, does this fast. All it needs is the rank of every token, its place in that
-# order: within a word, it always merges the pair whose result has the lowest rank.
+# To encode a text, the merges are applied again in the order in which they were learned. The
+# library tiktoken does this fast. All it needs is the rank of every token, that is, the token's
+# place in the list: within a word, it always merges the pair whose result has the lowest rank.
 class BPETokenizer:
-    """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. The id
-    of a token is its index in this list, which is also its rank. `kind`, "gpt2" or "story", says
-    where the merges come from.
+    """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. A
+    token's index in it is its id and its rank. `kind`, "gpt2" or "story", says where it comes from.
 
     >>> tokenizer = BPETokenizer(train_bpe("low lower lowly", 300), "story")
     >>> tokenizer.encode("slow slower")         # two new words, and yet nothing is unknown
@@ -316,8 +289,8 @@ class BPETokenizer:
 
 # Whose merges do we use? By default not the story's, but those of GPT-2, OpenAI's model of 2019
 # (Radford et al.): 50,000 of them, learned from a large amount of English text, which tiktoken
-# downloads once. Where that fails, or where GPT-2's merges do not suit the language, the program
-# learns merges from the story, as it does with `--tokenizer story`.
+# downloads. Where the download fails or GPT-2's merges do not suit the language, the program learns
+# merges from the story, as it does with `--tokenizer story`.
 #
 # Most of GPT-2's 50,257 tokens are useless to us, and each of them would make the model larger and
 # slower. `make_tokenizer` in the workshop keeps those that occur in the story, plus the
@@ -329,15 +302,15 @@ class BPETokenizer:
 #       text:    Thamarai bought a laptop <|endoftext|>
 #       tokens:  [Th][amar][ai][␣b][ough][t][␣a][␣l][a][pt][op][␣][<][|][end][of][te][xt][|][>]
 #
-# Nothing is unknown any more. What the story does not contain is spelled out.
+# Nothing is unknown any more. What has no token of its own is spelled out, even the name Thamarai,
+# which was too rare in English text to be merged into one.
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
     """A tensor is what numpy calls an array, and most of numpy carries over: elementwise
     arithmetic, slicing, reshape, broadcasting, and `@` for the matrix product over the last two
-    dimensions. What numpy calls `axis` is `dim` here, `x.transpose(1, 2)` swaps just these two
-    dimensions, `x.flatten(0, 1)` merges the first two into one, and `x.flatten(2)` merges all from
-    the third on.
+    dimensions. What numpy calls `axis` is `dim` here; `x.transpose(1, 2)` swaps only these two
+    dimensions; `x.flatten(0, 1)` merges the first two, and `x.flatten(2)` all from the third on.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> x.shape, x.sum(dim=-1)
@@ -346,7 +319,7 @@ def pytorch_in_one_page():
     Two things are new. The first is the layer, a function with parameters that can be trained.
     nn.Linear(3, 2) has a weight matrix W of shape (2, 3) and a bias b of shape (2,), both random at
     first, and computes x @ W.T + b over the last dimension of x; whatever dimensions come before it
-    are left alone, so a whole batch goes through in one call. nn.Embedding(50, 4) is a matrix of 50
+    are left alone, so many inputs go through in one call. nn.Embedding(50, 4) is a matrix of 50
     rows of four numbers, and returns the rows whose indices you pass.
 
     >>> nn.Linear(3, 2)(x).shape, nn.Embedding(50, 4)(torch.tensor([7, 7, 30])).shape
@@ -362,8 +335,8 @@ def pytorch_in_one_page():
     The second new thing is the gradient. torch records every operation on a parameter and on
     whatever is computed from it; then `backward` goes through this record once, from the result
     back to the parameters, and applies the chain rule at every operation. That is backpropagation,
-    and it yields the derivative of the result with respect to each parameter, all of which together
-    are the gradient. At w = 3, the derivative of (2w - 10)^2 is 2 (2w - 10) * 2 = -16:
+    and it yields the derivative of the result with respect to each parameter. Together, these
+    derivatives are the gradient. At w = 3, the derivative of (2w - 10)^2 is 2 (2w - 10) * 2 = -16:
 
     >>> w = torch.tensor(3.0, requires_grad=True)       # record what is computed from w
     >>> result = (2 * w - 10) ** 2
@@ -384,27 +357,24 @@ def pytorch_in_one_page():
     tensor(5., requires_grad=True)
 
     Nobody told w that 2 * 5 is 10. Training a language model is the same loop: w is 1.7 million
-    parameters, and the result is the loss, which measures how wrong the predictions are. Using a
-    trained model only to predict is called inference. It needs no gradients."""
+    parameters, and the result is the loss, a number that says how wrong the predictions are: 0 if
+    every token was predicted with certainty, 7.6 if all were pure guesses."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
-# What exactly does the model train on? On windows, runs of consecutive tokens from the text. The
-# input is such a window, and the targets, which the model should predict, are the same tokens
-# shifted by one:
+# What exactly does the model train on? On windows: runs of consecutive tokens from the text. The
+# input is such a window, and the targets, the tokens to predict, are the same text one token later:
 #
 #     input     Once     Aadhan      renounced   his
 #     target    Aadhan   renounced   his         kingdom
 #
 # Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
 # "renounced", and after all four comes "kingdom". At each position the model sees the token there
-# and those to its left, never those to its right, so one window of four tokens holds four examples,
-# and the model works on all of them at once. (Here, every word is a token; GPT-2's tokens split
-# "Aadhan" and "renounced".)
+# and everything to its left, nothing to its right. One window of four tokens therefore holds four
+# examples, and the model works on all of them at once.
 class SlidingWindowDataset:
-    """Sliding windows over token ids of shape (N,). Each window has `context_length` tokens, and
-    windows start `stride` tokens apart. Item i is a pair (input, target), each of shape
-    (context_length,); if i is a tensor of indices, both have a leading batch dimension. Raises
-    StoryError if N <= context_length.
+    """Windows over token ids of shape (N,), which start `stride` tokens apart. Item i is a pair
+    (input, target), each of shape (context_length,); if i is a tensor of indices, both have a
+    leading batch dimension. Raises StoryError if N <= context_length.
 
     >>> windows = SlidingWindowDataset(torch.tensor([10, 11, 12, 13, 14, 15, 16]), 4, stride=2)
     >>> len(windows)
@@ -413,17 +383,17 @@ class SlidingWindowDataset:
     (tensor([12, 13, 14, 15]), tensor([13, 14, 15, 16]))
     """
     def __init__(self, token_ids, context_length, stride=1):
+        # check(condition, message) raises StoryError unless the condition holds
         check(len(token_ids) > context_length, f"{len(token_ids)} tokens are too few for a window "
               f"of {context_length} tokens: give a longer text or a smaller --context-length")
-        # Each window gets one extra token, for the last target. The windows overlap, but `unfold`
-        # copies nothing: it returns a view of shape (windows, context_length + 1).
+        # one token more, for the last target; a view of shape (windows, context_length + 1)
         self.windows = token_ids.unfold(0, context_length + 1, stride)
 
     def __len__(self):
         return len(self.windows)
 
     def __getitem__(self, index):
-        window = self.windows[index].long()     # 64-bit integers, as cross_entropy requires
+        window = self.windows[index].long()             # 64-bit integers, as torch's loss requires
         return window[..., :-1], window[..., 1:]        # all but the last token, all but the first
 
 #     $ python story_llm.py windows
@@ -432,24 +402,19 @@ class SlidingWindowDataset:
 #       input   The          ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate
 #       target  ␣Lotus       ␣and         ␣the         ␣Salt        ␣Gate        ⏎
 #
-# Before you read on: how many examples are there in our training split of 4,579 tokens, if the
-# windows of 32 tokens do not overlap?
-#
-# 4,576. There are 143 such windows, in which every token but the first is a target once; the two
-# that are left over at the end are lost.
+# The targets cost nothing: nobody had to write an answer down, because the text is its own answer.
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
-# A token id is only a name, and its size means nothing. So the first thing that a model does with a
-# token is to look up its embedding, a vector of C numbers that stands for it: a row of an
-# nn.Embedding. These vectors are parameters, random at first, and training turns them into whatever
-# helps to predict.
+# A token id is only a name: that one id is larger than another means nothing. The model therefore
+# begins by looking up the embedding of each token, a vector of C numbers that stands for it: a row
+# of an nn.Embedding. These vectors are parameters, random at first, and training turns them into
+# whatever helps to predict.
 #
 # The model that we are about to build is a decoder-only transformer, like GPT-2 and nearly every
-# large language model since; the original transformer (Vaswani et al. 2017) had a second half, the
-# encoder, which read a sentence to be translated. Our model reads token ids and returns, at every
-# position, one number for each token of the vocabulary, its logit: the higher the logit, the more
-# probable the model finds that token as the next. Below, a batch consists of B windows of T tokens,
-# and the values on the right are those of our story model:
+# large language model since. It reads token ids and returns, at every position, one number for each
+# token of the vocabulary, its logit: the higher the logit, the more probable this token is, to the
+# model, as the next one. Below, a batch consists of B windows of T tokens, and the values on the
+# right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
 #         |      look up the vector of each token, and add the vector of its position
@@ -460,15 +425,15 @@ class SlidingWindowDataset:
 #         |      normalize, then compute a dot product with one vector per vocabulary token
 #     logits        (B, T, V)    V = 2,079, the size of the vocabulary
 #
-# Numbers that we choose, and that training does not change, are called hyperparameters. These
-# define the model, and the rest of this step explains them. `setting` stores a default with its
-# meaning and its limits; a dataclass turns the fields into arguments of its constructor.
+# Numbers that we choose, and that training does not change, are called hyperparameters. Those below
+# define the model, and each will turn up where it is used. `setting` stores a default value, its
+# meaning and its limits.
 def setting(default, meaning, **limits):
     return field(default=default, metadata={"meaning": meaning, **limits})
 
 class Settings:
     def __post_init__(self):            # a dataclass calls this as soon as its fields are set
-        check_settings(self)
+        check_settings(self)            # workshop
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(Settings):
@@ -488,54 +453,55 @@ class GPTConfig(Settings):
 # ─── Attention ─────────────────────────────────────────────────────────────────────────────────
 # What follows "Once Aadhan renounced his"? In the story it is "kingdom". But you cannot read that
 # from the vector of "his", which says nothing about who "he" is or what he did; the model must mix
-# in information from the earlier tokens. The simplest mixture would be the average of all four
-# vectors. It treats "Once" and "Aadhan" alike, although "Once" is of no use here. Attention is an
-# average as well, but a weighted one, and each token chooses its own weights.
+# in information from the earlier tokens. The simplest mixture, the average of all four vectors,
+# would treat "Once" and "Aadhan" alike, although "Once" is of no use here. Attention is an average
+# as well, but a weighted one, and each token chooses its own weights.
 #
-# To choose, three linear layers turn the vector of each token into three others:
+# The means of choosing are three linear layers, which turn the vector of each token into three
+# others:
 #
 #     query    what this token is looking for
 #     key      what this token can be found by
 #     value    what this token passes on to those that find it
 #
-# Why three? "his" is looking for a person but is not one itself, so its query must differ from its
-# key. "Aadhan" can be found because he is a person, but what "his" needs to know is that he is the
-# prince who left, so the value differs from the key. Nobody decides what queries look for. The
-# three layers are trained like all others, and they learn whatever makes the predictions better.
+# Why three? "his" is looking for a person but does not name one, so its query must differ from its
+# key. "Aadhan" can be found because it names a person, but what it has to pass on is that this
+# person is the prince who left; hence a value that differs from the key. Nobody decides what
+# queries look for. The three layers are trained like all others, and they learn whatever makes the
+# predictions better.
 #
 # How well a query matches a key is measured by their dot product, the attention score. Softmax
 # turns the scores of a query into its attention weights: it raises e to the power of each score and
-# divides by the sum, so that the weights are positive and add up to 1. Suppose that "his" has a
+# divides by the sum, so that the results are positive and add up to 1. Suppose that "his" has a
 # score of 0 with "Once", 2 with "Aadhan", 1 with "renounced", and 0 with itself:
 #
 #     softmax([0, 2, 1, 0]) = [1, 7.39, 2.72, 1] / 12.11 = [0.08, 0.61, 0.22, 0.08]
 #
-# The sum of the values, each multiplied by its weight, is the context vector of "his". It consists
-# mostly of what "Aadhan" passes on.
+# The sum of the values, each multiplied by its attention weight, is the context vector of "his". It
+# consists mostly of what "Aadhan" passes on.
 #
-# One thing can go wrong. Suppose that the scores of the example were four times as large:
+# The scores can be too large, however. Make those of the example four times as large:
 #
 #     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
 #     softmax([0, 9, 4, 0]) = [0.000, 0.993, 0.007, 0.000]
 #
-# A score rose by a whole unit, and the weights hardly moved. Softmax is saturated here: its
-# derivative is almost 0, so it lets hardly any gradient through to the query and key layers, and
-# they learn slowly. Scores of this size are to be expected. Each is a sum of D products, where D,
-# the length of a query, is 48, and the variances of independent numbers add up (a variance is a
-# mean squared distance from the mean). If each product has mean 0 and variance 1, the score
-# therefore has a variance of 48 and a standard deviation of sqrt(48) = 6.9. In our model it is 2.1
-# at first and 7.0 after training.
+# A score rose by a whole unit, and the attention weights hardly moved: softmax is saturated. Its
+# derivative is almost 0 here, so hardly any gradient reaches the query and key layers, and they
+# learn slowly. Nor are such scores far-fetched. Each is a sum of D products, where D = 48 is the
+# length of a query. If the products are independent, with mean 0 and variance 1 (the mean squared
+# distance from the mean), their variances add up to 48, and the score has a standard deviation of
+# sqrt(48) = 6.9. In our model it is 2.1 at first, because the initial weights are small, and 7.0
+# once training has enlarged them.
 #
-# That is why every score is divided by sqrt(D): it no longer matters how many products there are.
-# Scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) pays. Trained without the
-# division, our model recites only 22% of the sentences.
+# Dividing every score by sqrt(D) cancels the influence of D. This is scaled dot-product attention
+# (Vaswani et al. 2017, section 3.2.1), and the division earns its place: trained without it, our
+# model recites only 22% of the sentences.
 #
-#     Try it: python extras/experiments.py no-scaling
+#     Try it: python extras/experiments.py no-scaling      (each experiment takes a minute or two)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
-    weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, for a
-    reason explained below. (In the model, S equals T until step 13. In this example there is one
-    query, so T is 1, and there are four keys, so S is 4.)
+    weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, which the
+    next section explains. In the model, S equals T until step 13; here, T is 1 and S is 4.
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -546,7 +512,7 @@ def attention_weights(queries, keys, mask):
     >>> weights
     tensor([[0.0838, 0.6069, 0.2255, 0.0838]])
     >>> values = torch.tensor([[0.0, 1.0], [10.0, 0.0], [0.0, 10.0], [1.0, 0.0]])
-    >>> weights @ values        # the context vector of "his": 0.61 of Aadhan's 10, and some more
+    >>> weights @ values        # the context vector: 0.61 of Aadhan's 10, a little of the others
     tensor([[6.1526, 2.3390]])
     """
     D = queries.shape[-1]
@@ -555,24 +521,24 @@ def attention_weights(queries, keys, mask):
     scores = scores.masked_fill(mask, -math.inf)                    # e^-inf is 0
     return scores.softmax(dim=-1)
 
-# There is one thing left to forbid. In training, the model reads a whole window at once and
-# predicts the next token at every position, but for all positions except the last, this next token
-# is already in the window. A model that could attend to it would not predict it; it would copy it.
-# We let one try. After 60 of 180 training steps, its loss (step 9) is 0.36, against 2.04 for the
-# model that follows the rules: a splendid figure, and a useless model, because when it writes,
-# there is no next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
+# One shortcut has to be forbidden. In training, the model reads a whole window at once and predicts
+# the next token at every position, but for all positions except the last, this next token is
+# already in the window. A model that could attend to it would copy it instead of predicting it. We
+# let one try. After 60 of 180 training steps, its loss is 0.36, against 2.04 for the model that
+# follows the rules: a splendid figure, and a useless model, because when it writes, there is no
+# next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
 #
 #     for his kingdom Aadhan Aadhan his kingdom for his kingdom for Aadhan Aadhanhan his kingdom
 #
 #     Try it: python extras/experiments.py no-mask
 #
-# So no token may attend to a token after it. The causal mask enforces that, and the result is
-# causal self-attention: "self", because queries, keys and values come from the same tokens. In the
-# first row of the mask below, only one column is False. The first token can attend only to itself,
-# with weight 1.
+# So no token may attend to a token after it. The causal mask enforces this; what results is causal
+# self-attention: "self", because queries, keys and values come from the same tokens. In the first
+# row of the mask, a single entry is False: the first token can attend only to itself, with an
+# attention weight of 1. (T is less than S only in step 13.)
 def causal_mask(T, S, device=None):
-    """Return a mask (T, S) for the last T of S tokens. It is True where the token of the row must
-    not attend to the token of the column.
+    """Return a mask (T, S) for the last T of S tokens, True where the token of the row must not
+    attend to the token of the column.
 
     >>> causal_mask(3, 3)
     tensor([[False,  True,  True],
@@ -582,17 +548,25 @@ def causal_mask(T, S, device=None):
     positions = torch.arange(S, device=device)
     return positions > positions[S - T:, None]      # broadcasting: a row against a column
 
-# The weights of a row add up to 1, so more weight for one token means less for the others. But
-# "his" needs to know both who he is and what he did. That is why attention is computed several
-# times in parallel, by heads, each with attention weights of its own. In the first block of our
-# trained model, "his" gives a weight of 0.36 to "Aad", the first token of "Aadhan", in one head,
-# and 0.32 to "ounced", the end of "renounced", in another. Before training, these weights were 0.16
-# and 0.24. Our short story could do with less: with a single head, the model recites 100% as well.
+# The attention weights of a row add up to 1, so more for one token is less for the others. But
+# "his" needs both the person and the deed. That is why attention is computed several times in
+# parallel, by heads, each with attention weights of its own. These are the attention weights of
+# "his" in two of the four heads of the first block, before and after training:
 #
-#     $ python story_llm.py attention --prompt "Once Aadhan renounced his"     (for a trained model)
+#                     Once    Aad     han     ren     ounced  his
+#     head 3 before   0.14    0.16    0.08    0.28    0.15    0.20
+#            after    0.12    0.36    0.07    0.17    0.16    0.13       finds the person
+#     head 4 before   0.16    0.18    0.18    0.16    0.24    0.09
+#            after    0.11    0.20    0.13    0.19    0.32    0.05       finds the deed
 #
-# Heads cost nothing. With H of them, the query, key and value layers still map C numbers to C;
-# their outputs are cut into H pieces of D = C / H numbers, and each head works with its own piece:
+# (GPT-2's tokens split "Aadhan" and "renounced".) Our short story would not even need several
+# heads: with a single one, the model recites 100% as well.
+#
+#     $ python story_llm.py attention --prompt "Once Aadhan renounced his"         (after training)
+#
+# Heads cost no parameters. With H of them, the query, key and value layers still map C numbers to
+# C; their outputs are cut into H pieces of D = C / H numbers, and each head works with its own
+# piece:
 #
 #     the vector of a token    192 numbers
 #     its query                192 numbers = [ 48 | 48 | 48 | 48 ]    likewise its key and its value
@@ -610,6 +584,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         C = config.emb_dim
         self.config = config
+        # make_linear (below) is an nn.Linear with small random weights
         self.query = make_linear(C, C, config, bias=config.qkv_bias)
         self.key = make_linear(C, C, config, bias=config.qkv_bias)
         self.value = make_linear(C, C, config, bias=config.qkv_bias)
@@ -617,9 +592,8 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.drop_rate)
 
     def split_heads(self, x):
-        """(B, T, C) -> (B, T, H, D): cut the C numbers of each token into pieces of D. Then swap T
-        and H, -> (B, H, T, D): `@` works on the last two dimensions, so the heads must not be among
-        them."""
+        """(B, T, C) -> (B, H, T, D): cut the C numbers of each token into H pieces of D, then swap
+        T and H, because `@` works on the last two dimensions."""
         B, T, _ = x.shape
         D = self.config.emb_dim // self.config.n_heads
         return x.reshape(B, T, -1, D).transpose(1, 2)
@@ -635,18 +609,22 @@ class MultiHeadAttention(nn.Module):
 
     def average(self, queries, keys, values):
         """The context vectors (B, H, T, D): the values, averaged with the attention weights."""
-        if queries.is_cuda:     # this call replaces what follows; delete it if you edit that
+        if queries.is_cuda:     # the same, but faster; if you edit what follows, delete this
             return fused_attention(queries, keys, values, self.dropout)
         mask = causal_mask(queries.shape[2], keys.shape[2], queries.device)
         weights = self.dropout(attention_weights(queries, keys, mask))
         return weights @ values
 
+# This is a good place to rest. The hardest idea is behind you: each token asks (query), the tokens
+# up to it answer (key), softmax turns the scores into attention weights, and what comes back is an
+# average (of values). The other half of a block is shorter, and then there is a model.
+
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
 # Attention moves information between tokens. What a token then makes of it is the business of the
 # feed-forward network, which processes each token on its own: it maps the C numbers to 4 C hidden
 # units, applies an activation function to each, and maps the result back to C numbers. Without the
-# activation function, two linear layers in a row would amount to a single one, just as 3 (2x) is
-# 6x. With it, the network can combine facts.
+# activation function, two linear layers in a row would amount to a single one, as 3 (2x) is 6x. The
+# activation function lets the network combine facts.
 #
 # Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
 # 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and a bias of
@@ -672,34 +650,37 @@ class FeedForward(nn.Module):
 # Attention and the feed-forward network are both used in the form x = x + f(norm(x)). Before you
 # read on: what would be lost with x = f(x)?
 #
-# Everything that f does not repeat. Early in training, attention returns something close to the
-# average of all tokens so far, nearly the same for two neighbours; put in place of x, it would
-# leave the next block with tokens that can hardly be told apart. Thanks to the `x +`, the residual
-# connection (He et al. 2016), f only has to contribute what is new. Without it, our loss is still
+# Everything that f does not pass on. Early in training, attention returns something close to the
+# average of all tokens so far, nearly the same for two neighbours; if that replaced x, the next
+# block could hardly tell the two apart. Thanks to the `x +`, the residual connection (He et al.
+# 2016), f only has to contribute what is new. Without the residual connection, our loss is still
 # 4.34 after 180 steps instead of 0.22, and the model cannot recite a single sentence.
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The gradient benefits as well. Every layer multiplies it by a derivative f', and 24 layers with an
-# f' of 0.5 would leave less than a ten-millionth of it. But the derivative of x + f(x) is 1 +
-# f'(x), and the 1 hands the gradient on as it came.
+# The gradient benefits as well. Picture a deep model with one number per layer: every layer
+# multiplies the gradient by a derivative f', and after 24 layers with an f' of 0.5, less than a
+# ten-millionth of it would be left. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes
+# the gradient on unchanged.
 #
-# And the norm? LayerNorm (Ba et al. 2016) brings the C numbers of each token to mean 0 and standard
-# deviation 1, then scales and shifts them by parameters of its own. Without it, the input of f
-# would be too small at first, when x has a standard deviation of 0.06 and all scores would be
-# almost 0, and too large later, since every block adds to x until softmax saturates.
+# And the norm? It keeps the input of f at one size. Without it, that input would be too small at
+# first, because the small initial weights give x a standard deviation of 0.06, so that all scores
+# would be almost 0; later, after every block has added to x, it would be so large that softmax
+# saturates. LayerNorm (Ba et al. 2016) brings the C numbers of each token to mean 0 and standard
+# deviation 1, then scales and shifts them by parameters of its own.
 #
-# The norm belongs inside the branch. In norm(x + f(x)), the original form, every norm divides the
-# gradient by the standard deviation of its input, and after many layers it is far too large or too
-# small. In x + f(norm(x)), called pre-norm, the path along the `x +` is free of norms (Xiong et al.
+# But a norm divides by the standard deviation s of its input, and so its derivative contains 1 / s.
+# In the original transformer, x = norm(x + f(x)), every norm therefore multiplies the whole
+# gradient by such a factor, and after many layers the gradient is far too large or too small. In x
+# + f(norm(x)), called pre-norm, the factors appear in f' alone, and the 1 stays a 1 (Xiong et al.
 # 2020).
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
-# Dropout (Srivastava et al. 2014) comes last. In training, it sets randomly chosen numbers in its
-# input to 0 and enlarges the others to make up for it, so that the network does not come to rely on
-# any one of them. That helps a model which is meant to do well on unseen text. Ours is meant to
-# memorize one, so its dropout probability is 0.
+# The last part is dropout (Srivastava et al. 2014). In training, it sets randomly chosen numbers in
+# its input to 0 and enlarges the others to make up for it, so that the network does not come to
+# rely on any one of them. That helps a model which shall do well on unseen text. Ours is meant to
+# memorize its text, so its dropout probability is 0.
 def make_norm(config):
     return nn.LayerNorm(config.emb_dim)
 
@@ -722,30 +703,28 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Why several blocks, one on top of the other? In the first, attention compares bare tokens. In the
-# second, it compares tokens that have already found something: "han", for example, no longer stands
-# for three letters but for the end of "Aadhan". Let us look at "his" on its way. If the last layer,
-# which turns a vector into logits, read it right at the beginning, "kingdom" would have a
-# probability of 2%; after the first block, it is 79%, and after the second 96%.
+# Why several blocks? In the first, attention compares bare tokens. In the second, it compares
+# tokens that have already found something: "han", for example, no longer stands for three letters
+# but for the end of "Aadhan". To watch "his" on its way through our trained model, we apply the
+# last layer, which turns a vector into logits, too early. It gives "kingdom" a probability of 2%
+# before the first block, 79% after it, and 96% after the second.
 
 # ─── Initialization ────────────────────────────────────────────────────────────────────────────
-# Training changes the parameters, but where do they begin? If all were equal, all heads would
-# compute the same result, receive the same gradient, and stay equal forever, so the weights are
-# random. They are also small, so that the first logits are close to 0 and no token is strongly
-# preferred. GPT-2 draws its weights from a normal distribution with a standard deviation of 0.02.
-# Ours is larger, 0.04, because our vectors have 192 numbers instead of 768, and dot products fewer
-# terms.
+# Where do the parameters begin? If all were equal, all heads would compute the same result, receive
+# the same gradient, and stay equal forever, so the weights are random. They are also small, so that
+# no token is strongly preferred at first. GPT-2 draws its weights from a normal distribution with a
+# standard deviation of 0.02. With 192 numbers in a vector instead of 768, our dot products have
+# fewer terms, so our standard deviation is larger, 0.04.
 #
-# The layers whose output is added to x start smaller still, as in GPT-2. There are n = 2 n_layers
-# of them, and a sum of n independent outputs has sqrt(n) times the standard deviation of one.
-# Dividing their weights by sqrt(n) makes x start out about equally large in deep models and in
-# shallow ones.
+# The layers whose output is added to x start with smaller weights still, as in GPT-2. There are n =
+# 2 n_layers of them, and a sum of n independent outputs has sqrt(n) times the standard deviation of
+# one. Dividing their weights by sqrt(n) keeps x about equally large, at first, in deep and in
+# shallow models.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
 
 def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
-    """Return an nn.Linear with small random weights and biases of 0."""
     layer = nn.Linear(n_inputs, n_outputs, bias=bias)
     n_sums = 2 * config.n_layers if added_to_x else 1
     nn.init.normal_(layer.weight, std=init_std(config) / math.sqrt(n_sums))
@@ -754,30 +733,32 @@ def make_linear(n_inputs, n_outputs, config, bias=True, added_to_x=False):
     return layer
 
 def make_embedding(n_vectors, config):
-    """Return an nn.Embedding of vectors with C small random numbers."""
     embedding = nn.Embedding(n_vectors, config.emb_dim)
     nn.init.normal_(embedding.weight, std=init_std(config))
     return embedding
 
 # ─── The model ─────────────────────────────────────────────────────────────────────────────────
-# One thing is still missing. Scores depend on what the tokens are, not on where they stand, so
-# after "dog bites man" and after "man bites dog", the next token would find the same three keys,
-# and the first block could not tell who bites. Each position therefore has a learned vector of its
-# own, its positional embedding, which is added to the embedding of the token. With 192 numbers
-# there is room for both: training can place the positions in directions that tokens hardly use, and
-# the query and key layers can read either.
+# The order of the tokens is still missing. Scores depend on what the tokens are, not on where they
+# stand, so after "dog bites man" and after "man bites dog", the next token would find the same
+# three keys, and the first block could not tell who bites. Each position therefore has a learned
+# vector of its own, its positional embedding, which is added to the embedding of the token.
 #
-# To be honest, our story does not need positional embeddings. Without them, the model still recites
-# 99% of the sentences, because the causal mask betrays the order: the third token has averaged
-# three tokens, the second only two. The workshop has two other kinds of position encoding.
+# Does the addition not blur the two? If tokens used only the first hundred numbers and positions
+# only the rest, nothing would be lost, and a linear layer could read either part. Training need not
+# be so tidy, but with 192 dimensions it finds room to keep the two apart.
+#
+# Our story, as it turns out, does not need positional embeddings. Without them, the model still
+# recites 99% of the sentences, because the causal mask betrays the order: an average over more
+# tokens varies less, and the second block can learn to read that. The workshop has two other kinds
+# of position encoding.
 #
 #     Try it: python extras/experiments.py no-positions
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
 # has one vector per token, and in both matrices, tokens that are used alike should have similar
-# vectors. So one matrix can serve twice, which is called weight tying; GPT-2 does it, and with
-# `--tie-weights` our model does, saving V C = 399,168 parameters.
+# vectors. So one matrix can serve twice. GPT-2 does this, which is called weight tying; here it is
+# an option, `--tie-weights`, which saves V C = 399,168 parameters.
 class GPTModel(nn.Module):
     """Token ids (B, T) -> logits (B, T, V). Raises StoryError if T exceeds the context length.
 
@@ -799,9 +780,8 @@ class GPTModel(nn.Module):
         if config.position == "learned":
             self.pos_emb = make_embedding(config.context_length, config)
         else:
-            self.pos_emb = fixed_positions(config)                  # workshop
+            self.pos_emb = fixed_positions(config)                  # workshop: sines, or zeros
         self.dropout = nn.Dropout(config.drop_rate)
-        # a list whose modules are registered, like those assigned to attributes
         self.trf_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config)
         self.out_head = make_linear(config.emb_dim, config.vocab_size, config, bias=False)
@@ -820,11 +800,15 @@ class GPTModel(nn.Module):
             x = block(x, cache)                                     # (B, T, C)
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
+# These fifteen lines are the whole model: look up, mix, process, mix, process, compare with every
+# token of the vocabulary. What it knows is in the numbers, and those are still random.
+
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
-# Now follow one sentence of four tokens through all of it. The weights are random, so what comes
-# out means nothing yet, but the shapes are final.
+# Now follow one sentence of four tokens through the whole model. The weights are random, so what
+# comes out means nothing yet, but the shapes are final. (The function has no code, only a docstring
+# to read and to try.)
 def one_sentence_through_the_model():
-    """The token ids look up their embeddings, and the vectors of the positions 0 to 3 are added:
+    """We look up the embedding of each token id, and add the vectors of the positions 0 to 3:
 
     >>> tokenizer = WordTokenizer(build_vocabulary("He noticed the leaves"))
     >>> ids = torch.tensor([tokenizer.encode("He noticed the leaves")])             # (B, T)
@@ -836,7 +820,7 @@ def one_sentence_through_the_model():
     (torch.Size([1, 4, 192]), tensor([-0.0964,  0.0765, -0.0037]))
 
     In the first block, the query, key and value layers map 192 numbers to 192, which are cut into
-    four heads of 48. In each head, every token weighs the tokens up to itself:
+    four heads of 48. In each, a token spreads its attention over itself and those before it:
 
     >>> att, x_normed = model.trf_blocks[0].att, model.trf_blocks[0].norm1(x)
     >>> queries, keys = att.split_heads(att.query(x_normed)), att.split_heads(att.key(x_normed))
@@ -849,20 +833,21 @@ def one_sentence_through_the_model():
             [0.3000, 0.3900, 0.3100, 0.0000],
             [0.1500, 0.3200, 0.3600, 0.1700]])
 
-    That is the first head. "He", in the first row, has nobody but itself. "leaves", in the last,
-    looks at all four. Two blocks later, the output head computes six logits at each position, one
-    for each of the four words and the two special tokens, and softmax makes them probabilities:
+    That is the first head. "He", in the first row, can attend only to itself; "leaves", in the
+    last, attends to all four. After both blocks, the output head computes six logits at each
+    position, one for each of the four words and the two special tokens, and softmax makes them
+    probabilities, here those of the token after "leaves":
 
     >>> model(ids).shape                        # (B, T, V)
     torch.Size([1, 4, 6])
     >>> model(ids)[0, -1].softmax(dim=-1).detach().round(decimals=2)
     tensor([0.2500, 0.1700, 0.1800, 0.0600, 0.1200, 0.2300])
 
-    One sixth would be pure guessing. Training has all of its work to do."""
+    One sixth each would be pure guessing. Training still has all its work to do."""
 
-# Do not confuse three kinds of numbers. Parameters are learned and stored. Activations, such as x
-# and the weights above, are computed anew for every batch. Gradients exist only in training, one
-# number for each parameter.
+# Three kinds of numbers are easily confused. Parameters are learned and stored. Activations, such
+# as x and the attention weights above, are computed anew for every batch. Gradients exist only in
+# training, one number for each parameter.
 #
 #     $ python story_llm.py model
 #     ...
@@ -875,37 +860,30 @@ def one_sentence_through_the_model():
 #       out_head            (2, 32, 2079)       399,168
 #       total                                 1,693,440
 #
-# More than half are in the blocks. Each has 12 C^2 weights, 4 C^2 in attention and 8 C^2 in the
-# feed-forward network, plus 10 C biases and scales. Almost all others belong to the vocabulary.
-def count_parameters(module):
-    """Count the parameters that training can change. Here they are 3 x 2 weights and 2 biases:
-
-    >>> count_parameters(nn.Linear(3, 2))
-    8
-    """
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+# More than half of the parameters are in the blocks. Each block has 12 C^2 weights, 4 C^2 in
+# attention and 8 C^2 in the feed-forward network, plus 10 C biases and scales. Almost all the rest
+# belong to the vocabulary.
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
-# Let the model write. In training, the predictions at all positions count; in writing, only the
-# last one does, because the others predict tokens that we already have. Greedy decoding takes the
-# token with the highest logit, appends it, and asks again.
+# Give the model the beginning of a text, the prompt, and let it write. Using a model in this way,
+# without training it, is called inference. In training, the predictions at all positions count; now
+# only the last one does, because the others predict tokens that we already have. Greedy decoding
+# takes the token with the highest logit, appends it, and runs the model again.
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` tokens to the token ids idx (B, T), chosen greedily. The model sees
     the last `context_size` tokens.
 
-    Any function from ids to logits can serve as the model. This one knows five tokens. After each
-    token it predicts the next one, and after the last token the first:
+    Any function from ids to logits can serve as the model. This one knows the tokens 0 to 4, and
+    counts through them in a circle:
 
     >>> def counting(idx):
     ...     return F.one_hot((idx + 1) % 5, num_classes=5)
-    >>> counting(torch.tensor([[3]]))
-    tensor([[[0, 0, 0, 0, 1]]])
     >>> generate_text_simple(counting, torch.tensor([[3]]), max_new_tokens=4, context_size=8)
     tensor([[3, 4, 0, 1, 2]])
     """
     for _ in range(max_new_tokens):
         idx_cond = idx[:, -context_size:]
-        with torch.no_grad():
+        with torch.no_grad():                                       # inference needs no gradients
             logits = model(idx_cond)                                # (B, T, V)
         logits = logits[:, -1, :]                                   # the last position, (B, V)
         idx_next = torch.argmax(logits, dim=-1, keepdim=True)       # (B, 1)
@@ -915,7 +893,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #     $ python story_llm.py generate --untrained --max-new-tokens 8
 #     Once Aadhan renounced his kingdomouncedorslf Hors nailssel yet
 #
-# Noise, as promised.
+# Noise.
 
 # ═══ Step 9: the loss before training, and recall ══════════════════════════════════════════════
 # How wrong is noise? Softmax turns the logits into probabilities. For each example, take the
@@ -929,11 +907,10 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # our untrained model, whose vocabulary has 2,079 tokens?
 #
 # All its logits are close to 0, so every token gets about 1/2079, whatever the text says, and the
-# loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher, because the
-# logits are not exactly 0, and unequal guesses cost more on average. If two tokens are equally
-# frequent, a model that gives each a probability of 0.5 has a loss of 0.69; with 0.6 and 0.4, the
-# loss is 0.51 half of the time and 0.92 the other half, 0.71 on average. Should you ever see much
-# more than ln(V) before training, look for a bug.
+# loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher, because
+# unequal guesses cost more on average: 0.6 and 0.4 for two tokens that are equally frequent cost
+# 0.51 and 0.92, 0.71 on average, and 0.5 for both only 0.69. Should you ever see much more than
+# ln(V) before training, look for a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -946,12 +923,13 @@ def batch_loss(model, inputs, targets):
     1.2395
     """
     logits = model(inputs).flatten(0, 1)                # one row per prediction, (B * T, V)
-    # cross_entropy computes softmax, -ln(p) and the mean. Prompt windows (step 10) near the end of
-    # the text are filled up with padding, whose target is -100 and which is left out of the mean.
+    # cross_entropy computes softmax, -ln(p) and the mean. A window that runs past the end of the
+    # text (step 10) is filled up with padding; its target is -100, which leaves it out of the mean.
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
 
-# The loss of a whole split is the mean over windows that lie end to end. The figures in the log
-# come from at most 32 windows, spread evenly over the split, so that they cost next to nothing.
+# The loss of a whole split is the mean over windows that lie end to end. The figures that training
+# prints come from at most 32 windows, spread evenly over the split, so that they cost next to
+# nothing.
 def mean_loss(model, token_ids, max_windows=32):
     """Return the mean loss over token ids (N,), or None if N < 2."""
     if len(token_ids) < 2:
@@ -968,22 +946,23 @@ def mean_loss(model, token_ids, max_windows=32):
     return total.item() / count
 
 # But the loss does not tell us what we most want to know: can the model continue the story? Recall
-# is the share of sentences that it continues word for word from their first five words alone, for
-# at least 80 characters, even where these reach into the next sentence; papers call it verbatim
-# memorization (Carlini et al. 2023). The test is hard, because nothing before those five words
-# tells the model where in the story it is. `recall_tests` in the workshop takes sentences of at
-# least eight words from the training split, and leaves out those that begin alike and go on
-# differently. In a poem or a chat, lines take the place of sentences.
+# does. It is the share of sentences that the model continues word for word from their first five
+# words alone, for at least 80 characters, if need be into the next sentence; papers call it
+# verbatim memorization (Carlini et al. 2023). The sentences, of at least eight words, come from the
+# training split; those that begin alike and go on differently are left out, and in a poem or a chat
+# lines take the place of sentences. The test is hard, because nothing before the five words tells
+# the model where in the story it is.
 #
-# Must we let the model write, token by token? No. One pass over the prompt and its true
-# continuation gives the prediction at every position, and as long as each agrees with the token
-# that follows, greedy decoding would have written the same. Without the causal mask, the model
-# would see the answers.
+# Do we have to let the model write, token by token? No. One pass over the prompt and its true
+# continuation gives the prediction at every position, and as long as each prediction is the token
+# that really follows, greedy decoding would have written the same. (Without the causal mask, the
+# model would see the answers.)
 def recites(model, tokenizer, prompt, continuation):
     """Return whether greedy decoding would continue the prompt with exactly this continuation."""
     prompt_ids = tokenizer.encode(prompt)
     token_ids = torch.tensor(prompt_ids + tokenizer.encode(continuation))
-    # predictions[i] is what the model predicts after token i; workshop: argmax, in one pass
+    # predictions[i], the most probable token after token i, must be token i + 1; the workshop's
+    # function also handles texts that are longer than the context length
     predictions = greedy_predictions(model, token_ids[:-1])
     n = len(prompt_ids)
     return torch.equal(predictions[n - 1:], token_ids[n:])
@@ -995,112 +974,59 @@ def recites(model, tokenizer, prompt, continuation):
 #       ln(2079), uniform guess    7.640
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 #
-# The figures in parentheses are two other forms of the loss. Perplexity is e to the power of the
-# loss: the number of equally likely tokens among which the model would be just as uncertain. (Here
-# there are more of them than tokens, because unequal guesses are worse than equal ones.) Like the
-# loss, it depends on how the text is split into tokens. Bits per character do not, which makes them
-# the figure to compare models by: add up the losses of all tokens, then divide by the number of
+# The parentheses give the loss in two other forms. Perplexity is e to the power of the loss: the
+# number of equally likely tokens among which the model would be just as uncertain. Like the loss,
+# it depends on how the text is split into tokens. Bits per character do not, which makes them the
+# figure to compare models by: add up the losses of all tokens, then divide by the number of
 # characters and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
-# gradient, move all parameters a little, repeat. The functions of this step share two objects. A
-# Corpus is the text, split and encoded, and a Run is the model with its settings, its optimizer and
-# the number of steps done; `corpus_from_text` and `new_run` in the workshop make them. You need not
-# read their fields now.
-@dataclass(repr=False)
-class Corpus:
-    """A text, split and encoded. (extras/library.py makes one of token ids alone, without text.)"""
-    text: str
-    tokenizer: WordTokenizer | BPETokenizer
-    train_text: str
-    train_ids: torch.Tensor     # (N,)
-    val_ids: torch.Tensor       # (M,), empty if there is no validation split
-    fingerprint: str            # identifies the text and where it was split
-
-    @functools.cached_property
-    def recall_tests(self):
-        return recall_tests(self.train_text)        # workshop: [(prompt, continuation)]
-
-@dataclass
-class Evaluation:
-    """How good a run was at some step. What could not be measured is None."""
-    step: int
-    epoch: float
-    train_loss: float
-    val_loss: float | None
-    recall: float | None
-    prompt: str
-    sample: str                 # how the model continued the prompt
-
-@dataclass(repr=False)
-class Run:
-    """A model with everything that belongs to its training. `new_run` (workshop) makes one."""
-    model: GPTModel
-    tokenizer: WordTokenizer | BPETokenizer
-    train_config: "TrainConfig"                         # below
-    fingerprint: str            # of the corpus
-    steps_per_epoch: int
-    total_steps: int
-    prompt: str                 # the prompt of the samples
-    step: int = 0               # steps done
-    history: list = field(default_factory=list)         # of Evaluations
-    loss: float | None = None   # of the last step
-    optimizer: "AdamW | None" = None                    # below
-
-    # The workshop needs these: where the text came from, and how its sentences begin ...
-    text_paths: list = field(default_factory=list)      # [] for Short_Story.txt
-    encoding: str = ""
-    beginnings: list = field(default_factory=list)
-    # ... and, to resume, the state of the optimizer, the best weights so far and the last ones
-    # (with keep_best), and the step at which this stretch of training began.
-    averages: dict | None = None
-    best_weights: dict | None = None
-    last_weights: dict | None = None
-    first_step: int = 0
-
-    @property
-    def config(self):
-        return self.model.config
-
-    def write(self, prompt, max_new_tokens=100, sentences=0, **sampling):
-        """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
-        return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
-                                              Sampling(**sampling), sentences))     # workshop
-
+# gradient, move all parameters a little, repeat. A pass over the training text is called an epoch,
+# and what moves the parameters is the optimizer. The functions of this step share two objects,
+# which the workshop defines. A Corpus is the text, split and encoded; a Run is a model with
+# everything that belongs to its training:
+#
+#     corpus.train_ids, corpus.val_ids        the token ids of both splits, (N,) and (M,)
+#     corpus.recall_tests                     pairs (the first five words, how the text goes on)
+#     run.model, run.tokenizer, run.prompt    the prompt with which we watch it learn
+#     run.optimizer, run.train_config         how it is trained
+#     run.step, run.total_steps               steps done, and steps in all
+#     run.history                             what was measured on the way
+#
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
 # On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
 # of 0.1. Our model learns too slowly that way: with the best learning rate that we found, its loss
 # was still 3.06 after 180 steps. In some matrices, gradients are up to 200 times as large as in
-# others, so a learning rate that suits the former leaves the latter almost where they were. And
-# since a batch is only a small part of the text, its gradient never points exactly the right way.
+# others, so a learning rate that suits large gradients leaves the parameters with small ones almost
+# where they were. And since a batch is only a small part of the text, its gradient never points
+# exactly the right way.
 #
 #     Try it: python extras/experiments.py gradient-descent
 #
-# Adam (Kingma & Ba 2015) answers both with two moving averages for every parameter. The first, m,
-# follows the gradient g and evens out what differs from batch to batch. The second, v, follows g^2;
-# its square root says how large the gradients of this parameter usually are. The parameter w moves
-# by the quotient:
+# Adam (Kingma & Ba 2015) solves both problems with two moving averages for every parameter. The
+# first, m, follows the gradient g and evens out what differs from batch to batch. The second, v,
+# follows g^2; the square root of v says how large the gradients of this parameter usually are. The
+# parameter w moves by the quotient:
 #
 #     m = 0.9 m + 0.1 g
 #     v = 0.98 v + 0.02 g^2
-#     w = w - lr m / (sqrt(v) + 1e-8)
+#     w = w - lr (m / a) / (sqrt(v / b) + 1e-8)       with a = 1 - 0.9^n and b = 1 - 0.98^n
 #
 # Old gradients fade: one from ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
-# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. The quotient makes the size of the
-# gradients irrelevant: multiply all of them by 100, and w moves just as far, by about lr a step.
-# What counts is whether they agree; if their sign changes from step to step, w stays almost where
-# it is. Since both averages start at 0, they are too small at first: after n steps, the shares of
-# all gradients in m add up to 1 - 0.9^n instead of 1, and dividing by this sum corrects it.
+# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. In the quotient, the size of the
+# gradients cancels out: multiply all of them by 100, and w moves just as far, by about lr a step.
+# Agreement is what counts, and if the sign changes from step to step, w stays almost where it is.
+# Both averages start at 0 and are too small at first: after n steps, the shares of all gradients in
+# m add up to a instead of 1, and those in v to b, which is why m and v are divided by them.
 #
-# The W in AdamW (Loshchilov & Hutter 2019) is for weight decay: in each step, all matrices shrink a
-# little, whatever their averages say. (Norms and biases do not; a norm would suffer if its scale
-# shrank.) Like dropout, weight decay is a form of regularization, which limits a model so that it
-# generalizes, that is, does well on unseen text. Ours is meant to memorize, and its weight decay is
-# 0.
+# The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay: in each step, all matrices
+# shrink a little, whatever the averages of their gradients. Like dropout, weight decay is a form of
+# regularization, which limits a model so that it generalizes, that is, does well on unseen text.
+# Our model has a weight decay of 0, for the reason that its dropout is 0.
 class AdamW:
-    """torch.optim.AdamW, written out, with the betas that suit short runs. `parameters` are
-    pairs (name, parameter), as `model.named_parameters()` gives them.
+    """torch.optim.AdamW, written out. `parameters` are pairs (name, parameter), as they come from
+    `model.named_parameters()`. The betas say how much of m and of v remains after a step.
 
     >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
     >>> optimizer = AdamW([("w", w)])
@@ -1135,18 +1061,14 @@ class AdamW:
         m.lerp_(p.grad, 1 - beta1)              # beta1 m + (1 - beta1) g, in place
         v.lerp_(p.grad ** 2, 1 - beta2)
         usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt_() + 1e-8
-        if self.weight_decay > 0 and p.dim() >= 2:
+        if self.weight_decay > 0 and p.dim() >= 2:      # matrices; norms and biases do not shrink
             p.mul_(1 - lr * self.weight_decay)
-        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))      # lr m / usual_size
+        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # -lr/a m/usual_size
 
-def make_optimizer(model, config):
-    if config.optimizer == "muon":
-        return Muon(model, config)              # workshop
-    return AdamW(model.named_parameters(), config.weight_decay)
-
-# In the first steps, the averages rest on a few batches and are not to be trusted, so the learning
-# rate rises from almost nothing, which is called warm-up. Later, large steps would overshoot the
-# minimum again and again, so it falls linearly towards 0.
+# At the very first step, the quotient is 1 or -1 for every parameter, however small or accidental
+# its gradient. A few batches are not enough for averages that can be trusted, which is why the
+# learning rate begins with a warm-up, a rise from almost nothing. Later, large steps would
+# overshoot the minimum again and again; therefore it falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1161,10 +1083,9 @@ def learning_rate(step, total_steps, config):
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * (total_steps - step) / (total_steps - warmup)
 
-# These are the hyperparameters of training. Muon, another optimizer, and bf16 are the workshop's.
+# These are the hyperparameters of training. (The workshop explains bf16 and the optimizer Muon.)
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """How the model is trained."""
     epochs: int = setting(0, "passes over the training text (0: 20, and at least 150 steps)")
     max_steps: int = setting(0, "total training steps, instead of --epochs (0: use --epochs)")
     batch_size: int = setting(32, "windows in a batch", minimum=1)
@@ -1185,24 +1106,13 @@ class TrainConfig(Settings):
     seed: int = setting(42, "random seed")
 
 # ─── The batches, and the loop ─────────────────────────────────────────────────────────────────
-# Which windows make up a batch? Half of them are the sliding windows of step 5. If they started at
-# the same places in every epoch, as a pass over the text is called, each token would always stand
-# at the same position, and the model would hardly recognize a passage that begins elsewhere. So
-# each epoch cuts the text from a new random offset.
-#
-# The other half are prompt windows, which start where a prompt would: four in five at the beginning
-# of a sentence, the rest at a random word. A prompt begins at position 0 and without the space that
-# its first word has in the middle of the text; sliding windows almost never look like that. Trained
-# without prompt windows, the model knows the story just as well, but not in the form in which we
-# ask for it: recall is 94% instead of 100%. `training_batches` in the workshop puts both halves
-# together.
-#
-#     Try it: python extras/experiments.py no-prompt-windows
-#
+# How far has a run come? Every few steps, `evaluate` measures it. The training loss that it returns
+# is not that of the last batch, which jumps from one batch to the next, but always that of the same
+# windows.
 def evaluate(run, corpus):
-    """Return the Evaluation of a run as it is now: the losses on some windows of both splits,
-    recall on some sentences, and a sample of what the model writes."""
-    with mixed_precision(run):          # workshop: bf16, where the processor makes it faster
+    """Return an Evaluation: the losses on some windows of both splits, recall on some sentences,
+    and a sample of what the model writes."""
+    with mixed_precision(run):          # workshop: 16-bit numbers, where they are faster
         train_loss = mean_loss(run.model, corpus.train_ids)
         val_loss = mean_loss(run.model, corpus.val_ids)
     tests = evenly_spaced(corpus.recall_tests, RECALL_SAMPLE)                   # workshop: 25
@@ -1211,9 +1121,34 @@ def evaluate(run, corpus):
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-# The loop needs few lines now. As a generator, it hands control to its caller after every step:
-# `train`, behind the command of that name, prints, saves, and leaves the loop when you press
-# Ctrl-C.
+# Which windows make up a batch of 32? Sixteen are the sliding windows of step 5. If they started at
+# the same places in every epoch, each token would always stand at the same position, and the model
+# would hardly recognize a passage that begins elsewhere. So each epoch cuts the text from a new
+# random offset.
+#
+# The other sixteen are prompt windows, which start where a prompt would: four in five at the
+# beginning of a sentence, the rest at a random word. A prompt begins at position 0 and without the
+# space that its first word has in the middle of the text; sliding windows almost never look like
+# that. Trained without prompt windows, the model knows the story just as well, but not in the form
+# in which a prompt asks for it: recall is 94% instead of 100%.
+#
+#     Try it: python extras/experiments.py no-prompt-windows
+def training_batches(run, corpus):
+    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
+    is the last step. A batch depends on the text, the settings, the seed and the step, but not on
+    earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
+    T, device = run.config.context_length, device_of(run.model)
+    windows = SlidingWindowDataset(corpus.train_ids, T)         # stride 1: one for every start
+    starts = batch_starts(run, corpus)      # workshop: where the windows of each batch start
+    while run.step < run.total_steps:
+        sliding, prompts = next(starts)
+        inputs, targets = windows[sliding]
+        more_inputs, more_targets = prompt_windows(corpus, prompts, T)          # workshop
+        yield (torch.cat([inputs, more_inputs]).to(device),
+               torch.cat([targets, more_targets]).to(device))
+
+# Now the loop needs few lines. As a generator, it hands control to its caller after every step, and
+# so the `train` command can print, save, and stop when you press Ctrl-C.
 def training_steps(run, corpus):
     """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
     becomes NaN or infinite.
@@ -1231,7 +1166,7 @@ def training_steps(run, corpus):
     """
     start_training(run, corpus)         # workshop: the optimizer; the first evaluation
     config = run.train_config
-    for inputs, targets in training_batches(run, corpus):           # workshop: each (B, T)
+    for inputs, targets in training_batches(run, corpus):           # each (B, T)
         with training_mode(run):        # workshop: dropout is on, with random numbers of its own
             with mixed_precision(run):
                 loss = batch_loss(run.model, inputs, targets)
@@ -1251,10 +1186,10 @@ def training_steps(run, corpus):
             record_evaluation(run, corpus)          # evaluate, and append it to run.history
         yield run
 
-# Here it is at work; some evaluations and the ends of the lines are left out. The training split
-# has 4,579 tokens, and an epoch has nine steps, in which the sliding windows cover all of them
-# once, and the prompt windows show about as many again. Each line is followed by a sample, with
-# three dots between the prompt and what the model adds, and \n for the end of a line:
+# Here it is at work; some evaluations and the ends of the lines are left out. An epoch has nine
+# steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens once, and the prompt
+# windows show about as many again. Below each line stands a sample: the prompt, three dots, and
+# what the model adds, with \n for a line end:
 #
 #     $ python story_llm.py train
 #     ...
@@ -1269,29 +1204,25 @@ def training_steps(run, corpus):
 #
 # First the model learns which tokens are frequent, then which follow each other, then whole
 # phrases, and in the end the story. Before you read on: the training loss falls all the way, while
-# the validation loss turns around the fifth epoch and ends higher than after the first. What is the
-# model learning by then?
+# the validation loss is lowest near the fifth epoch and ends higher than after the first. What is
+# the model learning by then?
 #
-# The early lessons are true of both splits: many a comma is followed by "and", for example. From
+# The early lessons are true of both splits: a comma is often followed by "and", for example. From
 # the fifth epoch on the model overfits; it learns what is true of the training split alone, and
-# grows certain of it. There, "A ferry goes back and forth" is followed by "and", while the
-# validation split has "going back and forth with the rope". After 45 steps, the model gave this
-# "with" a probability of about 1/35; in the end, 1/8,700 is left for it, and the loss of this one
-# token has risen from 3.6 to 9.1. Doubt is cheap; being certain and wrong is not.
+# grows certain of it. In the training split, "A ferry goes back and forth" is followed by "and",
+# while the validation split has "going back and forth with the rope". After 45 steps, the model
+# gave this "with" a probability of about 1/35; after 180 steps it is 1/8,700, and the loss of this
+# one token has risen from 3.6 to 9.1. Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
 # fourth position it is 0.5, and from the eleventh on 0.07.
 #
-# With a single short story, a model can do little but memorize, and that is what we wanted. To
-# generalize, it needs far more text.
-
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
-# All of this would be lost if the process ended. So everything goes into one file, a checkpoint,
-# which serves two purposes. To generate, we need the model from it, even where the story is not at
-# hand. To resume training as if it had never stopped, we also need whatever the next steps depend
-# on. (No random state is among it: every random choice of a step follows from the seed and the
-# step.)
+# When the process ends, all of this is lost, unless we save it. One file, a checkpoint, serves two
+# purposes. To generate, we need the model, even on a machine that does not have the story. To
+# resume training as if it had never stopped, we also need whatever the next steps depend on. (No
+# random state is part of that: every random choice follows from the seed and the step number.)
 #
 #     entry                              to generate    to resume
 #     config, tokenizer, weights             yes           yes
@@ -1308,36 +1239,34 @@ def save_checkpoint(path, run):
     >>> run = new_run(corpus_from_text("They went upriver for nine days.", "word"))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_checkpoint(folder + "/run.pt", run)
-    ...     loaded = load_checkpoint(folder + "/run.pt")
-    >>> loaded.config == run.config, loaded.tokenizer.encode("They went")
-    (True, [6, 4])
+    ...     saved = torch.load(folder + "/run.pt", weights_only=True)
+    >>> saved["step"], saved["weights"]["tok_emb.weight"].shape, saved["tokenizer"]["tokens"][4]
+    (0, torch.Size([9, 192]), ' went')
     """
     weights, last_weights = weights_to_save(run)        # workshop: they differ with --keep-best
     write_checkpoint(path, {    # workshop: torch.save under another name, then rename
-        # to generate, all that is needed is
         "config": asdict(run.config),
         "tokenizer": {"kind": run.tokenizer.kind, "tokens": run.tokenizer.tokens},
         "weights": weights,                                     # {name: tensor}
-        # to check the file
-        "format": FORMAT,
-        "test_loss": loss_on_test_window(restore_model(run.config, weights)),
-        # to resume the training
         "train_config": asdict(run.train_config),
         "last_weights": last_weights,
         "averages": optimizer_averages(run),                    # {name: (m, v)}
         "history": [asdict(evaluation) for evaluation in run.history],
-        **{name: getattr(run, name) for name in PLAIN_FIELDS}})     # the step, the prompt, ...
+        **{name: getattr(run, name) for name in PLAIN_FIELDS},  # step, total_steps, fingerprint ...
+        "format": FORMAT,
+        "test_loss": loss_on_test_window(restore_model(run.config, weights))})
 
 # Loading needs more care, because a file may come from anywhere. torch.save uses Python's pickle
-# format, and a pickle can run any code while it is loaded. `weights_only=True` forbids that: torch
-# then accepts tensors and plain values only. And what if the code of the model has changed since?
-# Together with the weights, we saved their loss on a fixed window. If they now give another loss,
-# the code no longer computes what was trained.
+# format, and a pickle can run any code while it is loaded. `torch.load(path, weights_only=True)`
+# forbids that: it accepts tensors and plain values only. And what if the code of the model has
+# changed since? Together with the weights, we saved their loss on a fixed window. If they now give
+# another loss, the code no longer computes the model that was trained.
 def load_checkpoint(path, device="cpu"):
     """Load a run, ready to generate (`.model`, `.tokenizer`) or to resume training. Raises
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
     program."""
-    saved = read_checkpoint(path)           # workshop: torch.load(path, weights_only=True), checks
+    # workshop: torch.load and checks; the settings and the tokenizer are objects again
+    saved = read_checkpoint(path)
     model = restore_model(saved["config"], saved["weights"])        # workshop: load_state_dict
     check_test_loss(path, model, saved["test_loss"])
     return Run(model.to(choose_device(device)), saved["tokenizer"], saved["train_config"],
@@ -1345,22 +1274,15 @@ def load_checkpoint(path, device="cpu"):
                history=saved["history"], **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. While
-# both losses fall, the model learns patterns that carry over to unseen text; where the validation
-# loss turns, overfitting begins. Should both stay near ln(V), nothing is learned, perhaps because
-# the learning rate is much too low or high.
+# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers: where
+# the validation loss turns, overfitting begins. If both losses stay near ln(V), the model learns
+# nothing, perhaps because the learning rate is much too low or too high.
 #
 #     $ python story_llm.py plot
 #     drew loss.png
 def plot_losses(history, vocab_size, path=None):
     """Draw the losses and the recall of a history, and save the picture if a path is given (.png,
-    .svg or .pdf). Return the figure.
-
-    >>> history = [     # step, epoch, training loss, validation loss, recall, prompt, sample
-    ...     Evaluation(0, 0.0, 7.8, 7.8, 0.0, "", ""), Evaluation(9, 1.0, 6.1, 6.2, 0.0, "", "")]
-    >>> [curve.get_label() for curve in plot_losses(history, vocab_size=2079).axes[0].lines]
-    ['training', 'validation', 'lowest validation loss, 6.20', 'uniform guess, ln(2,079)']
-    """
+    .svg or .pdf). Return the figure."""
     check(history, "there is no history to draw: train first")
     figure = new_figure(figsize=(8, 5.5))           # workshop: a matplotlib Figure
     losses, recall = figure.subplots(2, height_ratios=(4, 1), sharex=True)
@@ -1379,22 +1301,22 @@ def plot_losses(history, vocab_size, path=None):
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
 # `generate_text_simple` is wasteful: for each new token it sends the whole window through the
-# model, although all tokens but the last went through in the step before. Their vectors are still
-# the same, because the causal mask keeps every token from seeing what comes after it. In every
-# layer, the new token compares its query with their keys and averages their values, and needs
-# nothing else from them. So we store the keys and values in a key-value cache, and send only the
-# new token through the layers.
+# model, although all tokens but the last have been through it already. Their vectors are still the
+# same, because the causal mask keeps every token from seeing what comes after it. In every layer,
+# the new token compares its query with their keys and averages their values, and needs nothing else
+# from them. So we store the keys and values in a key-value cache, and send only the new token
+# through the layers.
 #
-# Step 6 is prepared for that in three places. If the cache holds five tokens, the next one comes
-# with a single query, T = 1, and meets six keys, S = 6:
+# The code of step 6 allows for this in three places. If the cache holds five tokens, the next one
+# comes with a single query, T = 1, and meets six keys, S = 6:
 #
 #     keys, values = cache.append(self, keys, values)     # (B, H, 6, D) instead of (B, H, 1, D)
 #     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
 #     start = cache.length                                 # position 5, counting from 0
 #
-# Once the window is full, the cache no longer helps. The first token, to which all the others had
-# attended, drops out at every step, and the others move to other positions. Whatever the cache
-# holds is then wrong, so we empty it.
+# Once the window is full, here after 32 tokens, the cache no longer helps. The first token, to
+# which every later one attended, drops out at each step, and the rest move to other positions.
+# Whatever the cache holds is then wrong, so we empty it.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1402,7 +1324,6 @@ class KeyValueCache:
         self.length = 0         # S, the number of tokens they belong to
 
     def append(self, layer, keys, values):
-        """Append the keys and values of new tokens to those of a layer, and return all of them."""
         if layer in self.layers:
             old_keys, old_values = self.layers[layer]
             keys = torch.cat([old_keys, keys], dim=2)
@@ -1411,19 +1332,20 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a text that is known by heart. Elsewhere it soon runs in a circle: a phrase
-# that has just been written makes its own continuation more likely, and greedy decoding never takes
-# another path. Trained by gradient descent, as in the experiment of step 10, our model writes ",
-# and he had been in the wall, and he had been in the wall, and he had". Sampling breaks out. It
-# draws the next token at random, each with its probability, and three settings change these
-# probabilities. The temperature divides the logits before softmax, which raises every probability
-# to the power 1 / temperature and rescales the results: below 1, the likely tokens gain, and above
-# 1 the unlikely ones. Top-k keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et
-# al. 2020), takes the most likely tokens one by one until their probabilities add up to p.
+# Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: when a
+# phrase returns, attention finds its first copy, the model predicts what followed there, and no
+# other path is ever taken. Trained by gradient descent (step 10), our model writes ", and he had
+# been in the wall" again and again.
+#
+# Sampling breaks the circle: it draws the next token at random, following the probabilities, which
+# three settings change. The temperature divides the logits before softmax. Because e^(l / T) is
+# (e^l)^(1 / T), this raises every probability to the power 1 / T and rescales the results: a
+# temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k keeps the k most
+# likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes them in order until their
+# probabilities add up to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
-    """How the next token is chosen. Those marked with `draws` have no effect on greedy decoding,
-    which draws nothing."""
+    """How the next token is chosen. Settings marked `draws` change nothing in greedy decoding."""
     temperature: float = setting(0.0, "0: greedy decoding; higher: more randomness")
     top_k: int = setting(0, "sample from the k most likely tokens (0: all)", draws=True)
     top_p: float = setting(1.0, "sample from the most likely tokens with total probability p",
@@ -1432,12 +1354,12 @@ class Sampling(Settings):
 
 def next_token_probabilities(logits, sampling, window=None):
     """From logits (..., V), compute the probabilities (..., V) with which the next token is chosen.
-    (A rule that looks at the tokens so far would find them in `window`, of shape (..., T).)
+    (A rule that looks at the tokens so far finds them in `window`, of shape (..., T).)
 
     >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0))
     tensor([0.6439, 0.2369, 0.0871, 0.0321])
-    >>> next_token_probabilities(logits, Sampling(temperature=0.5))     # their squares, rescaled
+    >>> next_token_probabilities(logits, Sampling(temperature=0.5))     # squared and rescaled
     tensor([0.8650, 0.1171, 0.0158, 0.0021])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_k=2))
     tensor([0.7311, 0.2689, 0.0000, 0.0000])
@@ -1464,16 +1386,15 @@ def next_token_probabilities(logits, sampling, window=None):
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 def predict_next(model, window, sampling, cache):
-    """The probabilities (B, V) of the token after a window (B, T). If the cache already knows the
-    first tokens of the window, only the others are computed."""
+    """The probabilities (B, V) of the token after a window (B, T). The tokens that the cache holds
+    are not computed again."""
     with torch.no_grad():
         logits = model(window[:, cache.length:], cache)[:, -1, :]
     return next_token_probabilities(logits.float(), sampling, window)
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
-    """Continue token ids (B, T). This generator yields a tensor (B,) of new ids at every step. With
-    greedy decoding, they are the ids that `generate_text_simple` would append, unless rounding
-    decides between two tokens; until the window is full, they are computed faster."""
+    """Continue token ids (B, T): yield a tensor (B,) of new ids, again and again. Greedy decoding
+    gives the ids of `generate_text_simple`, unless rounding decides between two tokens."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
     window = token_ids[:, -context_length:].to(device_of(model))
@@ -1481,7 +1402,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
         probabilities = predict_next(model, window, sampling, cache).cpu()
-        new = torch.multinomial(probabilities, 1, generator=generator)      # draw ids, (B, 1)
+        new = torch.multinomial(probabilities, 1, generator=generator)      # draw one id, (B, 1)
         yield new[:, 0]
         if window.shape[1] == context_length:       # full: the window slides
             window = window[:, 1:]
@@ -1494,33 +1415,32 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #     $ python story_llm.py generate --prompt "Once Aadhan renounced" --max-new-tokens 14
 #     Once Aadhan renounced his kingdom for the love of Thamarai, its people living in
 #
-# And this is what it considered on the way:
+# Before it wrote "kingdom", it considered:
 #
 #     $ python story_llm.py next --prompt "Once Aadhan renounced his"
 #     next token        logit  softmax  sampled   (--temperature 1.0 --top-k 0 --top-p 1.0)
-#     ␣kingdom          12.04   96.41%   96.41%   ███████████████████████████████████████
-#     ␣li                7.20    0.76%    0.76%
-#     ␣belt              5.89    0.21%    0.21%
+#     ␣kingdom          11.54   95.51%   95.51%   ██████████████████████████████████████
+#     ␣brother           5.71    0.28%    0.28%
+#     ␣shoulder          5.64    0.26%    0.26%
 #     ...
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
 # You have built an autoregressive, decoder-only transformer with pre-norm and causal multi-head
-# self-attention, trained by next-token prediction with cross-entropy and AdamW, and it decodes with
-# a key-value cache. Thirteen steps ago, hardly a word of that meant anything. Open the model of
+# self-attention, trained by next-token prediction with cross-entropy and AdamW, that decodes with a
+# key-value cache. Thirteen steps ago, hardly a word of that meant anything. Open the model of
 # nanoGPT, a well-known small implementation of GPT-2, and you will know your way around.
 #
 # For new text in the manner of a story, rather than the story itself, a model needs more text than
-# it can memorize. Given 300 KB or more, `train --preset writer` limits it by weight decay and keeps
-# the weights with the lowest validation loss; `generate --temperature 0.8` samples from it.
+# it can memorize. Given 300 KB or more, `train --preset writer` regularizes it by weight decay and
+# keeps the weights with the lowest validation loss; `generate --temperature 0.8` samples from it.
 #
 # ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
 # 175 billion parameters, 100,000 times as many as our model, and read hundreds of billions of
-# tokens. A model does not get far by memorizing so much; it has to learn the patterns of language,
-# of facts, of arguments. The result of this pre-training continues any text. Fine-tuning on
-# dialogues, the loop of step 10 with other texts, turns it into a model that answers, and
-# reinforcement learning makes the answers that people prefer more probable. But at the bottom of
-# all that sits one question, and you have just watched a model learn to answer it: which token
-# comes next?
+# tokens. So much text cannot be memorized; the model has to learn the patterns of language, of
+# facts, of arguments. The result of this pre-training continues any text. Fine-tuning on dialogues,
+# the loop of step 10 with other texts, turns it into a model that answers, and reinforcement
+# learning makes the answers that people prefer more probable. But at the bottom of all that sits
+# one question, and you have just watched a model learn to answer it: which token comes next?
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
@@ -1617,6 +1537,26 @@ def decode(data, path, encoding=""):
           f"{encoding or 'UTF-8'}: if it is text in another encoding, name it, such as --encoding "
           "utf-16-le; otherwise convert the file to plain text first")
     return text.removeprefix("\ufeff")
+
+def split_text(text, config):
+    """Split a text at a space into the training split and the validation split that follows it.
+    `config` is a TrainConfig (step 10), whose `val_fraction` is the share kept for validation. A
+    validation split of fewer than 100 characters is left out.
+
+    >>> text = "They went upriver by boat. " * 50
+    >>> training, validation = split_text(text, TrainConfig(val_fraction=0.1))
+    >>> training[-17:], validation[:17], training + validation == text
+    (' upriver by boat.', ' They went uprive', True)
+    """
+    cut = len(text) - int(len(text) * config.val_fraction)
+    if len(text) - cut < 100:
+        return text, ""
+    # the last space or line end in the 50 characters before the cut; if there is none, as in
+    # Chinese, cut anyway
+    space = max(text.rfind(white, max(cut - 50, 0), cut + 1) for white in " \n")
+    if space > 0:
+        cut = space
+    return text[:cut], text[cut:]
 
 # The patterns of steps 2 and 4. \p{L} is any letter, \p{N} any number character, and \p{M} a mark
 # that belongs to the letter before it; without \p{M}, Hindi and Tamil words would be cut at every
@@ -1872,6 +1812,10 @@ def choose_device(name="auto"):
 def device_of(model):
     return model.tok_emb.weight.device
 
+def count_parameters(module):
+    """Return how many parameters training can change."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
 def use_bf16(device, precision):
     """Return whether to compute matrix products in bfloat16, which has 8 significant bits instead
     of 24. "auto" chooses bfloat16 only where the hardware has instructions for it, which make it
@@ -1905,13 +1849,11 @@ def seeded_rng(seed, device):
 def training_mode(run):
     """Dropout is on in this block. It depends only on the seed and the step, so that a resumed run
     drops the same numbers as an uninterrupted one."""
-    rng = contextlib.nullcontext()
-    if run.config.drop_rate > 0:
-        seed = hash((run.train_config.seed, run.step))      # of integers: always the same
-        rng = seeded_rng(seed, device_of(run.model))
+    seed = hash((run.train_config.seed, run.step))      # of integers: always the same
+    rng = seeded_rng(seed, device_of(run.model))
     run.model.train()
     try:
-        with rng:
+        with rng if run.config.drop_rate > 0 else contextlib.nullcontext():
             yield
     finally:
         run.model.eval()
@@ -1975,6 +1917,64 @@ def measure_recall(model, tokenizer, text, max_sentences=1000):
     return share_recited(model, tokenizer, evenly_spaced(recall_tests(text), max_sentences)) or 0.0
 
 # ═══ Workshop: step 10, presets and runs ═══════════════════════════════════════════════════════
+@dataclass(repr=False)
+class Corpus:
+    """A text, split and encoded. (extras/library.py makes one of token ids alone, without text.)"""
+    text: str
+    tokenizer: WordTokenizer | BPETokenizer
+    train_text: str
+    train_ids: torch.Tensor     # (N,)
+    val_ids: torch.Tensor       # (M,), empty if there is no validation split
+    fingerprint: str            # identifies the text and where it was split
+
+    @functools.cached_property
+    def recall_tests(self):
+        return recall_tests(self.train_text)        # [(prompt, continuation)]
+
+@dataclass
+class Evaluation:
+    """What was measured at one step, or None where it could not be measured."""
+    step: int
+    epoch: float
+    train_loss: float
+    val_loss: float | None
+    recall: float | None
+    prompt: str
+    sample: str                 # how the model continued the prompt
+
+@dataclass(repr=False)
+class Run:
+    """A model with everything that belongs to its training. `new_run` makes one."""
+    model: GPTModel
+    tokenizer: WordTokenizer | BPETokenizer
+    train_config: TrainConfig
+    fingerprint: str            # of the corpus
+    steps_per_epoch: int
+    total_steps: int
+    prompt: str                 # the prompt of the samples
+    step: int = 0               # steps done
+    history: list = field(default_factory=list)         # of Evaluations
+    loss: float | None = None   # of the last step
+    optimizer: AdamW | None = None
+    text_paths: list = field(default_factory=list)      # [] for Short_Story.txt
+    encoding: str = ""
+    beginnings: list = field(default_factory=list)      # of the sentences
+    # to resume: the optimizer's averages, the best weights so far and the last ones (with
+    # keep_best), and the step at which this session began
+    averages: dict | None = None
+    best_weights: dict | None = None
+    last_weights: dict | None = None
+    first_step: int = 0
+
+    @property
+    def config(self):
+        return self.model.config
+
+    def write(self, prompt, max_new_tokens=100, sentences=0, **sampling):
+        """Return a prompt with its continuation. Example: run.write("Once", temperature=0.8)"""
+        return prompt + "".join(generate_text(self.model, self.tokenizer, prompt, max_new_tokens,
+                                              Sampling(**sampling), sentences))
+
 PRESETS = ("story", "novel", "writer", "gpt2-small")
 
 def count_bytes(text):
@@ -2014,15 +2014,15 @@ def corpus_from_text(text, tokenizer="auto", config=None, vocab_size=2048):
     >>> corpus.train_ids
     tensor([6, 4, 3, 1, 2, 0, 5, 7])
     """
-    check_is_text(text)                                                         # workshop
+    check_is_text(text)
     train_text, val_text = split_text(text, config or TrainConfig())
     if isinstance(tokenizer, str):
-        tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)     # workshop
+        tokenizer = make_tokenizer(tokenizer, train_text, val_text, vocab_size)
     # the model learns to predict `<|endoftext|>` where the text ends
     train_ids = torch.tensor([*tokenizer.encode(train_text), tokenizer.end_of_text])
     val_ids = torch.tensor(tokenizer.encode(val_text), dtype=torch.long)
     return Corpus(text, tokenizer, train_text, train_ids, val_ids,
-                  fingerprint=fingerprint(train_text, val_text))                # workshop
+                  fingerprint=fingerprint(train_text, val_text))
 
 def new_run(corpus, config=None, train_config=None, device="cpu"):
     """Return a run with an untrained model. If the text is too short for the context length, the
@@ -2109,32 +2109,27 @@ def prompt_window(corpus, start, T):
     token_ids = [*token_ids, corpus.tokenizer.end_of_text][:T + 1]
     return token_ids + [IGNORE_INDEX] * (T + 1 - len(token_ids))
 
-def in_batches(stream, size, skip):
-    """Cut an endless stream into lists of `size` items, and skip the first `skip` lists."""
-    stream = islice(stream, size * skip, None)
-    while True:
-        yield list(islice(stream, size))
+def prompt_windows(corpus, starts, T):
+    """Return the inputs and the targets of prompt windows, each of shape (len(starts), T)."""
+    rows = [prompt_window(corpus, start, T) for start in starts]
+    rows = torch.tensor(rows, dtype=torch.long).reshape(-1, T + 1)      # even if it is empty
+    # As an input, padding can be any token. It comes last, so no real token attends to it.
+    return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
-def training_batches(run, corpus):
-    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
-    is the last step. A batch of our story model consists of 16 sliding windows and 16 prompt
-    windows. It depends on the text, the settings, the seed and the step, but not on earlier steps,
-    so a resumed run sees the same batches as an uninterrupted one."""
+def batch_starts(run, corpus):
+    """Yield for each batch, beginning with that of `run.step`, where its windows start: a tensor of
+    positions in `train_ids` for the sliding windows, a list of positions in `train_text` for the
+    prompt windows."""
     config, T = run.train_config, run.config.context_length
-    device = device_of(run.model)
     n_prompts = int(config.prompt_windows * config.batch_size)
-    windows = SlidingWindowDataset(corpus.train_ids, T)     # stride 1: one for every start
-    starts = window_starts(len(windows), T, config.seed)
-    sliding = in_batches(starts, config.batch_size - n_prompts, skip=run.step)
-    starts = prompt_starts(corpus.train_text, n_prompts, config.seed)
-    prompts = in_batches(starts, n_prompts, skip=run.step)
-    while run.step < run.total_steps:
-        inputs, targets = windows[torch.tensor(next(sliding), dtype=torch.long)]
-        rows = [prompt_window(corpus, start, T) for start in next(prompts)]
-        rows = torch.tensor(rows, dtype=torch.long).reshape(-1, T + 1)      # even if it is empty
-        # As an input, padding can be any token. It comes last, so no real token attends to it.
-        inputs = torch.cat([inputs, rows[:, :-1].clamp(min=0)])
-        yield inputs.to(device), torch.cat([targets, rows[:, 1:]]).to(device)
+    n_sliding = config.batch_size - n_prompts
+    sliding = window_starts(len(corpus.train_ids) - T, T, config.seed)
+    prompts = prompt_starts(corpus.train_text, n_prompts, config.seed)
+    sliding = islice(sliding, run.step * n_sliding, None)       # skip those of earlier steps
+    prompts = islice(prompts, run.step * n_prompts, None)
+    while True:
+        positions = torch.tensor(list(islice(sliding, n_sliding)), dtype=torch.long)
+        yield positions, list(islice(prompts, n_prompts))
 
 # ─── Evaluation, and the best weights ──────────────────────────────────────────────────────────
 # With keep_best, a run has two sets of weights, those of the lowest validation loss and those of
@@ -2159,6 +2154,11 @@ def start_training(run, corpus):
     if run.step == 0:
         run.history = []
         record_evaluation(run, corpus)
+
+def make_optimizer(model, config):
+    if config.optimizer == "muon":
+        return Muon(model, config)
+    return AdamW(model.named_parameters(), config.weight_decay)
 
 def evaluation_due(run):
     every = run.train_config.eval_every or max(45, run.total_steps // 20)
@@ -2295,20 +2295,14 @@ def read_checkpoint(path):
         with open(path, "rb") as file:
             saved = load_plain(file)
         restore_objects(saved)
+        check_tensors(saved)
     except ModuleNotFoundError:     # tiktoken is not installed
         raise
     except Exception as error:      # a damaged or hostile file can make torch raise anything
         reason = CONTROL.sub("?", str(error).split("\n")[0])[:150]
         raise StoryError(f"{path} is not a checkpoint that this version of story_llm can read "
-                         f"({reason}): train again, or give another path") from error
-    with torch.device("meta"):      # shapes without memory, because a file may claim any size
-        model = GPTModel(saved["config"])
-        averages = make_optimizer(model, saved["train_config"]).averages
-    weights = model.state_dict()
-    for name, expected in (("weights", weights), ("last_weights", weights), ("averages", averages)):
-        check(shapes(saved[name] or expected) == shapes(expected), f"{path} does not fit this "
-              f"version's model (the names or shapes of its {name} differ): use the version that "
-              "saved it, or train again")
+                         f"({reason}): use the version that saved it, train again, or give another "
+                         "path") from error
     return saved
 
 def load_plain(file):
@@ -2334,45 +2328,43 @@ def restore_objects(saved):
     """Turn plain values into settings, a tokenizer and evaluations. Raises whatever their classes
     raise, or StoryError."""
     for name, kind in {**PLAIN_FIELDS, "test_loss": float}.items():
-        check(type(saved[name]) is kind, f"its {name} has the wrong type")
-        if kind is int:
-            check(0 <= saved[name] < 1 << 32, f"its {name} is out of range")
-        if kind is list:
-            check(all(type(string) is str for string in saved[name]), f"its {name} is no text")
+        check_plain(name, saved[name], kind)
     check(saved["steps_per_epoch"] > 0, "its steps_per_epoch is 0")
     saved["config"] = GPTConfig(**saved["config"])
     saved["train_config"] = TrainConfig(**saved["train_config"])
     saved["tokenizer"] = restore_tokenizer(**saved["tokenizer"])
     check(saved["tokenizer"].vocab_size == saved["config"].vocab_size, "its vocab_size is wrong")
-    # Sizes that the weights do not have would take time and memory only to be found wrong.
-    C = saved["config"].emb_dim
-    check(8 * saved["config"].n_layers <= len(saved["weights"])
-          and saved["weights"]["tok_emb.weight"].shape == (saved["config"].vocab_size, C)
-          and saved["weights"]["pos_emb.weight"].shape == (saved["config"].context_length, C),
-          "its weights do not fit its settings")
-    for name in ("last_weights", "averages"):
-        saved[name] = saved[name] or None
     saved["history"] = [Evaluation(**entry) for entry in saved["history"]]
     for evaluation, f in itertools.product(saved["history"], fields(Evaluation)):
-        value = getattr(evaluation, f.name)
-        valid = isinstance(value, f.type)
-        if isinstance(value, (int, float)):
-            valid = valid and 0 <= value < 1 << 32      # not NaN, for example
-        check(valid, f"its history has a wrong {f.name}")
-    tensors = [*saved["weights"].values(), *(saved["last_weights"] or {}).values()]
-    for averages in (saved["averages"] or {}).values():
-        tensors += averages
-    check(all(map(is_plain, tensors)), "some of its tensors are not dense and finite")
+        check_plain(f.name, getattr(evaluation, f.name), f.type)
 
-def is_plain(tensor):
-    """Return whether this is a dense, contiguous tensor of finite numbers in fp32, on the CPU."""
-    return (type(tensor) is torch.Tensor and tensor.layout == torch.strided
-            and tensor.dtype == torch.float32 and tensor.is_contiguous()
-            and tensor.device.type == "cpu" and bool(tensor.isfinite().all()))
+def check_plain(name, value, kind):
+    valid = isinstance(value, kind)
+    if isinstance(value, (int, float)):
+        valid = valid and 0 <= value < 1 << 32      # not NaN, for example
+    if isinstance(value, list):
+        valid = valid and all(type(string) is str for string in value)
+    check(valid, f"its {name} is invalid")
 
-def shapes(tensors):
-    """{name: a list of shapes, because the optimizer has several tensors of one name}"""
-    return {name: [part.shape for part in ([entry] if torch.is_tensor(entry) else entry)]
+def check_tensors(saved):
+    """Raise StoryError unless all tensors are finite, and are what this version's model needs."""
+    check(saved["config"].n_layers <= len(saved["weights"]), "it has fewer weights than layers")
+    with torch.device("meta"):      # shapes without memory, because a file may claim any size
+        model = GPTModel(saved["config"])
+        averages = make_optimizer(model, saved["train_config"]).averages
+    weights = {name: (weight,) for name, weight in model.state_dict().items()}
+    for name, expected in (("weights", weights), ("last_weights", weights), ("averages", averages)):
+        if name == "weights" or saved[name]:
+            found = {key: (entry,) if torch.is_tensor(entry) else tuple(entry)
+                     for key, entry in saved[name].items()}
+            check(layouts(found) == layouts(expected), f"the names or shapes of its {name} are not "
+                  "those of this version's model")
+            tensors = itertools.chain(*found.values())
+            check(all(t.isfinite().all() for t in tensors), "some of its numbers are not finite")
+
+def layouts(tensors):
+    """{name: what there is to know of each of its tensors without its numbers}"""
+    return {name: [(type(t), t.dtype, t.shape, t.stride()) for t in entry]
             for name, entry in tensors.items()}
 
 def check_test_loss(path, model, expected):
@@ -2515,34 +2507,26 @@ def plot_attention(run, prompt, path=None):
 def label_fonts(names):
     """Return (the names to draw, the fonts to draw them in, the characters that no installed font
     has: each is a box in the names, which otherwise matplotlib would draw, with a warning)."""
-    families, missing = fonts_for("".join(names))
+    from matplotlib.font_manager import FontProperties, findfont
+    families = list(FontProperties().get_family())
+    missing = not_in_font(findfont(FontProperties()), set("".join(names)))
+    for font in installed_fonts() if missing else []:
+        lacks = not_in_font(font.fname, missing)
+        if lacks < missing:
+            families.append(font.name)
+            missing = lacks
     boxes = dict.fromkeys(map(ord, missing), "□")
     return [name.translate(boxes) for name in names], families, missing
 
-def fonts_for(text):
-    """Return (families, missing): matplotlib's font and those installed ones that have the other
-    characters of the text, and the characters that none of them has."""
-    from matplotlib import font_manager, rcParams
-    families = list(rcParams["font.family"])
-    default = font_manager.findfont(font_manager.FontProperties())
-    missing = not_in_font(default, set(text))
-    fonts = installed_fonts() if missing else {}        # which takes time
-    lacks = {name: not_in_font(path, missing) for name, path in fonts.items()}
-    for name in sorted(lacks, key=lambda name: ("Noto Sans" not in name, len(lacks[name]), name)):
-        if missing - lacks[name]:
-            families.append(name)
-            missing = missing & lacks[name]
-    return families, missing
-
 def installed_fonts():
-    """Return {name: path} of the upright fonts, if possible in their regular weight."""
+    """All upright fonts, first Noto Sans, and the regular weight of each before its others."""
     from matplotlib.font_manager import findSystemFonts, fontManager
     for path in set(findSystemFonts()) - {font.fname for font in fontManager.ttflist}:
         with contextlib.suppress(Exception):        # a broken file, or emojis in colour
             fontManager.addfont(path)               # newer than matplotlib's list of fonts
-    regular_first = sorted(fontManager.ttflist, key=lambda font: font.weight != 400)
-    return {font.name: font.fname for font in reversed(regular_first)       # the first one stays
-            if font.style == font.stretch == "normal" and "LastResort" not in font.fname}
+    upright = [font for font in fontManager.ttflist if font.style == font.stretch == "normal"
+               and "LastResort" not in font.fname]
+    return sorted(upright, key=lambda f: ("Noto Sans" not in f.name, f.weight != 400, f.name))
 
 def not_in_font(path, characters):
     """Return the characters that the font in this file does not have."""
@@ -2723,11 +2707,6 @@ def check_different(output, *others):
         check(os.path.realpath(path) != os.path.realpath(output),
               f"{output} cannot be used for two things: give different files")
 
-def load_or_create_run(args):
-    if args.untrained:
-        return new_run_from_args(args)[0]
-    return load_checkpoint(args.model, args.device)
-
 # ─── Steps 2 to 9 ──────────────────────────────────────────────────────────────────────────────
 def command_words(args):
     args.given["tokenizer"] = "word"
@@ -2828,9 +2807,9 @@ def stop_requests():
     def remember(number, frame):
         received.append(number)
         signal.signal(number, before[number])
-        with contextlib.suppress(OSError, ValueError, AttributeError):      # no stderr
-            os.write(sys.__stderr__.fileno(), b"\nstopping after this step (Ctrl-C again: at once, "
-                     b"which loses what was learned since the last save)\n")
+        with contextlib.suppress(OSError):      # stderr (2) may be closed
+            os.write(2, b"\nstopping after this step (Ctrl-C again: at once, which loses what was "
+                     b"learned since the last save)\n")
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -3004,7 +2983,7 @@ def command_attention(args):
 
 def command_next(args):
     """Print the most likely next tokens, before and after sampling settings change them."""
-    run = load_or_create_run(args)
+    run = new_run_from_args(args)[0] if args.untrained else load_checkpoint(args.model, args.device)
     sampling = override_settings(Sampling(temperature=1.0), args.given)
     prompt = check_prompt(args.given.get("prompt", run.prompt), run)
     window = ids_of_prompt(run, prompt).to(device_of(run.model))
@@ -3022,19 +3001,16 @@ def command_next(args):
         log(row.rstrip())
 
 def command_generate(args):
+    if args.untrained:
+        log_greedy(args)
+        return
     sampling = override_settings(Sampling(), args.given)
     if sampling.temperature == 0:
         draws = [f.name for f in fields(Sampling) if f.metadata.get("draws")]
-        if args.untrained:
-            draws.remove("seed")            # it also seeds the weights
         refuse_options(args, draws, "is for sampling: give a --temperature above 0 as well")
-    run = load_or_create_run(args)
-    if args.untrained and sampling == override_settings(Sampling(), {"seed": sampling.seed}):
-        log_greedy(run, args)
-        return
+    run = load_checkpoint(args.model, args.device)
     model = prepare_inference(run.model, args.precision)
-    typed = "prompt" not in args.given and not args.untrained
-    for prompt in typed_prompts() if typed else [args.given.get("prompt", run.prompt)]:
+    for prompt in [args.prompt] if "prompt" in args.given else typed_prompts():
         check_prompt(prompt, run)
         drawn = sampling
         if sampling.temperature > 0 and sampling.seed == 0:
@@ -3046,12 +3022,15 @@ def command_generate(args):
             log(piece, end="")
         log()
 
-def log_greedy(run, args):
-    """Continue the prompt with `generate_text_simple`, as in step 8."""
-    prompt = args.given.get("prompt", run.prompt)
-    idx = ids_of_prompt(run, prompt).to(device_of(run.model))
-    longer = generate_text_simple(run.model, idx, args.max_new_tokens, run.config.context_length)
-    log(prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
+def log_greedy(args):
+    """Continue the prompt with an untrained model, with `generate_text_simple` as in step 8."""
+    refuse_options(args, ("temperature", "top_k", "top_p", "sentences"),
+                   "cannot be combined with --untrained")
+    run, _ = new_run_from_args(args)
+    model = prepare_inference(run.model, args.precision)
+    idx = ids_of_prompt(run, run.prompt).to(device_of(model))
+    longer = generate_text_simple(model, idx, args.max_new_tokens, run.config.context_length)
+    log(run.prompt + run.tokenizer.decode(longer[0, idx.shape[1]:].tolist()))
 
 def typed_prompts():
     """Yield the lines that are typed, or that come through a pipe, if they are not empty."""
@@ -3195,7 +3174,7 @@ def add_option(parser, name, command=None):
 class Parser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line."""
     def error(self, message):
-        self.exit(2, f"error: {message} (python {self.prog} --help lists what is possible)\n")
+        self.exit(2, f"error: {message} (--help after a command lists what is possible)\n")
 
 def make_parser():
     parser = Parser(
@@ -3217,13 +3196,8 @@ def make_parser():
 def parse(argv):
     """Parse a command line into a namespace. `given` holds only the options that the user typed."""
     parser = make_parser()
-    parsed, unknown = parser.parse_known_args(argv)
-    given = vars(parsed)
+    given = vars(parser.parse_args(argv))
     command = given.pop("command")
-    if unknown:
-        help_of = f"{command} --help" if command else "--help"
-        parser.exit(2, f"error: unknown argument {unknown[0]} (python story_llm.py {help_of} lists "
-                    "what is possible)\n")
     if command is None:
         return argparse.Namespace(handler=lambda args: log(parser.format_help().rstrip()))
     if "text" in given:

@@ -155,7 +155,8 @@ class Axes:
             drawing.line(left, y, right, y)
             drawing.text(left - 6, y + 4, label, MUTED, "end")
         for value, label in x_ticks:
-            drawing.text(self.x(value), bottom + 16, label, MUTED, "middle")
+            if label:
+                drawing.text(self.x(value), bottom + 16, label, MUTED, "middle")
 
     def x(self, value):
         share = (value - self.x_min) / (self.x_max - self.x_min)
@@ -261,11 +262,12 @@ def map_figure(view):
     drawing.arrow(x, 26, x, 44)
     box(44, "embeddings: token + position", x1=6, x2=right)
     parameters(44, *([model.tok_emb, model.pos_emb] if view else []))
+    for i in range(shown):
+        drawing.rect(6, top + 108 * i - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
     drawing.line(x, 72, x, bottom + 12, ACCENT_2, width=2.5)
     drawing.text(x + 10, 92, f"x: {T} vectors of {C} numbers", ACCENT_2)
     for i in range(shown):
         y = top + 108 * i
-        drawing.rect(6, y - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
         block = model.trf_blocks[i] if view else None
         branch(y, "norm, attention", [block.norm1, block.att] if view else [])
         branch(y + 50, "norm, feed-forward", [block.norm2, block.ff] if view else [])
@@ -385,10 +387,10 @@ def heads_figure(view):
     drawing.text(left, 66, f"three linear layers, cut into {H} × {D}", MUTED)
     for y, label in ((74, "query"), (104, "key"), (134, "value")):
         strip(y, label, rows[label], H)
-    middle = (width - 6 * (H - 1)) / H / 2
-    drawing.arrow(left + middle, 162, left + middle, 204, ACCENT_2)
-    drawing.text(left + middle + 10, 180, "each head compares query and keys", MUTED)
-    drawing.text(left + middle + 10, 196, "and averages the values", MUTED)
+    middle = left + min((width - 6 * (H - 1)) / H / 2, 30)
+    drawing.arrow(middle, 162, middle, 204, ACCENT_2)
+    drawing.text(left + 44, 180, "each head compares query and keys", MUTED)
+    drawing.text(left + 44, 196, "and averages the values", MUTED)
     strip(208, "context", rows["context"], H)
     drawing.text(left, 254, "out_proj mixes what the heads have found", MUTED)
     strip(262, "output", rows["output"], 1)
@@ -508,7 +510,8 @@ def averages_figure(record):
     drawing.text((axes.left + axes.right) / 2, 324, "step", MUTED, "middle")
     return Figure("averages", 10, "AdamW", drawing.svg(),
                   f"The gradients of one parameter, {averages['parameter']}"
-                  f"{averages['index']}, in the first {n} steps of a training.")
+                  f"{averages['index']}, in the first {n} steps of a training. As long as they "
+                  "agree, it moves by about lr a step; once their signs change, it hardly moves.")
 
 def learning_rate_figure(record):
     """The learning rate of every step, from the program's own schedule."""
@@ -577,7 +580,9 @@ def prediction_figure(record, n_tokens=8):
     drawing.text((left + right) / 2, bottom + 36, "step", MUTED, "middle")
     return Figure("prediction", 10, "training_steps", drawing.svg(),
                   f"How a prediction grows: what the model finds probable after “{prompt}”, "
-                  f"every {steps[1]} steps of a training. All curves have the same scale.")
+                  f"every {steps[1]} steps of a training. First rise the tokens that are frequent "
+                  "everywhere, then words that follow the last token elsewhere in the story. All "
+                  "curves have the same scale.")
 
 # ─── Step 13 ───────────────────────────────────────────────────────────────────────────────────
 def cache_figure(n_prompt=3, context_length=7, n_new=7):
@@ -591,8 +596,8 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     pieces = story_llm.split_words(text[text.index(story_llm.DEFAULT_PROMPT):])
     drawing = Drawing("cache", 68 + 26 * n_new, "The key-value cache",
                       f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that "
-                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and values "
-                      "of all others are kept.")
+                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and "
+                      "values of all others are kept.")
     left, cell = 92, 21
     drawing.text(6, 18, "to predict")
     drawing.text(left, 18, "tokens in the window", MUTED)

@@ -131,7 +131,7 @@ def test_settings_of_a_new_model_need_untrained_and_a_saved_model_cannot_be_untr
     assert call(command, "--untrained", *everything) == (0, "", "") and len(idle) == 1
 
 
-@pytest.mark.parametrize("wish", [["--temperature", "5"], ["--top-k", "3", "--temperature", "5"], ["--seed", "3"]])
+@pytest.mark.parametrize("wish", [["--seed", "3"], ["--emb-dim", "64"]])
 def test_what_is_wished_for_an_untrained_model_has_an_effect(folder, call, small, wish):
     command = [*small("generate"), "--prompt", PROMPT, "--max-new-tokens", "20"]
     assert call(*command, *wish)[1] != call(*command)[1]
@@ -386,15 +386,20 @@ def test_sampling_depends_on_the_seed_and_without_one_names_the_seed_that_it_dre
     assert call("generate", "--prompt", PROMPT)[2] == ""
 
 
-@pytest.mark.parametrize("command, wish", [("generate", ["--top-k", "3"]), ("generate", ["--top-p", "0.5"]),
-                                           ("generate", ["--seed", "1"]), ("generate --untrained", ["--top-k", "3"])])
-def test_settings_of_sampling_need_a_temperature(folder, trained_here, call, small, command, wish):
-    command = small("generate") if "untrained" in command else ["generate"]
+@pytest.mark.parametrize("wish", [["--top-k", "3"], ["--top-p", "0.5"], ["--seed", "1"]])
+def test_settings_of_sampling_need_a_temperature(folder, trained_here, call, wish):
     for temperature in [], ["--temperature", "0"]:
-        result = call(*command, "--prompt", PROMPT, *wish, *temperature)
+        result = call("generate", "--prompt", PROMPT, *wish, *temperature)
         assert_one_line_error(result, wish[0], "--temperature")
         assert result[:2] == (1, "")
-    assert call(*command, "--prompt", PROMPT, *wish, "--temperature", "1", "--seed", "1")[::2] == (0, "")
+    assert call("generate", "--prompt", PROMPT, *wish, "--temperature", "1", "--seed", "1")[::2] == (0, "")
+
+
+@pytest.mark.parametrize("wish", [["--temperature", "1"], ["--top-k", "3"], ["--top-p", "0.5"], ["--sentences", "1"]])
+def test_an_untrained_model_writes_greedily_and_nothing_else(folder, call, small, wish):
+    result = call(*small("generate"), *wish)
+    assert_one_line_error(result, wish[0], "--untrained")
+    assert result[:2] == (1, "")
 
 
 @pytest.mark.parametrize("wish", [["--temperature", "1e-300"], ["--temperature", "5", "--top-k", "1"],
