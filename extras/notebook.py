@@ -14,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 from collections import defaultdict
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
@@ -227,8 +227,13 @@ def join_prose(cells):
 
 def cells_of_exercise(exercise):
     """Cells for the question of an exercise, for the reader's code, and for the answer, folded."""
-    question, answer = ("\n\n".join(as_markdown(block) for block in blocks)
-                        for blocks in (exercise.question, exercise.answer))
+    question = "\n\n".join(as_markdown(block) for block in exercise.question)
+    parts = []
+    for before, block in pairwise([None, *exercise.answer]):
+        if before and before.kind == "code":
+            parts.append("It prints:")
+        parts.append(as_markdown(block))
+    answer = "\n\n".join(parts)
     return [("markdown", f"#### Exercise: {exercise.title}\n\n{question}"),
             ("code", "# Try it here."),
             ("markdown", f"<details>\n<summary>Answer</summary>\n\n{answer}\n\n</details>")]
