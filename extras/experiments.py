@@ -10,12 +10,12 @@ can test these reasons. Each experiment changes one thing, which is a line or tw
 a setting. (Gradient descent also gets a learning rate of its own.) It trains the changed program
 and prints the results next to those of the unchanged one, with the model for a short story. Without
 a name, all experiments run, one after the other. The results vary a little with the processor, and
-more with --seed. With --json, everything that was measured also goes into a file, together with two
-recordings of the unchanged training: how the prediction of one word grows, and what AdamW makes of
-the gradients of one parameter. The figures of the lesson's page (figures.py) are drawn from it.
+more with --seed. With --json, everything that was measured also goes into a file, together with
+two recordings of the unchanged training: how the prediction of one word grows, and what AdamW makes
+of the gradients of one parameter. The figures of the lesson's page (figures.py) are drawn from it.
 
-No file of the program is changed. The source of story_llm.py is changed in memory, and the result is run as a
-module of its own. Your own experiment is one more entry in EXPERIMENTS.
+No file of the program is changed. The source of story_llm.py is changed in memory, and the result
+is run as a module of its own. Your own experiment is one more entry in EXPERIMENTS.
 """
 import contextlib
 import datetime
@@ -200,14 +200,15 @@ def record_prediction(run, corpus, prompt, every=5, n_best=3):
 
 def record_averages(run, corpus, name, index, n_steps=50):
     """Train a run for some steps, and note for one number of the parameter `name` its gradient and
-    AdamW's averages of it. Return {"parameter", "index", "gradients", "m", "v"}."""
+    AdamW's averages. Return {"parameter", "index", "gradients", "m", "v"}."""
     gradients, first, second = [], [], []
     for _ in islice(story_llm.training_steps(run, corpus), n_steps):
         m, v = run.optimizer.averages[name]
         gradients.append(run.model.get_parameter(name).grad[index].item())
         first.append(m[index].item())
         second.append(v[index].item())
-    return {"parameter": name, "index": list(index), "gradients": gradients, "m": first, "v": second}
+    return {"parameter": name, "index": list(index), "gradients": gradients,
+            "m": first, "v": second}
 
 def rounded(value, digits=4):
     """Round every number in nested lists and dictionaries to significant digits. (JSON knows no
@@ -277,7 +278,8 @@ def run_command(argv):
           + ", ".join(EXPERIMENTS))
     names = list(EXPERIMENTS) if name is None else [name]
     if only_list:
-        check(not given and path is None, "--list trains nothing, so it cannot be combined with another option")
+        check(not given and path is None,
+              "--list trains nothing, so it cannot be combined with another option")
         for name in names:
             log_description(name)
         return

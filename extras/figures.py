@@ -1,18 +1,17 @@
 """The figures of the lesson's page: small drawings (SVG) of what its prose describes.
 
-    python extras/figures.py --model story_llm.pt figures.html
+    from figures import figures
+    for figure in figures(run):
+        print(figure.step, figure.name, figure.caption)
 
-`figures` returns all of them, and lesson.py puts them on the page and into the notebook. The command
-above writes them to a page of their own, which is good for a talk.
+lesson.py puts them on its page. Wherever a figure shows numbers, they are computed or were
+measured. They come from the functions of story_llm.py and the beginning of Short_Story.txt, from
+your model if there is one, and from experiments.json, which experiments.py writes. Without a model,
+the figures that look into one are drawn without its numbers.
 
-Wherever a figure shows numbers, they are computed or were measured. They come from the functions of
-story_llm.py and the beginning of Short_Story.txt, from your model if there is one, or from
-experiments.json, which experiments.py writes. A figure that cannot be drawn without a model is left
-out when there is none.
-
-A drawing is 360 units wide, and no text in it is smaller than 12, so that it can be read on a phone.
-It takes its colors from the page that shows it, as the CSS variables --ink, --muted, --line,
---accent, --accent-2 and --paper, and has colors of its own where these are not defined.
+A drawing is 360 units wide, and its letters are large enough to be read on a phone. It takes its
+colors from the page that shows it, as the CSS variables --ink, --muted, --line, --accent,
+--accent-2 and --paper, and has colors of its own where these are not defined.
 """
 import copy
 import html
@@ -27,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
 from experiments import EXPERIMENTS, without_last_word
-from story_llm import check, log
 
 RECORD = Path(__file__).with_name("experiments.json")
 
@@ -47,7 +45,7 @@ def figures(model_run=None):
     view = View(model_run) if model_run else None
     drawn = [windows_figure(), map_figure(view), mask_figure(view), heads_figure(view),
              residual_figure(view), loss_figure(record), averages_figure(record),
-             learning_rate_figure(), prediction_figure(record), cache_figure(),
+             learning_rate_figure(record), prediction_figure(record), cache_figure(),
              *(experiment_figure(name, record) for name in EXPERIMENTS)]
     return sorted(drawn, key=lambda figure: figure.step)
 
@@ -59,14 +57,14 @@ class View:
         self.config = run.config
         n_tokens = min(8, run.config.context_length)
         self.ids = run.tokenizer.encode(without_last_word(run.prompt))[-n_tokens:]
-        self.names = [shorten(name) for name in story_llm.token_names(run.tokenizer, self.ids)]
+        self.names = [shorten(name, 8) for name in story_llm.token_names(run.tokenizer, self.ids)]
         self.seen = {}
         hooks = [module.register_forward_hook(self.keep) for module in self.model.modules()]
         with torch.no_grad():
             self.probabilities = self.model(torch.tensor([self.ids]))[0, -1].softmax(dim=-1)
         for hook in hooks:
             hook.remove()
-        best = self.probabilities.topk(3)
+        best = self.probabilities.topk(min(3, run.config.vocab_size))
         names = story_llm.token_names(run.tokenizer, best.indices.tolist())
         self.best = list(zip(map(shorten, names), best.values.tolist()))
 
@@ -81,14 +79,14 @@ INK, MUTED, LINE = "var(--ink, #222)", "var(--muted, #666)", "var(--line, #ccc)"
 ACCENT, ACCENT_2 = "var(--accent, #2a6f97)", "var(--accent-2, #b5562a)"
 PAPER = "var(--paper, #fff)"
 WIDTH = 360
-SIZE = 12       # of letters
+SIZE = 12.5     # of letters
 
 class Drawing:
-    """An SVG image that is `WIDTH` units wide. The title and the description are for screen readers."""
+    """An SVG image that is `WIDTH` units wide. Screen readers read its title and description."""
     def __init__(self, name, height, title, description):
         self.name, self.height, self.title, self.description = name, height, title, description
         self.elements = []
-        self.rect(0, 0, WIDTH, height, fill=PAPER)
+        self.rect(0, 0, WIDTH, height, PAPER)
 
     def add(self, tag, content=None, **attributes):
         """Add an element. In the name of an attribute, _ stands for -, and numbers are rounded."""
@@ -111,10 +109,13 @@ class Drawing:
         self.add("rect", x=x, y=y, width=width, height=height, fill=fill, stroke=stroke,
                  fill_opacity=opacity, rx=radius)
 
-    def polyline(self, points, stroke=ACCENT, width=2, dashes=None):
+    def polyline(self, points, stroke=ACCENT, width=2, dashes=None, opacity=None, fill=None):
+        """A line through these points or, with `fill`, the area inside."""
         path = " ".join(f"{number(x)},{number(y)}" for x, y in points)
-        self.add("polyline", points=path, fill="none", stroke=stroke, stroke_width=width,
-                 stroke_linejoin="round", stroke_dasharray=dashes)
+        line = {"stroke": stroke, "stroke_width": width, "stroke_linejoin": "round",
+                "stroke_dasharray": dashes, "stroke_opacity": opacity}
+        self.add("polyline", points=path, fill=fill or "none",
+                 **({"fill_opacity": 0.18} if fill else line))
 
     def circle(self, x, y, radius=3, fill=ACCENT, stroke=None):
         self.add("circle", cx=x, cy=y, r=radius, fill=fill, stroke=stroke)
@@ -130,17 +131,17 @@ class Drawing:
 
     def svg(self):
         title, description = f"{self.name}-title", f"{self.name}-description"
+        size = f'viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH * 6 // 5}"'
         return "\n".join([
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" '
-            f'width="{WIDTH * 4 // 3}" height="{self.height * 4 // 3}" role="img" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img"',
             f'aria-labelledby="{title} {description}" font-family="system-ui, sans-serif">',
             f'<title id="{title}">{html.escape(self.title)}</title>',
             f'<desc id="{description}">{html.escape(self.description)}</desc>',
             *self.elements, "</svg>"])
 
 def number(value):
-    """A coordinate with one decimal place, or none; a text as it is."""
-    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else value
+    """A number with at most two decimal places; a text as it is."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 class Axes:
     """A pair of axes in a drawing, which maps numbers to places. `x_ticks` and `y_ticks` are pairs
@@ -157,17 +158,25 @@ class Axes:
             drawing.text(self.x(value), bottom + 16, label, MUTED, "middle")
 
     def x(self, value):
-        return self.left + (self.right - self.left) * (value - self.x_min) / (self.x_max - self.x_min)
+        share = (value - self.x_min) / (self.x_max - self.x_min)
+        return self.left + (self.right - self.left) * share
 
     def y(self, value):
-        return self.bottom - (self.bottom - self.top) * (value - self.y_min) / (self.y_max - self.y_min)
+        share = (value - self.y_min) / (self.y_max - self.y_min)
+        return self.bottom - (self.bottom - self.top) * share
 
     def places(self, xs, ys):
         return [(self.x(x), self.y(y)) for x, y in zip(xs, ys)]
 
+LOSSES = [(loss, str(loss)) for loss in (0, 2, 4, 6, 8)]       # the ticks of an axis of losses
+
+def thirds(n_steps):
+    """The ticks of an axis of steps."""
+    return [(n_steps * i // 3, str(n_steps * i // 3)) for i in range(4)]
+
 # ─── Step 5 ────────────────────────────────────────────────────────────────────────────────────
 def visible(piece):
-    """A piece of text as a label: line ends become visible, and the space before a word does not."""
+    """A piece of text as a label: line ends are shown, the space before a word is not."""
     return piece.replace("\n", "⏎").strip()
 
 def windows_figure(n_windows=2, T=4):
@@ -178,10 +187,14 @@ def windows_figure(n_windows=2, T=4):
     # token i of the text is i here, so a window contains the places of its tokens
     windows = story_llm.SlidingWindowDataset(torch.arange(len(pieces)), T, stride=T)
     first_input, first_targets = [part.tolist() for part in windows[0]]
+
+    def joined(places):
+        return " ".join(labels[place] for place in places)
+
     drawing = Drawing("windows", 130 + 30 * T, "Windows and their targets",
                       f"The story begins with the tokens {' '.join(labels)}. The first window has "
-                      f"the input {' '.join(labels[i] for i in first_input)}, and its targets are "
-                      f"the same tokens shifted by one: {' '.join(labels[i] for i in first_targets)}.")
+                      f"the input {joined(first_input)}, and its targets are the same tokens "
+                      f"shifted by one: {joined(first_targets)}.")
     column = (WIDTH - 8) / len(pieces)
 
     def box(place, y, fill="none", stroke=LINE, opacity=None):
@@ -206,8 +219,8 @@ def windows_figure(n_windows=2, T=4):
             box(place, 126 + 30 * t, ACCENT, None, 0.18)
         box(first_targets[t], 126 + 30 * t, ACCENT_2, ACCENT_2, 0.18)
     return Figure("windows", 5, "SlidingWindowDataset", drawing.svg(),
-                  f"Two windows of {T} tokens, which do not overlap. The targets of a window are its "
-                  f"input, shifted by one token, so a window of {T} tokens holds {T} examples.")
+                  f"Two windows of {T} tokens, which do not overlap. The targets of a window are "
+                  f"its input, shifted by one token, so a window of {T} tokens holds {T} examples.")
 
 # ─── Step 6 ────────────────────────────────────────────────────────────────────────────────────
 def map_figure(view):
@@ -219,8 +232,8 @@ def map_figure(view):
     bottom = top + 108 * shown
     drawing = Drawing("map", bottom + (150 if view else 96), "The map of the model",
                       f"Token ids look up vectors of {C} numbers. Each of {config.n_layers} blocks "
-                      "adds to them the output of attention, then that of the feed-forward network. "
-                      "A norm and the output head turn them into logits.")
+                      "adds to them the output of attention, and then that of the feed-forward "
+                      "network. A norm and the output head turn them into logits.")
     x, left, right = 44, 96, 244                # the residual stream, and the boxes beside it
 
     def box(y, label, stroke=ACCENT, x1=left, x2=right):
@@ -261,7 +274,9 @@ def map_figure(view):
         drawing.text(right, y + 43, label, MUTED, "end")
     drawing.arrow(x, bottom + 4, x, bottom + 14, ACCENT_2)
     box(bottom + 14, "norm, then the output head", x1=6, x2=right)
-    parameters(bottom + 14, *([model.final_norm, model.out_head] if view else []))
+    if view:
+        head = [] if config.tie_weights else [model.out_head]       # tied: it is counted above
+        parameters(bottom + 14, model.final_norm, *head)
     drawing.arrow(x, bottom + 42, x, bottom + 58)
     vocabulary = f"{config.vocab_size:,}" if view else "V"
     drawing.text(6, bottom + 74, f"{T} × {vocabulary} logits")
@@ -285,36 +300,37 @@ def plus(drawing, x, y):
 def mask_figure(view):
     """Which token may attend to which; with a model, how much it does."""
     names = view.names if view else story_llm.split_words(story_llm.DEFAULT_PROMPT)[:-1]
-    T = len(names)
+    T, left = len(names), 80
     mask = story_llm.causal_mask(T, T)
     weights = most_telling_head(view) if view else None
-    cell = (WIDTH - 70) / T
+    cell = (WIDTH - 84) / T
     height = min(cell, 40)
     drawing = Drawing("mask", math.ceil(44 + T * height + 34), "The causal mask",
-                      "A grid with a row and a column for each token. A token attends to itself and "
-                      "to the tokens before it; whatever lies above the diagonal is masked.")
+                      "A grid with a row and a column for each token. A token attends to itself "
+                      "and to those before it; whatever lies above the diagonal is masked.")
     for t, name in enumerate(names):
-        x, y = 66 + t * cell, 40 + t * height
-        drawing.text(60, y + height / 2 + 4, visible(name), anchor="end")
+        x, y = left + t * cell, 40 + t * height
+        drawing.text(left - 6, y + height / 2 + 4, visible(name), anchor="end")
         drawing.text(x + cell / 2, 14 if t % 2 else 30, visible(name), anchor="middle")
         if t % 2:
             drawing.line(x + cell / 2, 18, x + cell / 2, 36)
         for s in range(T):
-            place = (66 + s * cell + 1, y + 1, cell - 2, height - 2)
+            place = (left + s * cell + 1, y + 1, cell - 2, height - 2)
             if mask[t, s]:
-                drawing.rect(*place, LINE, opacity=0.35)
+                drawing.rect(*place, LINE, opacity=0.6)
                 continue
             weight = weights[1][t, s].item() if view else 0.4
             drawing.rect(*place, ACCENT, ACCENT, 0.04 + 0.56 * weight)
             if view:
-                drawing.text(66 + (s + 0.5) * cell, y + height / 2 + 4, f"{weight:.2f}",
+                drawing.text(left + (s + 0.5) * cell, y + height / 2 + 4, f"{weight:.2f}",
                              anchor="middle")
     y = 44 + T * height + 10
-    drawing.rect(66, y, 14, 14, ACCENT, ACCENT, 0.3)
-    drawing.text(86, y + 12, "attention weight" if view else "may attend", MUTED)
-    drawing.rect(220, y, 14, 14, LINE, opacity=0.35)
+    drawing.rect(left, y, 14, 14, ACCENT, ACCENT, 0.3)
+    drawing.text(left + 20, y + 12, "attention weight" if view else "may attend", MUTED)
+    drawing.rect(220, y, 14, 14, LINE, opacity=0.6)
     drawing.text(240, y + 12, "masked, weight 0", MUTED)
-    caption = "The causal mask. Each row is a token, and its columns are the tokens to which it may attend."
+    caption = ("The causal mask. Each row is a token, and its columns are the tokens to which it "
+               "may attend.")
     if view:
         caption += (f" The numbers are the attention weights of block 1, head {weights[0] + 1} of "
                     "your model; a row adds up to 1.")
@@ -349,7 +365,7 @@ def heads_figure(view):
             color = ACCENT_2 if h == 0 and parts > 1 else ACCENT
             drawing.rect(x, y, piece, 24, PAPER, LINE)
             if values is None:
-                drawing.text(x + piece / 2, y + 16, C // parts, color, "middle")
+                drawing.text(x + piece / 2, y + 16, str(C // parts), color, "middle")
                 continue
             step = piece / (C // parts)
             heights = (values.reshape(parts, -1)[h] / values.abs().max() * 12).tolist()
@@ -402,7 +418,8 @@ def residual_figure(view):
     drawing.line(x, 10, x, 256, ACCENT_2, 2.5)
     drawing.arrow(x, 250, x, 262, ACCENT_2)
     drawing.text(x - 18, 20, "x", ACCENT_2)
-    for y, label, norm, f in ((26, "attention", "norm1", "att"), (136, "feed-forward", "norm2", "ff")):
+    branches = ((26, "attention", "norm1", "att"), (136, "feed-forward", "norm2", "ff"))
+    for y, label, norm, f in branches:
         drawing.arrow(x, y + 16, 108, y + 16)
         drawing.rect(108, y, 64, 32, PAPER, ACCENT, radius=4)
         drawing.text(140, y + 20, "norm", anchor="middle")
@@ -417,7 +434,8 @@ def residual_figure(view):
             drawing.text(x + 8, y + 8, spread(seen[norm][0]), MUTED)
             drawing.text(178, y + 8, spread(seen[norm][1]), MUTED)
             drawing.text(268, y + 56, spread(seen[f][1]), MUTED, "end")
-    caption = "A block: x = x + f(norm(x)), first with attention as f, then with the feed-forward network."
+    caption = ("A block: x = x + f(norm(x)), first with attention as f, then with the feed-forward "
+               "network.")
     if view:
         drawing.text(x + 8, 240, spread(seen[block][1]), MUTED)
         caption += (" The numbers are standard deviations, measured in block 1 of your model for "
@@ -433,13 +451,12 @@ def loss_figure(record):
     drawing = Drawing("loss", 276, "The loss, -ln p",
                       "The loss is 0 where the probability of the token that came next is 1, and "
                       "grows without a limit as the probability approaches 0.")
-    axes = Axes(drawing, 28, 36, WIDTH - 20, 232, [(0, "0"), (0.25, ""), (0.5, "0.5"), (0.75, ""), (1, "1")],
-                [(loss, str(loss)) for loss in (0, 2, 4, 6, 8)])
+    axes = Axes(drawing, 28, 36, WIDTH - 20, 232, [(0, "0"), (0.5, "0.5"), (1, "1")], LOSSES)
     curve = [math.exp(-8 + i / 10) for i in range(81)]
     drawing.polyline(axes.places(curve, [-math.log(p) for p in curve]))
     drawing.text(6, 14, "loss, −ln p", MUTED)
-    drawing.text((axes.left + axes.right) / 2, 268, "p, the probability of the token that came next",
-                 MUTED, "middle")
+    label = "p, the probability of the token that came next"
+    drawing.text((axes.left + axes.right) / 2, 268, label, MUTED, "middle")
     half = next((i for i, p in enumerate(probabilities) if p > 0.2), 0)
     for i in sorted({0, len(steps) // 4, half, len(steps) - 1}):
         p, loss = probabilities[i], -math.log(probabilities[i])
@@ -469,8 +486,9 @@ def averages_figure(record):
     moves = [(m[i] / (1 - beta1 ** (i + 1))) / math.sqrt(v[i] / (1 - beta2 ** (i + 1)))
              for i in range(n)]
     drawing = Drawing("averages", 330, "AdamW's two averages",
-                      f"The gradients of one parameter over {n} steps jump up and down. Their moving "
-                      "average m is much smoother, and the square root of v follows their size.")
+                      f"The gradients of one parameter over {n} steps jump up and down. Their "
+                      "moving average m is much smoother, and the square root of v follows their "
+                      "size.")
     limit = max(map(abs, gradients))
     drawing.text(6, 14, "gradient g", MUTED)
     drawing.text(96, 14, "average m", ACCENT)
@@ -489,11 +507,12 @@ def averages_figure(record):
     drawing.polyline(axes.places(steps, [-move for move in moves]), INK)
     drawing.text((axes.left + axes.right) / 2, 324, "step", MUTED, "middle")
     return Figure("averages", 10, "AdamW", drawing.svg(),
-                  f"The first {n} steps of one parameter, {averages['parameter']}"
-                  f"[{', '.join(map(str, averages['index'])) }].")
+                  f"The gradients of one parameter, {averages['parameter']}"
+                  f"{averages['index']}, in the first {n} steps of a training.")
 
-def learning_rate_figure(n_steps=180):
+def learning_rate_figure(record):
     """The learning rate of every step, from the program's own schedule."""
+    n_steps = record["prediction"]["steps"][-1]
     config = story_llm.TrainConfig()
     rates = [story_llm.learning_rate(step, n_steps, config) for step in range(n_steps)]
     warmup = rates.index(max(rates))
@@ -501,14 +520,14 @@ def learning_rate_figure(n_steps=180):
                       f"It rises in {warmup + 1} steps to {max(rates):g} and then falls in a "
                       f"straight line to {rates[-1]:.1g} at step {n_steps}.")
     peak = max(rates)
-    axes = Axes(drawing, 48, 26, WIDTH - 16, 140,
-                [(0, "0"), (60, "60"), (120, "120"), (n_steps, str(n_steps))],
-                [(0, "0"), *((peak * share, f"{peak * share:g}") for share in (0.4, 0.8)), (peak, f"{peak:g}")])
+    axes = Axes(drawing, 56, 26, WIDTH - 16, 140,
+                thirds(n_steps),
+                [(peak * share, f"{peak * share:g}") for share in (0, 0.4, 0.8, 1)])
     drawing.polyline(axes.places(range(n_steps), rates))
     drawing.text(6, 14, "learning rate", MUTED)
     drawing.text((axes.left + axes.right) / 2, 180, "step", MUTED, "middle")
     drawing.text(axes.x(warmup) + 4, axes.y(peak * 0.12), f"{warmup + 1} steps of warm-up", MUTED)
-    drawing.text(axes.x(warmup + n_steps) / 2 + 24, axes.y(peak * 0.7), "then linearly towards 0", MUTED)
+    drawing.text(axes.right, axes.y(peak * 0.64), "then linearly towards 0", MUTED, "end")
     return Figure("learning-rate", 10, "learning_rate", drawing.svg(),
                   f"The learning rate in the {n_steps} steps of a default training.")
 
@@ -519,14 +538,17 @@ def prediction_figure(record, n_tokens=8):
     target, _ = final_prediction(prediction)
     peaks = {token: max(values) for token, values in prediction["tokens"].items()}
     tokens = sorted(peaks, key=peaks.get, reverse=True)[:n_tokens]
-    # first those that rise first
-    tokens.sort(key=lambda token: (token == target, steps[prediction["tokens"][token].index(peaks[token])]))
+
+    def order(token):       # the earlier its peak, the higher its row
+        return token == target, prediction["tokens"][token].index(peaks[token])
+
+    tokens.sort(key=order)
     row, full = 27, 250             # the height of a row, and of a probability of 1
     bottom = 20 + row * len(tokens) + 20
     bottom = max(bottom, full + 10)
     drawing = Drawing("prediction", bottom + 44, "How a prediction grows",
-                      f"The probabilities of {', '.join(tokens)} after the prompt {prompt}. The last of "
-                      f"them reaches {peaks[target]:.0%}; the others have risen and fallen before.")
+                      f"The probabilities of {', '.join(tokens)} after the prompt {prompt}. The "
+                      f"last of them reaches {peaks[target]:.0%}; the others rise and fall before.")
     left, right = 76, WIDTH - 14
 
     def place(step, p, base):
@@ -538,10 +560,11 @@ def prediction_figure(record, n_tokens=8):
         color = ACCENT_2 if token == target else ACCENT
         points = [place(step, p, base) for step, p in zip(steps, values)]
         drawing.line(left, base, right, base)
-        area = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(left, base), *points, (right, base)])
-        drawing.add("polygon", points=area, fill=color, fill_opacity=0.18)
+        area = [(left, base), *points, (right, base)]
+        drawing.polyline(area, None, fill=color)
         drawing.polyline(points, color, 1.6)
-        drawing.text(left - 8, base, shorten(token) if len(token) > 1 else f"“{token}”", color, "end")
+        label = shorten(token) if len(token) > 1 else f"“{token}”"
+        drawing.text(left - 8, base, label, color, "end")
         best = values.index(peaks[token])
         x, y = points[best]
         drawing.circle(x, y, 2.5, color)
@@ -549,18 +572,17 @@ def prediction_figure(record, n_tokens=8):
             drawing.text(x, y - 8, f"{peaks[token]:.0%}", color, "end", halo=True)
         else:
             drawing.text(x + 6, y + 3, f"{peaks[token]:.0%}", color, halo=True)
-    for share in range(4):
-        step = steps[-1] * share // 3
-        drawing.text(place(step, 0, 0)[0], bottom + 18, str(step), MUTED, "middle")
+    for step, label in thirds(steps[-1]):
+        drawing.text(place(step, 0, 0)[0], bottom + 18, label, MUTED, "middle")
     drawing.text((left + right) / 2, bottom + 36, "step", MUTED, "middle")
     return Figure("prediction", 10, "training_steps", drawing.svg(),
-                  f"How a prediction grows: what the model finds probable after “{prompt}”, measured "
-                  f"at every fifth step of a training. All curves have the same scale.")
+                  f"How a prediction grows: what the model finds probable after “{prompt}”, "
+                  f"every {steps[1]} steps of a training. All curves have the same scale.")
 
 # ─── Step 13 ───────────────────────────────────────────────────────────────────────────────────
 def cache_figure(n_prompt=3, context_length=7, n_new=7):
     """Which tokens are sent through the layers at each step, as `generate` really does it."""
-    config = story_llm.GPTConfig(vocab_size=50, context_length=context_length, emb_dim=8, n_heads=2, n_layers=1)
+    config = story_llm.GPTConfig(vocab_size=50, context_length=context_length)
     model = story_llm.new_model(config)
     sent = []
     model.register_forward_pre_hook(lambda module, inputs: sent.append(inputs[0].shape[1]))
@@ -568,8 +590,9 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     text = story_llm.load_text(story_llm.DEFAULT_TEXT)
     pieces = story_llm.split_words(text[text.index(story_llm.DEFAULT_PROMPT):])
     drawing = Drawing("cache", 68 + 26 * n_new, "The key-value cache",
-                      f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that are computed at each step "
-                      f"are {', '.join(map(str, sent))}; the keys and values of all others are kept.")
+                      f"Writing after a prompt of {n_prompt} tokens. The numbers of tokens that "
+                      f"are computed at each step are {', '.join(map(str, sent))}; the keys and values "
+                      "of all others are kept.")
     left, cell = 92, 21
     drawing.text(6, 18, "to predict")
     drawing.text(left, 18, "tokens in the window", MUTED)
@@ -590,8 +613,8 @@ def cache_figure(n_prompt=3, context_length=7, n_new=7):
     drawing.rect(150, y, 14, 14, ACCENT, opacity=0.22)
     drawing.text(170, y + 12, "keys and values kept", MUTED)
     return Figure("cache", 13, "KeyValueCache", drawing.svg(),
-                  f"The key-value cache, with a context length of {context_length} instead of 32. Once the "
-                  "window is full it slides, and all of it is computed anew.")
+                  f"The key-value cache, here with a context length of {context_length}. Once the "
+                  "window is full, it slides, and all of it is computed anew.")
 
 # ─── Experiments ───────────────────────────────────────────────────────────────────────────────
 def experiment_figure(name, record):
@@ -599,40 +622,45 @@ def experiment_figure(name, record):
     experiment, measured = EXPERIMENTS[name], record["experiments"]
     curves = {}
     for key, label, color in (("unchanged", "unchanged", MUTED), (name, "changed", ACCENT_2)):
-        losses = {int(step): loss for step, loss in measured[key]["losses"].items() if loss is not None}
-        curves[key] = (list(losses), list(losses.values()), label, color)
+        losses = measured[key]["losses"]
+        steps = [step for step in losses if losses[step] is not None]
+        curves[key] = [*map(int, steps)], [losses[step] for step in steps], label, color
     last = max(curves["unchanged"][0])
     changed_end, unchanged_end = curves[name][1][-1], curves["unchanged"][1][-1]
     drawing = Drawing(f"experiment-{name}", 186, f"Experiment {name}",
-                      f"The loss on the training split over {last} steps. At the end it is {changed_end:.2f}, and "
-                      f"{unchanged_end:.2f} in the unchanged program.")
-    axes = Axes(drawing, 24, 26, WIDTH - 116, 146, [(last * i // 3, str(last * i // 3)) for i in range(4)],
-                [(loss, str(loss)) for loss in (0, 2, 4, 6, 8)])
+                      f"The loss on the training split over {last} steps. At the end it is "
+                      f"{changed_end:.2f}, and {unchanged_end:.2f} in the unchanged program.")
+    axes = Axes(drawing, 24, 26, WIDTH - 126, 146, thirds(last),
+                LOSSES)
     drawing.text(6, 14, "loss", MUTED)
     drawing.text((axes.left + axes.right) / 2, 180, "step", MUTED, "middle")
-    ends = []
-    for steps, losses, label, color in curves.values():
-        drawing.polyline(axes.places(steps, losses), color)
-        drawing.circle(axes.x(steps[-1]), axes.y(losses[-1]), 3, color)
-        ends.append((axes.y(losses[-1]) + 4, f"{losses[-1]:.2f} {label}", color))
-    for (_, label, color), y in zip(ends, spread_out([y for y, _, _ in ends])):
-        drawing.text(axes.right + 9, y, label, color)
-    recalls = [f"{measured[key]['recall']:.0%}" for key in (name, "unchanged")]
+    for key, (steps, losses, _, color) in curves.items():
+        # where the two agree, the wider one can be seen behind the other
+        style = {"width": 4.5, "opacity": 0.5} if key == "unchanged" else {}
+        drawing.polyline(axes.places(steps, losses), color, **style)
+    ends = [axes.y(losses[-1]) + 4 for _, losses, _, _ in curves.values()]
+    recalls = [f"{measured[key]['recall']:.0%}" for key in curves]
+    drawing.text(axes.right + 9, 14, "recall", MUTED)
+    ends = spread_out(ends, axes.bottom)
+    for i, (_, losses, label, color) in enumerate(curves.values()):
+        drawing.text(axes.right + 9, ends[i], f"{losses[-1]:.2f} {label}", color)
+        drawing.text(axes.right + 9, 46 - 15 * i, f"{recalls[i]} {label}", color)
     return Figure(f"experiment-{name}", experiment.step, AFTER_EXPERIMENT[name], drawing.svg(),
-                  f"Experiment {name}: {experiment.change}. After {last} steps the loss is {changed_end:.2f} instead "
-                  f"of {unchanged_end:.2f}, and recall is {recalls[0]} instead of {recalls[1]}.")
+                  f"Experiment {name}: {experiment.change}. After {last} steps, the loss is "
+                  f"{changed_end:.2f} ({unchanged_end:.2f} without the change), and recall is "
+                  f"{recalls[1]} ({recalls[0]}).")
 
 # The definition behind the sentences that each experiment supports
 AFTER_EXPERIMENT = {
     "no-scaling": "attention_weights", "no-mask": "causal_mask", "one-head": "MultiHeadAttention",
-    "no-residual": "TransformerBlock", "no-norm": "TransformerBlock", "post-norm": "TransformerBlock",
-    "no-positions": "GPTModel", "gradient-descent": "AdamW", "high-learning-rate": "learning_rate",
-    "no-warm-up": "learning_rate", "no-prompt-windows": "evaluate"}
+    "no-residual": "TransformerBlock", "no-norm": "TransformerBlock",
+    "post-norm": "TransformerBlock", "no-positions": "GPTModel", "gradient-descent": "AdamW",
+    "high-learning-rate": "learning_rate", "no-warm-up": "learning_rate",
+    "no-prompt-windows": "evaluate"}
 
-def spread_out(ys, gap=15):
-    """Move two labels apart until there is a gap between them."""
-    middle, distance = sum(ys) / 2, abs(ys[0] - ys[1])
-    if distance >= gap:
-        return ys
-    upper, lower = middle - gap / 2, middle + gap / 2
+def spread_out(ys, lowest, gap=15):
+    """Move two labels apart until there is a gap between them, and none is below `lowest`."""
+    upper, lower = sorted(ys)
+    lower = min(max(lower, (upper + lower + gap) / 2), lowest)
+    upper = min(upper, lower - gap)
     return [upper, lower] if ys[0] <= ys[1] else [lower, upper]

@@ -319,7 +319,7 @@ def session(text, names):
 CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*"|\b(?:nn|F|torch)\.[\w.]*\w)'
                            r"|\b(\w*[a-z_][A-Z_]\w*)\b")
 TYPOGRAPHY = [
-    (r"\^(-?\w+)", r"<sup>\1</sup>"),
+    (r"\^(-?\w+(?:\.\d+)?)", r"<sup>\1</sup>"),
     (r"(?<=[\w)>]) - (?=[\w(])", " − "), (r"(?<![\w)\-])-(?=\d|ln\b|lr\b)", "−"),
     (r"-&gt;", "→"), (r"\bGPT-\d", r'<span class="shape">\g<0></span>'),
     (r"\((?:\.\.\., )?[A-Z](?:, [A-Z]|, \d+| \+ \d+)*,?\)", r'<span class="shape">\g<0></span>'),
@@ -403,10 +403,10 @@ DRAWING_WIDTH = 77      # characters in a line of what keeps its line breaks
 
 def is_beside(block):
     """Whether a block belongs in the column beside the prose."""
-    return block.kind in ("code", "example") or block.text.startswith("Try it: ")
+    return isinstance(block, Figure) or block.kind in ("code", "example") or block.text.startswith("Try it: ")
 
 def is_wide(block):
-    return (block.kind in ("command", "drawing") and not is_beside(block)
+    return (not is_beside(block) and block.kind in ("command", "drawing")
             and max(map(len, block.text.split("\n"))) > DRAWING_WIDTH)
 
 def height(block):
@@ -421,12 +421,27 @@ def height(block):
 def total(blocks):
     return sum(map(height, blocks))
 
+def with_experiments(blocks, figures):
+    """The blocks, with the figure of each experiment behind the command that runs it."""
+    shown = []
+    for block in blocks:
+        words = re.findall(r"[\w-]+", block.text) if block.kind == "command" else []
+        shown += [block, *(figure for figure in figures if experiment_of(figure) in words)]
+    return shown
+
+def experiment_of(figure):
+    """The name of the experiment that a figure shows, or None."""
+    name = figure.name.removeprefix("experiment-")
+    return name if name != figure.name else None
+
 def in_reading_order(blocks):
     """The blocks, but the first paragraphs of a docstring stand before the code they document."""
     ordered = []
     for block in blocks:
-        follows_code = ordered and ordered[-1].kind == "code" and block.of in ordered[-1].names
-        ordered.insert(len(ordered) - bool(block.kind == "prose" and follows_code), block)
+        code = ordered[-1] if ordered else None
+        documents = (isinstance(code, Block) and isinstance(block, Block) and code.kind == "code"
+                     and block.kind == "prose" and block.of in code.names)
+        ordered.insert(len(ordered) - documents, block)
     return ordered
 
 def rows_of(blocks, figures):
@@ -438,7 +453,7 @@ def rows_of(blocks, figures):
             beside.append(block)
             continue
         if beside or block is None or is_wide(block):
-            names = {name for block in beside for name in block.names}
+            names = {name for block in beside if isinstance(block, Block) for name in block.names}
             belonging = [figure for figure in figures if figure.after in names]
             rows += split_row(prose_column, beside, belonging)
             prose_column, beside = [], []
@@ -475,7 +490,7 @@ def sections_of(step):
     """The blocks of a step, split before each of its headings."""
     sections = [[]]
     for block in step.blocks:
-        if block.kind == "heading":
+        if isinstance(block, Block) and block.kind == "heading":
             sections.append([])
         sections[-1].append(block)
     return sections
@@ -504,16 +519,21 @@ def figure_html(figure, names):
 def step_html(step, names, figures, panels, exercises):
     """A step as HTML. `panels` is {(step, section): [HTML]}."""
     figures = [figure for figure in figures if figure.step == step.number]
+    blocks = with_experiments(step.blocks, figures)
+    step = Step(step.number, step.title, blocks)
+    figures = [figure for figure in figures if figure not in blocks]
     opening = [figure for figure in figures if not figure.after]
     parts = []
     for i, section in enumerate(sections_of(step)):
         blocks = section
-        if section and section[0].kind == "heading":
+        if i > 0:                       # a heading begins it
             anchor = re.sub(r"\W+", "-", section[0].text.lower())
             parts.append(f'<h3 id="step-{step.number}-{anchor}">{prose(section[0].text, names)}</h3>')
             blocks = section[1:]
         rows = rows_of(blocks, figures)
         if i == 0 and opening:
+            if rows[0][1] is None:      # a wide row
+                rows.insert(0, ([], []))
             rows[0][1][:0] = opening
         parts += [row_html(row, names) for row in rows]
         parts += panels.get((step.number, i), [])

@@ -310,12 +310,12 @@ def squared_relu(model):
     network.forward = lambda x: network.project(torch.relu(network.expand(x)) ** 2)
 
 
-def attention_window(model, size=20):
-    """Tokens attend to the last `size` tokens only."""
+def attention_window(model):
+    """Tokens attend to the last 20 tokens only."""
     def average(queries, keys, values):
         T = keys.shape[2]
         distances = torch.arange(T)[:, None] - torch.arange(T)
-        return story_llm.attention_weights(queries, keys, (distances < 0) | (distances >= size)) @ values
+        return story_llm.attention_weights(queries, keys, (distances < 0) | (distances >= 20)) @ values
     for block in model.trf_blocks:
         block.att.average = average
 
