@@ -13,15 +13,14 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from itertools import groupby
+from collections import defaultdict
+from itertools import groupby, pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder of story_llm.py
 import story_llm
-from lesson import read_lesson, text_blocks
+from lesson import EXERCISES, read_exercises, read_lesson
 from story_llm import StoryError, log
-
-EXERCISES = Path(__file__).with_name("exercises.md")
 
 # ─── What belongs to the notebook alone ────────────────────────────────────────────────────────
 # A cell is a pair (type, source). These stand at the beginning, and at the end of a step.
@@ -55,8 +54,8 @@ plot_attention(untrained, "Once Aadhan renounced his kingdom")""")],
         ("markdown", """\
 #### Your model trains
 
-This takes about a minute. After every epoch, the curves are drawn anew; and every third step,
-the cell asks the model what comes next after "Once Aadhan renounced his", and keeps the answer."""),
+This takes about a minute. After every epoch, the curves are drawn anew, and after every third
+step, the cell asks the model what follows "Once Aadhan renounced his" and keeps the answer."""),
         ("code", """\
 settings = TrainConfig(eval_every=9)            # evaluate after every epoch
 story_run = new_run(story_corpus, train_config=settings)
@@ -71,9 +70,9 @@ for _ in training_steps(story_run, story_corpus):
         picture.update(plot_losses(story_run.history, story_run.config.vocab_size))
 print(story_run.write("Once Aadhan renounced his kingdom", max_new_tokens=20))"""),
         ("markdown", """\
-How does a prediction grow? The picture shows the six tokens that were the most probable at some
-time. What is frequent everywhere comes first; then what may follow "his"; and at last the one
-word that follows it here."""),
+How does a prediction grow? The picture shows the six tokens whose probability rose highest. What
+is frequent everywhere comes first, then what may follow "his", and at last the one word that
+follows it here."""),
         ("code", """\
 steps, probabilities = list(growth), torch.stack(list(growth.values()))     # (steps, V)
 figure = new_figure(figsize=(8, 4))
@@ -97,10 +96,11 @@ is. Where an answer to an exercise loads `story_llm.pt`, load this file."""),
         ("code", """save_checkpoint("notebook.pt", story_run)""")],
     13: [
         ("markdown", """\
-#### Your model from its file
+#### Your model, from its file
 
-It continues a prompt, and after that you see where each token of the prompt looks for
-information. What was even in step 6 has become a choice."""),
+It continues a prompt, and the picture shows again where each token looks for information. What was
+spread evenly in step 6 has found its places: in one head of block 2, "his" gives most of its
+attention to the beginning of "Aadhan"."""),
         ("code", """\
 story_run = load_checkpoint("notebook.pt")
 print(story_run.write("Vikram was alone.", max_new_tokens=20))"""),
@@ -124,19 +124,22 @@ figure""")]}
 # ─── From the lesson to cells ──────────────────────────────────────────────────────────────────
 def lesson_cells():
     """Return the cells of the notebook as {step: [(type, source)]}."""
-    exercises = read_exercises(EXERCISES.read_text(encoding="utf-8"))
+    exercises = defaultdict(list)           # {step: cells}
+    for exercise in read_exercises(EXERCISES.read_text(encoding="utf-8")):
+        exercises[exercise.step] += cells_of_exercise(exercise)
     source = Path(story_llm.__file__).read_text(encoding="utf-8")
     cells = {}
     for step in read_lesson(source):
         if step.number == 0:
             # the code before step 1 is mostly imports, and %run brings what they bring
             prose = [block for block in step.blocks if block.kind != "code"]
-            found = [("markdown", f"# {step.title.removesuffix('.')}"), *cells_of(prose), *BEGINNING]
+            title = ("markdown", f"# {step.title.removesuffix('.')}")
+            found = [title, *cells_of(prose), *BEGINNING]
         else:
             end = end_of_subject(step.blocks)
-            found = [("markdown", f"## Step {step.number}: {step.title}"),
-                     *cells_of(step.blocks[:end]), *AFTER_STEP.get(step.number, []),
-                     *exercises.get(step.number, []), *cells_of(step.blocks[end:])]
+            title = ("markdown", f"## Step {step.number}: {step.title}")
+            found = [title, *cells_of(step.blocks[:end]), *AFTER_STEP.get(step.number, []),
+                     *exercises[step.number], *cells_of(step.blocks[end:])]
         cells[step.number] = join_prose(found)
     return cells
 
@@ -198,12 +201,13 @@ def cells_of_example(text):
     return cells
 
 def as_markdown(block):
-    """A block of prose in Markdown. What keeps its line breaks is set like code."""
+    """A block in Markdown. Whatever keeps its line breaks is set like code."""
     if block.kind == "heading":
         return f"### {escape(block.text)}"
     if block.kind == "prose":
         return escape(block.text)
-    return f"```\n{block.text}\n```"
+    language = "python" if block.kind == "code" else ""
+    return f"```{language}\n{block.text}\n```"
 
 def escape(text):
     """Let Markdown show a text as it is, except for what stands between backticks."""
@@ -221,33 +225,18 @@ def join_prose(cells):
         joined += [(cell_type, source) for source in sources]
     return joined
 
-# ─── Exercises ─────────────────────────────────────────────────────────────────────────────────
-def read_exercises(text):
-    """Return {step: the cells of its exercise}: the question, a cell to try it in, and the answer,
-    folded."""
-    cells = {}
-    for exercise in text.split("\n## Step ")[1:]:
-        heading, _, rest = exercise.partition("\n")
-        number, title = heading.split(": ", 1)
-        question, answer = rest.split("\n### Answer\n")
-        cells.setdefault(int(number), []).extend([
-            ("markdown", f"#### Exercise: {title}\n\n{formatted(question)}"),
+def cells_of_exercise(exercise):
+    """Cells for the question of an exercise, for the reader's code, and for the answer, folded."""
+    question = "\n\n".join(as_markdown(block) for block in exercise.question)
+    parts = []
+    for before, block in pairwise([None, *exercise.answer]):
+        if before and before.kind == "code":
+            parts.append("It prints:")
+        parts.append(as_markdown(block))
+    answer = "\n\n".join(parts)
+    return [("markdown", f"#### Exercise: {exercise.title}\n\n{question}"),
             ("code", "# Try it here."),
-            ("markdown", "<details>\n<summary>The answer</summary>\n\n"
-                         f"{formatted(answer)}\n\n</details>")])
-    return cells
-
-def formatted(text):
-    """A part of an exercise in Markdown. Its code is fenced already; the rest is written as the
-    lesson is."""
-    parts = re.split(r"(```python\n.*?```)", text, flags=re.DOTALL)
-    blocks = []
-    for part in parts:
-        if part.startswith("```"):
-            blocks.append(part)
-        else:
-            blocks += [as_markdown(block) for block in text_blocks(part.split("\n"))]
-    return "\n\n".join(blocks)
+            ("markdown", f"<details>\n<summary>Answer</summary>\n\n{answer}\n\n</details>")]
 
 # ─── The file ──────────────────────────────────────────────────────────────────────────────────
 def make_notebook():

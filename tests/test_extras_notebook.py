@@ -1,5 +1,5 @@
-"""extras/notebook.py and extras/exercises.md: the notebook says what the lesson says and runs from top to bottom; whoever
-edits a cell changes the program; the answers to the exercises print what they state."""
+"""extras/notebook.py, story_llm.ipynb and extras/exercises.md: the notebook says what the lesson says and runs from top
+to bottom; whoever edits a cell changes the program; the answers to the exercises print what they state."""
 import ast
 import contextlib
 import doctest
@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from helpers import PROGRAM, ROOT, STORY, bare_environment, story_llm
 
 sys.path.insert(0, str(ROOT / "extras"))
+import lesson  # noqa: E402
 import notebook  # noqa: E402
-from lesson import text_blocks  # noqa: E402
 
 COMMITTED = ROOT / "story_llm.ipynb"
 SOURCE = PROGRAM.read_text(encoding="utf-8")
@@ -33,7 +33,9 @@ def code_cells(cells):
 # the exercises
 
 EXERCISES = {int(text.partition(":")[0]): text
-             for text in notebook.EXERCISES.read_text(encoding="utf-8").split("\n## Step ")[1:]}
+             for text in lesson.EXERCISES.read_text(encoding="utf-8").split("\n## Step ")[1:]}
+DEFINITION = ast.FunctionDef | ast.ClassDef
+SHORT = "TrainConfig(eval_every=9, max_steps=9)"
 
 
 def parts_of(step):
@@ -130,6 +132,13 @@ def test_sampling_loses_the_sentences_that_step_13_says(beside_the_story, traine
     assert by_position.mean() == pytest.approx(0.22, abs=0.03) and by_position[:10].sum() > by_position[10:].sum()
 
 
+def test_his_looks_at_aadhan_in_a_head_of_block_2_as_the_notebook_says(trained_with_defaults):
+    run = story_llm.load_checkpoint(trained_with_defaults[0] / "story_llm.pt")
+    ids = torch.tensor([run.tokenizer.encode("Once Aadhan renounced his")])
+    assert run.tokenizer.decode([ids[0, 1].item()]) == " Aad"
+    assert story_llm.attention_maps(run.model, ids)[1, :, 5, 1].max() > 0.5
+
+
 # the cells
 
 def test_the_committed_notebook_has_the_cells_of_the_lesson_of_today_and_their_results():
@@ -156,7 +165,7 @@ def check_examples(cells):
                 shown.setdefault(cell.source, []).append("".join(output.data["text/plain"].split()))
     wanted = []
     for statement in ast.walk(ast.parse(LESSON)):
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        if isinstance(statement, DEFINITION):
             wanted += doctest.DocTestParser().get_examples(ast.get_docstring(statement) or "")
     wanted = [example for example in wanted if example.want]
     assert len(wanted) > 40
@@ -170,9 +179,10 @@ def test_every_definition_of_the_lesson_is_a_cell_of_its_own():
     found = {}
     for source in cells:
         with contextlib.suppress(SyntaxError):      # %run
-            if ast.parse(source).body and isinstance(statement := ast.parse(source).body[0], ast.FunctionDef | ast.ClassDef):
-                found.setdefault(statement.name, []).append(ast.parse(source).body)
-    wanted = [statement for statement in ast.parse(LESSON).body if isinstance(statement, ast.FunctionDef | ast.ClassDef)]
+            statements = ast.parse(source).body
+            if statements and isinstance(statements[0], DEFINITION):
+                found.setdefault(statements[0].name, []).append(statements)
+    wanted = [statement for statement in ast.parse(LESSON).body if isinstance(statement, DEFINITION)]
     assert len(wanted) > 40
     for statement in wanted:
         documentation = ast.get_docstring(statement) or ""
@@ -189,13 +199,13 @@ def test_every_definition_of_the_lesson_is_a_cell_of_its_own():
 
 
 def test_every_line_of_prose_of_the_lesson_is_in_the_notebook():
-    """Comments, and what the docstrings say around their examples; without white space, escapes, and signs of Markdown."""
+    """Comments, and what the docstrings say around their examples; without white space and escapes."""
     cells = notebook.make_notebook().cells
     text = "".join("".join(cell.source.split()).replace("\\", "") for cell in cells)
     comments = LESSON.partition('"""')[2].splitlines()          # without what tells systems how to run the file
     lines = [line.strip("# ═─") for line in comments if line.startswith("#")]
     for statement in ast.parse(LESSON).body:
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        if isinstance(statement, DEFINITION):
             documentation = re.sub(r"(?m)^>>>.*(\n.+)*", "", ast.get_docstring(statement) or "")
             lines += documentation.splitlines()
     assert len(lines) > 500
@@ -213,7 +223,8 @@ def test_prose_is_escaped_where_markdown_would_see_a_sign(text):
 
 @pytest.mark.parametrize("code", [
     "def f(x):\n    return x", "class A:\n    n = 1\n\n    def f(self):\n        pass",
-    "@dataclass(frozen=True)\nclass A:\n    # about n\n\n    n: int = 1", "def f(a,\n      b):\n    @g\n    def h():\n        pass"])
+    "@dataclass(frozen=True)\nclass A:\n    # about n\n\n    n: int = 1",
+    "def f(a,\n      b):\n    @g\n    def h():\n        pass"])
 def test_a_docstring_comes_first_in_the_body(code):
     text = r"Say \n and `x`, " + "again " * 40 + "at last."
     documented = notebook.with_docstring(code, text)
@@ -237,13 +248,12 @@ def own_kernel(tmp_path, monkeypatch, bare):
 
 
 def test_it_runs_from_top_to_bottom_and_an_edited_cell_changes_the_training(own_kernel, tmp_path, monkeypatch):
-    """With nothing but the two files beside it, and nine steps of training. Then, as a reader would, FeedForward gets another
-    activation function, and its cell and the training are run again."""
-    short = "TrainConfig(eval_every=9, max_steps=9)"
+    """With nothing but the two files beside it, and nine steps of training. Then, as a reader would do,
+    FeedForward gets another activation function, and its cell and the training are run again."""
     cells = {cell.id: cell for cell in notebook.make_notebook().cells}
     [training] = [cell for cell in cells.values() if "in training_steps(story_run" in cell.source]
     assert "TrainConfig(eval_every=9)" in training.source
-    training.source = training.source.replace("TrainConfig(eval_every=9)", short)
+    training.source = training.source.replace("TrainConfig(eval_every=9)", SHORT)
     [feed_forward] = [cell for cell in cells.values() if cell.source.startswith("class FeedForward(")]
     edited = re.sub(r"F\.gelu\((.*), approximate=.*?\)", r"F.relu(\1)", feed_forward.source)
     assert edited.count("F.relu(") == 1 and "gelu(" not in edited
@@ -307,8 +317,3 @@ def test_the_command_runs_the_cells_and_leaves_only_the_notebook(own_kernel, tmp
     assert [path.name for path in folder.iterdir()] == ["a.ipynb"]
     written = nbformat.read(folder / "a.ipynb", 4)
     assert written.cells[1].outputs[0].data["text/plain"] == str(len(story_llm.load_text(STORY)))
-
-
-def test_text_blocks_of_an_answer_keep_their_line_breaks():
-    block = text_blocks(["", "    a  1", "     b 2", ""])[0]
-    assert notebook.as_markdown(block) == "```\na  1\n b 2\n```"
