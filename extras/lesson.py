@@ -62,7 +62,7 @@ class Step:
 STEP = re.compile(r"# ═══ Step (\d+): (.+?) ═+")
 SECTION = re.compile(r"# ─── (.+?) ─+")
 WORKSHOP = "\n# ═══ Workshop"
-DRAWN = ("|", "    #", "┐")              # in drawings and in code
+DRAWN = ("|", "    #", " = ")              # in drawings, code and formulas
 SHELL = ("$ ", "python ", "Try it: ")       # how the commands begin
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -325,7 +325,7 @@ def session(text, names):
 # ─── Prose ─────────────────────────────────────────────────────────────────────────────────────
 # In prose, `names` and "strings with a \n" are code, and so are names such as WORD_OR_MARK.
 CODE_IN_PROSE = re.compile(r'`([^`]+)`|(r"[^"]*"|"(?:\\.|\W)[^"\s]*"|\b(?:nn|F|torch)\.[\w.]*\w)'
-                           r"|\b(\w*[a-z_][A-Z_]\w*)\b")
+                           r"|(?<!\.)\b(\w*[a-z_][A-Z_]\w*)\b")
 TYPOGRAPHY = [
     (r"\^(-?\w+(?:\.\d+)?)", r"<sup>\1</sup>"),
     (r"(?<=[\w)>]) - (?=[\w(])", " − "), (r"(?<![\w)\-])-(?=\d|ln\b|lr\b)", "−"),

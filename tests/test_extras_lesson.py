@@ -173,8 +173,8 @@ in two lines.
     q    yes
     r           no
 
-    x = 1 (2
-            3)
+    x = 1    one
+    y = 2    two
 
     $ python a.py
     prints
@@ -185,7 +185,7 @@ in two lines.
 Another.""".split("\n"))
     assert [(block.kind, block.text) for block in blocks] == [
         ("prose", "One paragraph, in two lines."), ("list", "a    one\nb    two, and\n     three"),
-        ("table", "p    1      1/2\nq    yes\nr           no"), ("drawing", "x = 1 (2\n        3)"),
+        ("table", "p    1      1/2\nq    yes\nr           no"), ("drawing", "x = 1    one\ny = 2    two"),
         ("command", "$ python a.py\nprints"), ("example", ">>> 1 + 1\n2"), ("prose", "Another.")]
     assert lesson.table_rows(blocks[1].text) == [["a", "one"], ["b", "two, and three"]]
     assert lesson.table_rows(blocks[2].text) == [["p", "1", "1/2"], ["q", "yes", ""], ["r", "", "no"]]
