@@ -64,7 +64,7 @@ class View:
             self.probabilities = self.model(torch.tensor([self.ids]))[0, -1].softmax(dim=-1)
         for hook in hooks:
             hook.remove()
-        best = self.probabilities.topk(min(3, run.config.vocab_size))
+        best = self.probabilities.topk(3)
         names = story_llm.token_names(run.tokenizer, best.indices.tolist())
         self.best = list(zip(map(shorten, names), best.values.tolist()))
 
@@ -305,7 +305,7 @@ def mask_figure(view):
     T, left = len(names), 80
     mask = story_llm.causal_mask(T, T)
     weights = most_telling_head(view) if view else None
-    cell = (WIDTH - 84) / T
+    cell = (WIDTH - 92) / T
     height = min(cell, 40)
     drawing = Drawing("mask", math.ceil(44 + T * height + 34), "The causal mask",
                       "A grid with a row and a column for each token. A token attends to itself "

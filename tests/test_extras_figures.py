@@ -122,7 +122,7 @@ def check_sound(found):
         for i, (text, left, top, right, bottom) in enumerate(boxes):
             assert left >= -4 and right <= width + 4 and top >= 0 and bottom <= height, (figure.name, text)
             for other, left_2, top_2, right_2, bottom_2 in boxes[i + 1:]:
-                apart = right <= left_2 + 4 or right_2 <= left + 4 or bottom <= top_2 or bottom_2 <= top
+                apart = right <= left_2 or right_2 <= left or bottom <= top_2 or bottom_2 <= top
                 assert apart, (figure.name, text, other)
     assert max(ids.values()) == 1
 
@@ -150,12 +150,25 @@ def test_a_story_is_data(tokenizer):
     assert all(name in shown for name in View(run).names) and any(set("<&\"'>") & set(name) for name in View(run).names)
 
 
+def test_long_tokens_have_room():
+    text = "Incomprehensible counterrevolutionaries notwithstanding, straightforward misunderstandings "
+    text += "nevertheless characteristically overshadowed responsibilities. "
+    run, _ = tiny(text * 20)
+    run.prompt = text.strip()
+    view = View(run)
+    assert len(view.ids) == 8 and len(set(view.names)) == 8 and sum(name.endswith("…") for name in view.names) == 7
+    check_sound(figures(run))
+
+
 def test_drawing_changes_nothing_of_the_run(untrained):
     run, _, found = untrained
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    run.model.train()
     assert [figure.svg for figure in figures(run)] == [figure.svg for figure in found.values()]
+    assert run.model.training
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
-    assert not any(module._forward_hooks for module in run.model.modules())
+    for model in (run.model, View(run).model):
+        assert not any(module._forward_hooks for module in model.modules())
 
 
 # step 5
