@@ -3,24 +3,30 @@
     python extras/experiments.py --list
     python extras/experiments.py no-mask
     python extras/experiments.py
+    python extras/experiments.py --precision fp32 --json extras/experiments.json
 
 The lesson in story_llm.py gives a reason for every part of the model and of its training. Here you
 can test these reasons. Each experiment changes one thing, which is a line or two of the program or
 a setting. (Gradient descent also gets a learning rate of its own.) It trains the changed program
 and prints the results next to those of the unchanged one, with the model for a short story. Without
 a name, all experiments run, one after the other. The results vary a little with the processor, and
-more with --seed.
+more with --seed. With --json, everything that was measured also goes into a file, together with
+two recordings of the unchanged training: how the prediction of one word grows, and what AdamW makes
+of the gradients of one parameter. The figures of the lesson's page (figures.py) are drawn from it.
 
-No file is changed. The source of story_llm.py is changed in memory, and the result is run as a
-module of its own. Your own experiment is one more entry in EXPERIMENTS.
+No file of the program is changed. The source of story_llm.py is changed in memory, and the result
+is run as a module of its own. Your own experiment is one more entry in EXPERIMENTS.
 """
 import contextlib
+import datetime
+import json
 import math
 import sys
 import textwrap
 import types
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,7 +48,7 @@ EXPERIMENTS = {
     "no-scaling": Experiment(
         step=6, change="attention scores are not divided by the root of D",
         shows="The model learns far more slowly. After 180 steps the loss is 0.95 instead of "
-              "0.22, and recall is 22 %.",
+              "0.22, and recall is 23 %.",
         replacements=((" / math.sqrt(D)", ""),)),
     "no-mask": Experiment(
         step=6, change="every token may attend to the tokens after it",
@@ -88,7 +94,7 @@ EXPERIMENTS = {
         settings={"learning_rate": 1.0}),
     "high-learning-rate": Experiment(
         step=10, change="a learning rate ten times as high",
-        shows="The loss is still 4.14, and no sentence is recited.",
+        shows="The loss is still 4.15, and no sentence is recited.",
         settings={"learning_rate": 0.025}),
     "no-warm-up": Experiment(
         step=10, change="the learning rate is at its peak from the first step on",
@@ -100,6 +106,9 @@ EXPERIMENTS = {
         shows="The loss is lower (0.16 instead of 0.22), and yet recall is 94 % instead of "
               "100 %. The model knows the text even better, but not in the form of a prompt.",
         settings={"prompt_windows": 0.0})}
+
+# AdamW's averages are recorded for this number: (the name of a parameter, an index)
+RECORDED_PARAMETER = ("trf_blocks.1.ff.project.bias", (1,))
 
 # ─── Change and train ──────────────────────────────────────────────────────────────────────────
 def read_program():
@@ -122,22 +131,28 @@ def changed_program(replacements):
 
 def train_changed(corpus, replacements=(), settings=None, prompt=None):
     """Train the program on a corpus after these changes, on the CPU. Return (its losses on the
-    training split after a ninth, a third and all of the steps, as {step: loss}; its recall, or None
-    if the text has no long sentence; what it writes after the prompt). A loss is NaN if training
-    stopped before that step, because the loss of a batch was no longer finite."""
+    training split at every evaluation, as {step: loss}; its recall, or None if the text has no long
+    sentence; what it writes after the prompt). If training stopped early, because the loss of a
+    batch was no longer finite, the last loss is NaN."""
     program = changed_program(replacements)
     config, train_config = [program.override_settings(part, settings or {})
                             for part in (program.GPTConfig(), program.TrainConfig())]
     run = program.new_run(corpus, config, train_config)
-    losses = {max(run.total_steps // share, 1): math.nan for share in (9, 3, 1)}
+    every = {"eval_every": ninth(run.total_steps)}      # evaluations do not change the training
+    run.train_config = program.override_settings(train_config, every)
     with contextlib.suppress(program.StoryError):       # raised when the loss is not finite
         for _ in program.training_steps(run, corpus):
-            if run.step in losses:
-                losses[run.step] = program.mean_loss(run.model, corpus.train_ids)
+            pass
+    losses = {evaluation.step: evaluation.train_loss for evaluation in run.history}
+    losses.setdefault(run.total_steps, math.nan)
     prompt = prompt or run.prompt
     ids = torch.tensor([run.tokenizer.encode(prompt)])
     sample = run.tokenizer.decode(write(program, run, ids, 20)[0, ids.shape[1]:].tolist())
     return losses, written_recall(program, run, corpus.train_text), f"{prompt} ...{sample}"
+
+def ninth(total_steps):
+    """A ninth of the steps of a training: 20 of 180."""
+    return max(total_steps // 9, 1)
 
 def write(program, run, ids, n_tokens):
     """Append tokens to ids (B, T) as in step 8, where the model sees the whole text each time. (The
@@ -159,6 +174,71 @@ def written_recall(program, run, text):
         hits += [ids[:len(row)] == row for ids, row in zip(written, rows)]
     return sum(hits) / len(hits) if hits else None
 
+# ─── Record ────────────────────────────────────────────────────────────────────────────────────
+def next_probabilities(run, prompt):
+    """How probable the model finds each token of the vocabulary after a prompt: (V,)."""
+    ids = torch.tensor([run.tokenizer.encode(prompt)], device=story_llm.device_of(run.model))
+    with torch.no_grad():
+        return run.model(ids)[0, -1].softmax(dim=-1).cpu()
+
+def without_last_word(prompt):
+    """What comes before the last word of a prompt, so that the model has to predict this word."""
+    return prompt.rpartition(" ")[0] or prompt
+
+def record_prediction(run, corpus, prompt, every=5, n_best=3):
+    """Train a run to its end, and follow what it predicts after a prompt. Return {"prompt",
+    "steps", "tokens"}; "tokens" has the probabilities, one for each of the steps, of all tokens
+    that were ever among the `n_best` most probable."""
+    rows = {run.step: next_probabilities(run, prompt)}
+    for _ in story_llm.training_steps(run, corpus):
+        if run.step % every == 0 or run.step == run.total_steps:
+            rows[run.step] = next_probabilities(run, prompt)
+    probabilities = torch.stack(list(rows.values()))                # (steps, V)
+    best = probabilities.topk(n_best).indices.flatten().unique()
+    names = story_llm.token_names(run.tokenizer, best.tolist())
+    tokens = dict(zip(names, probabilities[:, best].T.tolist()))
+    return {"prompt": prompt, "steps": list(rows), "tokens": tokens}
+
+def record_averages(run, corpus, name, index, n_steps=50):
+    """Train a run for some steps, and note for one number of the parameter `name` its gradient and
+    AdamW's averages. Return {"parameter", "index", "gradients", "m", "v"}."""
+    gradients, first, second = [], [], []
+    for _ in islice(story_llm.training_steps(run, corpus), n_steps):
+        m, v = run.optimizer.averages[name]
+        gradients.append(run.model.get_parameter(name).grad[index].item())
+        first.append(m[index].item())
+        second.append(v[index].item())
+    return {"parameter": name, "index": list(index), "gradients": gradients,
+            "m": first, "v": second}
+
+def rounded(value, digits=4):
+    """Round every number in nested lists and dictionaries to significant digits. (JSON knows no
+    NaN, so it becomes null.)"""
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
+
+def make_record(corpus, settings, results, prompt):
+    """All that was measured, with two recordings of the unchanged training, in values that JSON can
+    express."""
+    config = story_llm.TrainConfig(**settings)
+
+    def new_run():
+        return story_llm.new_run(corpus, train_config=config)
+
+    measured = {name: dict(zip(("losses", "recall", "sample"), result))
+                for name, result in results.items()}
+    return rounded({
+        "measured": datetime.date.today().isoformat(), "torch": torch.__version__,
+        "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.kind,
+        "settings": asdict(config), "experiments": measured,
+        "prediction": record_prediction(new_run(), corpus, without_last_word(prompt)),
+        "averages": record_averages(new_run(), corpus, *RECORDED_PARAMETER)})
+
 # ─── Print ─────────────────────────────────────────────────────────────────────────────────────
 def log_description(name):
     """Print what an experiment changes, as lines of the program and settings, and what it shows."""
@@ -175,11 +255,13 @@ def log_description(name):
 
 def log_results(results):
     """Print a table of {name: what `train_changed` returned}."""
-    steps = next(iter(results.values()))[0]
+    total = max(step for losses, _, _ in results.values() for step in losses)
+    steps = sorted({min(step, total) for step in (ninth(total), 3 * ninth(total), total)})
     log(f"  {'loss after step':<20}" + "".join(f"{step:>8}" for step in steps) + "    recall")
     for name, (losses, recall, sample) in results.items():
         shown = "none" if recall is None else f"{recall:.1%}"
-        log(f"  {name:<20}" + "".join(f"{loss:8.3f}" for loss in losses.values()) + f"{shown:>10}")
+        columns = "".join(f"{losses.get(step, math.nan):8.3f}" for step in steps)
+        log(f"  {name:<20}{columns}{shown:>10}")
         log("    " + " ".join(sample.split()))
     log()
 
@@ -188,18 +270,23 @@ def run_command(argv):
                               description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", nargs="?", help="an experiment (default: all of them)")
     parser.add_argument("--list", action="store_true", help="say what each experiment shows")
-    for name in ("text", "max_steps", "seed"):
+    parser.add_argument("--json", metavar="FILE", help="also write all that was measured as JSON")
+    for name in ("text", "max_steps", "precision", "seed"):
         story_llm.add_option(parser, name)
     given = vars(parser.parse_args(argv))       # of the options added above, only those typed
-    name, only_list = given.pop("name"), given.pop("list")
+    name, only_list, path = given.pop("name"), given.pop("list"), given.pop("json")
     check(name is None or name in EXPERIMENTS, f"there is no experiment {name!r}: choose one of "
           + ", ".join(EXPERIMENTS))
     names = list(EXPERIMENTS) if name is None else [name]
     if only_list:
-        check(not given, "--list trains nothing, so it cannot be combined with another option")
+        check(not given and path is None,
+              "--list trains nothing, so it cannot be combined with another option")
         for name in names:
             log_description(name)
         return
+    if path is not None:
+        check(name is None, "--json records all experiments, so it cannot be combined with a name")
+        story_llm.check_writable(path, (".json",))
     prompt = None if "text" in given else story_llm.DEFAULT_PROMPT
     text = story_llm.load_text(given.pop("text", story_llm.DEFAULT_TEXT))
     corpus = story_llm.corpus_from_text(text)
@@ -208,14 +295,20 @@ def run_command(argv):
     log(f"{corpus.tokenizer.kind} tokenizer, {run.total_steps} steps. (The texts below say what we "
         "measured with Short_Story.txt, GPT-2's tokens and 180 steps.)\n")
     log("training the unchanged program ...", sys.stderr)
-    unchanged = train_changed(corpus, (), settings, prompt)
+    results = {"unchanged": train_changed(corpus, (), settings, prompt)}
     for name in names:
         log_description(name)
         log(f"training {name} ...", sys.stderr)
         experiment = EXPERIMENTS[name]
-        changed = train_changed(corpus, experiment.replacements,
-                                {**settings, **experiment.settings}, prompt)
-        log_results({"unchanged": unchanged, name: changed})
+        results[name] = train_changed(corpus, experiment.replacements,
+                                      {**settings, **experiment.settings}, prompt)
+        log_results({"unchanged": results["unchanged"], name: results[name]})
+    if path is not None:
+        log("recording how a prediction grows, and AdamW's averages ...", sys.stderr)
+        record = make_record(corpus, settings, results, prompt or run.prompt)
+        lines = json.dumps(record, ensure_ascii=True, allow_nan=False, indent=1)
+        Path(path).write_text(lines + "\n", encoding="utf-8", newline="\n")
+        log(f"wrote {path}")
 
 def main(argv=None):
     """Run the program with the words of a command line; return the exit status."""

@@ -4,8 +4,8 @@
 
 The page is a single file. It contains the weights, the tokenizer and the history of the run, and a
 GPT in JavaScript that runs them. It needs no server and no network, so you can open it from a
-folder, show it in class, or send it to a friend. Its style and its script are in explore.html,
-beside this file, and this program fills in the data.
+folder, show it in class, or send it to a friend. Its text is in explore.html, beside this file, its
+style in page.css and its script in model.js, which the page of lesson.py has as well.
 
 A model of 1.7 million parameters makes a page of 5 MB, because every weight takes 16 bits. Three
 ways to store a number in 16 bits were tried. The table shows the largest change of a logit of the
@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))      # the folder o
 import story_llm
 from story_llm import StoryError, check, log
 
-TEMPLATE = Path(__file__).with_name("explore.html")
+FOLDER = Path(__file__).resolve().parent
 MAX_BYTES = 60_000_000
 LARGEST_INT16 = 32767
+CHECKED = 32        # tokens whose logits the page compares with those of Python
 
 # ─── What the page can show ────────────────────────────────────────────────────────────────────
 # The page computes a model with these settings and values. A setting that story_llm.py gets later
@@ -69,14 +70,15 @@ def check_supported(model):
     for f in fields(model.config):
         value = getattr(model.config, f.name)
         known = f.name in SUPPORTED and value in VALUES.get(f.name, [value])
-        check(known or value == f.default, f"the page cannot compute a model with {f.name} {value}: train one without "
-              f"{story_llm.option_string(f.name)}, or teach it to explore.html")
+        check(known or value == f.default, f"the page cannot compute a model with {f.name} "
+              f"{value}: train one without {story_llm.option_string(f.name)}, or teach it to "
+              "model.js")
     found = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     expected = expected_shapes(model.config)
     for name in sorted(found.keys() | expected.keys()):
         check(found.get(name) == expected.get(name), f"the page cannot compute this model, because "
               f"the shape of its weight {name} is {found.get(name)} and not {expected.get(name)}: "
-              "if you have changed the model in story_llm.py, change explore.html as well")
+              "if you have changed the model in story_llm.py, change model.js as well")
 
 # ─── Weights ───────────────────────────────────────────────────────────────────────────────────
 def as_base64(tensor):
@@ -146,11 +148,13 @@ def describe_settings(settings):
 
 def describe_run(run, name):
     """Everything that the page needs to know, in values that JSON can express. `check` is a window
-    and the logits after it, with which the page can tell whether it computes what Python does."""
+    of the full context length and, for each of its positions, the logits of some tokens, with which
+    the page can tell whether it computes what Python does."""
     config = run.config
-    ids = torch.linspace(0, config.vocab_size - 1, config.context_length).long()
+    window = torch.linspace(0, config.vocab_size - 1, config.context_length).long()
+    ids = torch.linspace(0, config.vocab_size - 1, min(CHECKED, config.vocab_size)).long()
     with torch.no_grad():
-        logits = round_weights(run.model)(ids[None])[0, -1]
+        logits = round_weights(run.model)(window[None])[0, :, ids]
     texts = [Path(path).name for path in run.text_paths]
     return {"name": name, "text_name": ", ".join(texts), "prompt": run.prompt,
             "beginnings": run.beginnings, "step": story_llm.step_of_weights(run),
@@ -158,7 +162,7 @@ def describe_run(run, name):
             "settings": describe_settings(config) + describe_settings(run.train_config),
             "history": [asdict(evaluation) for evaluation in run.history],
             "tokenizer": describe_tokenizer(run.tokenizer),
-            "check": {"ids": ids.tolist(), "logits": as_base64(logits)},
+            "check": {"window": window.tolist(), "ids": ids.tolist(), "logits": as_base64(logits)},
             "weights": {name: pack(weight.cpu())
                         for name, weight in weights_to_store(run.model).items()}}
 
@@ -166,23 +170,37 @@ def check_size(n_bytes):
     check(n_bytes <= MAX_BYTES, f"the page would have {n_bytes / 1e6:,.0f} MB, and browsers become "
           f"slow above {MAX_BYTES / 1e6:.0f}: train a smaller model, or one with fewer tokens")
 
-def make_page(run, name="story_llm.pt"):
-    """Return the page of a run; `name` is what the page calls it. Raises StoryError if the page
-    would be too large, or cannot compute the model."""
+def as_json(data):
+    """Data as JSON that can stand in a page. A story is data and must stay data: JSON escapes
+    everything that is not ASCII, and without any "<" in it, nothing can end its element."""
+    return json.dumps(data, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+
+def fill(template, style, script, **parts):
+    """Return a page: the template of that name with the texts of these files as its style and its
+    script, and with the parts in place of their names in capitals, the last part last."""
+    page = (FOLDER / template).read_text(encoding="utf-8")
+    for kind, names in (("STYLE", style), ("SCRIPT", script)):
+        content = "\n" + "\n".join((FOLDER / name).read_text(encoding="utf-8") for name in names)
+        digest = base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest())
+        page = page.replace(f"{kind}_HASH", f"sha256-{digest.decode('ascii')}")
+        page = page.replace(f"PAGE_{kind}", content)
+    for name, part in parts.items():
+        before, after = page.split(f"PAGE_{name.upper()}")
+        page = before + part + after
+    return page
+
+def run_data(run, name, **more):
+    """The run as JSON, with more data. Raises StoryError if the page would be too large, or cannot
+    compute the model."""
     check_supported(run.model)
     matrices = sum(weight.numel() for weight in weights_to_store(run.model).values())
     check_size(matrices * 2 * 4 // 3)       # two bytes each, and base64 makes four of three
-    # A story is data and must stay data. JSON escapes everything that is not ASCII, and without
-    # any "<" in it, nothing in it can end the element in which it stands.
-    described = describe_run(run, name)
-    data = json.dumps(described, ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for tag in ("style", "script"):         # the browser runs these two and no others
-        content = re.search(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
-        digest = base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest())
-        page = page.replace(f"{tag.upper()}_HASH", f"sha256-{digest.decode('ascii')}")
-    before, after = page.split("PAGE_DATA")
-    page = before + data + after
+    return as_json(describe_run(run, name) | more)
+
+def make_page(run, name="story_llm.pt"):
+    """Return the page of a run; `name` is what the page calls it. Raises StoryError as `run_data`
+    does."""
+    page = fill("explore.html", ["page.css"], ["model.js"], data=run_data(run, name))
     check_size(len(page))
     return page
 

@@ -1,5 +1,6 @@
 """extras/experiments.py: each experiment changes what it says, and has the result that it promises."""
 import functools
+import json
 import math
 import re
 import sys
@@ -58,8 +59,8 @@ def result(name):
     changes = EXPERIMENTS.get(name, experiments.Experiment(step=0, change="", shows=""))
     corpus = story_llm.corpus_from_text(PART, "word")
     losses, recall, _ = train_changed(corpus, changes.replacements, {**SMALL, **changes.settings})
-    assert list(losses) == [6, 20, 60]
-    return *losses.values(), recall
+    assert list(losses) == [0, 1, 3, *range(6, 61, 6)]
+    return losses[6], losses[18], losses[60], recall
 
 
 def test_the_unchanged_program_recites_most_of_the_text():
@@ -95,10 +96,10 @@ def test_without_a_change_it_trains_as_story_llm_does():
     settings = {**vars(run.config), **vars(run.train_config)}
     settings = {name: settings[name] for name in (*names, "max_steps", "precision")}
     losses, _, sample = train_changed(corpus, (), settings, prompt="The old")
-    expected = {}
+    expected = {0: story_llm.mean_loss(run.model, corpus.train_ids)}
     for _ in story_llm.training_steps(run, corpus):
         expected[run.step] = story_llm.mean_loss(run.model, corpus.train_ids)
-    assert losses == {step: expected[step] for step in (1, 3, 9)}
+    assert losses == expected
     assert sample == "The old ..." + run.write("The old", 20).removeprefix("The old")
 
 
@@ -112,6 +113,62 @@ def test_recall_of_what_it_writes_is_the_recall_of_the_lesson():
             seen.add(recall)
     assert len(seen) > 2 and {0, 1} <= seen
     assert experiments.written_recall(story_llm, run, "One two three.") is None
+
+
+@pytest.mark.parametrize("total, steps", [
+    (180, [20, 60, 180]), (9, [1, 3, 9]), (2, [1, 2]), (1, [1]), (100, [11, 33, 100])])
+def test_the_table_has_the_losses_after_a_ninth_a_third_and_all_steps(total, steps, capsys):
+    losses = {step: float(step) for step in range(total + 1)}
+    experiments.log_results({"unchanged": (losses, 1.0, ""), "no-mask": (losses, None, "")})
+    head, first, *_ = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert head[3:-1] == [str(step) for step in steps] and first[1:-1] == [f"{step:.3f}" for step in steps]
+
+
+# recording
+
+def test_a_prediction_is_followed_through_the_training():
+    """Against a training of its own, whose probabilities are computed from the logits."""
+    (run, corpus), (other, _) = (tiny(max_steps=20) for _ in range(2))
+    recorded = experiments.record_prediction(run, corpus, "The old", every=7, n_best=2)
+    ids = torch.tensor([other.tokenizer.encode("The old")])
+    expected = {}
+
+    def note():
+        logits = other.model(ids)[0, -1].detach().double()
+        expected[other.step] = logits.exp() / logits.exp().sum()
+
+    note()
+    for _ in story_llm.training_steps(other, corpus):
+        note()
+    assert recorded["prompt"] == "The old" and recorded["steps"] == [0, 7, 14, 20]
+    best = {int(i) for step in recorded["steps"] for i in expected[step].argsort(descending=True)[:2]}
+    names = dict(zip(story_llm.token_names(run.tokenizer, sorted(best)), sorted(best)))
+    assert recorded["tokens"].keys() == names.keys()
+    for name, values in recorded["tokens"].items():
+        assert values == pytest.approx([expected[step][names[name]].item() for step in recorded["steps"]], rel=1e-4)
+    assert len(best) > 3
+
+
+def test_the_averages_are_those_of_the_gradients():
+    run, corpus = tiny(max_steps=30)
+    recorded = experiments.record_averages(run, corpus, "trf_blocks.0.ff.expand.weight", (2, 5), n_steps=12)
+    m = v = 0
+    for step, gradient in enumerate(recorded["gradients"]):
+        m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient ** 2
+        assert (recorded["m"][step], recorded["v"][step]) == pytest.approx((m, v), rel=1e-4)
+    assert run.step == len(recorded["gradients"]) == 12 and len(set(recorded["gradients"])) == 12
+    assert recorded["gradients"][-1] == run.model.trf_blocks[0].ff.expand.weight.grad[2, 5].item()
+
+
+def test_what_is_recorded_has_four_digits_and_no_nan():
+    assert experiments.rounded({"a": [1.23456, 12345.6, 3, "x"], "b": (1.23456e-9, math.nan, math.inf)}) == {
+        "a": [1.235, 12350, 3, "x"], "b": [1.235e-9, None, None]}
+
+
+@pytest.mark.parametrize("prompt, start", [
+    ("Once Aadhan renounced his kingdom", "Once Aadhan renounced his"), ("Once", "Once")])
+def test_the_last_word_of_the_prompt_is_predicted(prompt, start):
+    assert experiments.without_last_word(prompt) == start
 
 
 def test_a_training_that_diverges_is_a_result_and_no_error(capsys):
@@ -149,6 +206,9 @@ def test_list_says_of_each_experiment_what_it_changes_and_shows(call, monkeypatc
 
 @pytest.mark.parametrize("arguments, message", [
     (["no-hat"], "choose one of " + ", ".join(EXPERIMENTS)), (["--list", "--seed", "1"], "--list trains nothing"),
+    (["no-mask", "--json", "a.json"], "--json records all experiments"),
+    (["--list", "--json", "a.json"], "--list trains"),
+    (["--json", "a.txt"], ".json"), (["--json", "missing/a.json"], "cannot be written"),
     (["no-mask", "--text", "missing.txt"], "missing.txt"), (["no-mask", "--max-steps", "-1"], "max_steps"),
     (["no-mask", "--max-steps", "x"], "--max-steps")])
 def test_a_mistake_is_one_line(arguments, message, call, bare, monkeypatch, tmp_path):
@@ -185,3 +245,17 @@ def test_without_a_name_all_of_them_run_with_equal_steps_and_the_unchanged_progr
     assert re.findall(r"^  ([a-z-]+) +0\.500 ", out, re.MULTILINE)[1::2] == [*EXPERIMENTS]
     usual = {"seed": 7, "max_steps": story_llm.new_run(story_llm.corpus_from_text(TEXT, "story")).total_steps}
     assert given == [((), usual), *((e.replacements, usual | e.settings) for e in EXPERIMENTS.values())]
+
+
+def test_all_that_was_measured_goes_into_the_file(call, folder, monkeypatch):
+    def note_settings(corpus, replacements, settings, prompt):
+        return {0: 2.0, 3: 1 / 3 if replacements else math.nan}, 0.25, "a sample"
+    monkeypatch.setattr(experiments, "train_changed", note_settings)
+    assert call("--text", "my.txt", "--max-steps", "3", "--seed", "5", "--json", "a.json")[0] == 0
+    record = json.loads((folder / "a.json").read_text(encoding="utf-8"))
+    assert list(record["experiments"]) == ["unchanged", *EXPERIMENTS]
+    assert record["experiments"]["unchanged"] == {"losses": {"0": 2.0, "3": None}, "recall": 0.25, "sample": "a sample"}
+    assert record["experiments"]["no-mask"]["losses"] == {"0": 2.0, "3": 0.3333}
+    assert (record["settings"]["seed"], record["settings"]["max_steps"], record["tokenizer"]) == (5, 3, "story")
+    assert record["prediction"]["prompt"] == "The old ferryman tied"        # the first five words without the last
+    assert record["prediction"]["steps"] == [0, 3] and len(record["averages"]["gradients"]) == 3
