@@ -237,48 +237,45 @@ def map_figure(view):
                       "network. A norm and the output head turn them into logits.")
     x, left, right = 44, 96, 244                # the residual stream, and the boxes beside it
 
-    def box(y, label, stroke=ACCENT, x1=left, x2=right):
-        drawing.rect(x1, y, x2 - x1, 28, PAPER, stroke, radius=4)
-        drawing.text((x1 + x2) / 2, y + 18, label, anchor="middle")
-
-    def parameters(y, *modules):
+    def box(y, label, x1, *modules):
+        """A box and, with a model, the number of parameters of these modules."""
+        drawing.rect(x1, y, right - x1, 28, PAPER, ACCENT, radius=4)
+        drawing.text((x1 + right) / 2, y + 18, label, anchor="middle")
         if view:
-            count = sum(map(story_llm.count_parameters, modules))
+            count = sum(story_llm.count_parameters(view.model.get_submodule(name))
+                        for name in modules)
             drawing.text(WIDTH - 6, y + 18, f"{count:,}", MUTED, "end")
 
-    def branch(y, label, module):
+    def branch(y, label, *modules):
         """A box that reads x and adds its result to x."""
-        box(y, label)
+        box(y, label, left, *modules)
         drawing.arrow(x, y + 8, left, y + 8)
         drawing.polyline([(left, y + 20), (x + 24, y + 20), (x + 24, y + 34)], MUTED, 1.2)
         drawing.arrow(x + 24, y + 34, x + 7, y + 34)
         plus(drawing, x, y + 34)
-        parameters(y, *module)
 
-    model = view.model if view else None
     if view:
         drawing.text(WIDTH - 6, 18, "parameters", MUTED, "end")
     drawing.text(6, 18, f"{T} token ids")
     drawing.arrow(x, 26, x, 44)
-    box(44, "embeddings: token + position", x1=6, x2=right)
-    parameters(44, *([model.tok_emb, model.pos_emb] if view else []))
+    rotary = config.position == "rotary"        # then attention has the positions
+    label = "token embeddings" if rotary else "embeddings: token + position"
+    box(44, label, 6, "tok_emb", "pos_emb")
     for i in range(shown):
         drawing.rect(6, top + 108 * i - 6, right + 2, 100, LINE, opacity=0.3, radius=6)
     drawing.line(x, 72, x, bottom + 12, ACCENT_2, width=2.5)
     drawing.text(x + 10, 92, f"x: {T} vectors of {C} numbers", ACCENT_2)
     for i in range(shown):
         y = top + 108 * i
-        block = model.trf_blocks[i] if view else None
-        branch(y, "norm, attention", [block.norm1, block.att] if view else [])
-        branch(y + 50, "norm, feed-forward", [block.norm2, block.ff] if view else [])
+        block = f"trf_blocks.{i}"
+        branch(y, "norm, attention", f"{block}.norm1", f"{block}.att")
+        branch(y + 50, "norm, feed-forward", f"{block}.norm2", f"{block}.ff")
         last = i == shown - 1 and config.n_layers > shown
         label = f"block {i + 1}" + (f" … {config.n_layers}, all alike" if last else "")
         drawing.text(right, y + 43, label, MUTED, "end")
     drawing.arrow(x, bottom + 4, x, bottom + 14, ACCENT_2)
-    box(bottom + 14, "norm, then the output head", x1=6, x2=right)
-    if view:
-        head = [] if config.tie_weights else [model.out_head]       # tied: it is counted above
-        parameters(bottom + 14, model.final_norm, *head)
+    head = [] if config.tie_weights else ["out_head"]           # tied: it is counted above
+    box(bottom + 14, "norm, then the output head", 6, "final_norm", *head)
     drawing.arrow(x, bottom + 42, x, bottom + 58)
     vocabulary = f"{config.vocab_size:,}" if view else "V"
     drawing.text(6, bottom + 74, f"{T} × {vocabulary} logits")

@@ -205,12 +205,14 @@ def test_the_map_counts_all_parameters(untrained):
     assert f"{logits.softmax(dim=-1)[best]:.1%}" in words
 
 
-@pytest.mark.parametrize("kind", [{}, {"tie_weights": True}, {"n_layers": 2, "qkv_bias": True}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"tie_weights": True}, {"n_layers": 2, "qkv_bias": True},
+                                  {"position": "rotary"}], ids=str)
 def test_the_map_counts_a_matrix_that_is_used_twice_once(kind):
     run = run_of(kind)
     words = Drawn(figures(run)[1]).words()
     counts = [int(word.replace(",", "")) for word in words if re.fullmatch(r"[\d,]+", word)]
     assert sum(counts) == story_llm.count_parameters(run.model)
+    assert ("embeddings: token + position" in words) == (run.config.position != "rotary")
 
 
 def test_the_mask_shows_the_attention_weights_of_one_head(untrained):
