@@ -45,6 +45,16 @@ class Experiment:
     settings: dict = field(default_factory=dict)        # of GPTConfig and TrainConfig
 
 EXPERIMENTS = {
+    "no-attention": Experiment(
+        step=6, change="tokens exchange no information",
+        shows="The loss is still 2.15, and no sentence is recited: each token is predicted from the "
+              "one before it and its position.",
+        replacements=(("x = x + self.dropout(self.att(self.norm1(x), cache))", "pass"),)),
+    "average": Experiment(
+        step=6, change="every token attends equally to all tokens up to itself",
+        shows="The loss is 0.37 instead of 0.22, and yet recall is 98 %. For a short story, it is "
+              "nearly enough to know which words came before.",
+        replacements=(("keys.transpose(-2, -1) / math.sqrt(D)", "keys.transpose(-2, -1) * 0"),)),
     "no-scaling": Experiment(
         step=6, change="attention scores are not divided by the root of D",
         shows="The model learns far more slowly. After 180 steps the loss is 0.95 instead of "
@@ -61,6 +71,10 @@ EXPERIMENTS = {
         shows="This makes no difference here. The loss is the same, 0.22, and another "
               "--seed changes it more. A short story can be memorized with a single head.",
         settings={"n_heads": 1}),
+    "one-block": Experiment(
+        step=6, change="one block instead of two",
+        shows="This makes hardly any difference. The loss is 0.23, and recall is 100 %.",
+        settings={"n_layers": 1}),
     "no-residual": Experiment(
         step=6, change="the output of attention and of the feed-forward network replaces x",
         shows="The model learns hardly anything. The loss is still 4.34, recall is 0 %, and the "
@@ -101,6 +115,11 @@ EXPERIMENTS = {
         shows="The model learns a little more slowly. The loss is 0.30 instead of 0.22, but "
               "recall is still 100 %.",
         settings={"warmup_steps": 0}),
+    "no-clipping": Experiment(
+        step=10, change="gradients are not clipped",
+        shows="The model learns more slowly (2.55 instead of 2.04 after 60 steps), down to 0.32 "
+              "instead of 0.22. Recall is still 100 %.",
+        settings={"grad_clip": 1e9}),
     "no-prompt-windows": Experiment(
         step=10, change="all windows are sliding windows, and none starts where a prompt would",
         shows="The loss is lower (0.16 instead of 0.22), and yet recall is 94 % instead of "
