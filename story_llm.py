@@ -93,7 +93,8 @@ def load_text(paths, encoding=""):
 # How shall we know, later, whether the model has learned anything beyond this text or has only
 # memorized it? By holding some of the text back. The model is trained on the first nine tenths of
 # the story, the training split, and sees the rest, the validation split, only when we test it.
-# (Only the vocabulary will be made from both.) `split_text` in the workshop makes the cut.
+# (Only the vocabulary will be made from both, so that it can express both.) `split_text` in the
+# workshop makes the cut.
 #
 # Now for the numbers. The simplest way is to split the text into words and punctuation marks and to
 # list the distinct ones: this list is the vocabulary, and a word's place in it is its number.
@@ -130,9 +131,9 @@ def build_vocabulary(text):
 # It becomes `<|unk|>`, a special token that stands for anything unknown. The text can then be
 # processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
 # known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
-# fares better: it marks the end of the training text, and when the model predicts it, the program
-# stops writing. (If a validation split follows, this end is a cut in the middle of the story, and
-# there the model learns to stop.)
+# fares better: the program appends it once to the ids of the training text, and when the model
+# predicts it, the program stops writing. (If a validation split follows, the training text ends in
+# the middle of the story, and there the model learns to stop.)
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -173,7 +174,8 @@ class WordTokenizer:
 #       tokens:  [Thamarai][<|unk|>][␣a][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>]
 #
 # The story knows Thamarai, but the word "bought" never occurs in it, let alone a laptop, and seven
-# of these nine tokens say nothing.
+# of these nine tokens say nothing. (Typed by you, `<|endoftext|>` is five pieces like any others.
+# Only the program itself can insert the special token.)
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
 # Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
@@ -488,16 +490,16 @@ class GPTConfig(Settings):
 #     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
 #
 # Now "his" listens to one token alone, which is right only if that token has been well chosen. At
-# first, chance does the choosing. Each score is a sum of D products, where D = 48 is the length of
-# a query. Since the variances of independent numbers add up (a variance is a mean squared distance
-# from the mean), the standard deviation of the sum is sqrt(48) = 6.9 times that of one product: in
-# our untrained model, 2.1 instead of 0.3. With such scores, the largest attention weight of the
-# last token in a window of 32 is 0.34 on average, and training has to undo many a random choice
-# before it can make good ones.
+# first, chance does the choosing. Each score is a sum of D products, where D, the length of a query
+# (within a head, as you will see), is 48. Since the variances of independent numbers add up (a
+# variance is a mean squared distance from the mean), the standard deviation of the sum is sqrt(48)
+# = 6.9 times that of one product: in our untrained model, 2.1 instead of 0.3. With such scores, the
+# largest attention weight of the last token in a window of 32 is 0.34 on average, where equal ones
+# would be 0.03, and training has to undo many a random choice before it can make good ones.
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
 # dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
-# trained without it, our model recites only 23% of the sentences.
+# trained without it, our model recites only 23% of the sentences instead of 100%.
 #
 #     Try it: python extras/experiments.py no-scaling      (each experiment takes a minute or two)
 def attention_weights(queries, keys, mask):
@@ -673,11 +675,12 @@ class FeedForward(nn.Module):
 # loss is then 2.23, and nothing is recited. In deep models the norm also guards against the
 # opposite, since every block adds to x.
 #
-# The original transformer computed norm(x + f(x)). Since a norm divides by the standard deviation s
-# of its input, its derivative contains 1 / s, and there every block multiplies the whole gradient
-# by such a factor. The layers near the output then get large gradients at first, and training needs
-# a careful warm-up. In x + f(norm(x)), called pre-norm, the factors appear in f' alone, and the 1
-# stays a 1 (Xiong et al. 2020). Ours ends at a loss of 0.64 with the original form.
+# The original transformer computed norm(x + f(x)), with the norms on the path itself. A norm
+# divides by the standard deviation s of its input, and so does its derivative. Since f(x) is added
+# to an x that has just been normalized, s is above 1, and on its way back the gradient shrinks with
+# every block: next to the output it is large, far from it small, and training needs a careful
+# warm-up. In x + f(norm(x)), called pre-norm, the path is free of norms, and the 1 stays a 1 (Xiong
+# et al. 2020). Ours ends at a loss of 0.64 with the original form.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -709,8 +712,8 @@ class TransformerBlock(nn.Module):
 
 # Why several blocks? Because each works on what the one before has found. In the second, "han" no
 # longer stands for three letters but for the end of "Aadhan". We can watch "his" on its way through
-# our trained model by applying the final norm and the output head too early, a trick called the
-# logit lens. This is the probability that they give to "kingdom":
+# our trained model by applying the last step of the map, the final norm and the output head, too
+# early, a trick called the logit lens. It gives "kingdom" these probabilities:
 #
 #     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
 #        2%              2%                 79%              75%              96%
@@ -815,7 +818,8 @@ class GPTModel(nn.Module):
 #     positional embeddings                        0.22       99%    no-positions
 #
 # Attention itself is indispensable. But in a story of 4,000 words, the words so far nearly always
-# settle the next one, whatever their order.
+# settle the next one, whatever their order. Even their plain average beats attention without
+# scaling: it loses no token, while attention that begins with random choices hides most of them.
 #
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
@@ -922,11 +926,11 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 # The loss of a batch is the mean over all its examples. Before you read on: what should it be for
 # our untrained model, whose vocabulary has 2,079 tokens?
 #
-# All its logits are close to 0, so every token gets about 1/2079, whatever the text says, and the
-# loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher, because
-# unequal guesses cost more on average: 0.6 and 0.4 for two tokens that are equally frequent cost
-# 0.51 and 0.92, 0.71 on average, and 0.5 for both only 0.69. Should you ever see much more than
-# ln(V) before training, look for a bug.
+# All its logits are fairly close to 0, so every token gets about 1/2079, whatever the text says,
+# and the loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher,
+# because unequal guesses cost more on average: 0.6 and 0.4 for two tokens that are equally frequent
+# cost 0.51 and 0.92, 0.71 on average, and 0.5 for both only 0.69. Should you ever see much more
+# than ln(V) before training, look for a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
 
@@ -1027,7 +1031,7 @@ def recites(model, tokenizer, prompt, continuation):
 #
 #     m = 0.9 m + 0.1 g
 #     v = 0.98 v + 0.02 g^2
-#     w = w - lr (m / a) / (sqrt(v / b) + 1e-8)       with a = 1 - 0.9^n and b = 1 - 0.98^n
+#     w = w - lr (m / a) / (sqrt(v / b) + 1e-8)       a = 1 - 0.9^n, b = 1 - 0.98^n, in step n
 #
 # Old gradients fade: one from ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
 # covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. In the quotient, the size of the
@@ -1190,18 +1194,19 @@ def training_steps(run, corpus):
                 loss = batch_loss(run.model, inputs, targets)
             run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
             loss.backward()
-            # The gradient of all parameters is one long vector, whose length is called its norm. In
-            # the first steps it is more than twice as long as later and would stay in v for some
-            # fifty steps, making all of them too small: without clipping, the loss ends at 0.32.
+            # The gradient of all parameters is one long vector. If its length, the norm, exceeds
+            # grad_clip, it is shortened to that length; its direction stays. In the first steps, it
+            # is more than twice as long as later, and v would remember that for some fifty steps
+            # and make all of these too small: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
-        run.loss = loss.item()          # a Python number
+        run.loss = loss.item()          # of this batch, for the check and the caller
         check(math.isfinite(run.loss), f"the loss became {run.loss} at step {run.step}, so "
               "training stops; the last checkpoint is kept. Try a smaller --learning-rate, or "
               "--precision fp32")
         if evaluation_due(run):         # workshop: at which steps
-            record_evaluation(run, corpus)          # evaluate, and append it to run.history
+            record_evaluation(run, corpus)          # evaluate; `train` prints the result
         yield run
 
 # Here it is at work; some evaluations and the ends of the lines are left out. An epoch has nine
@@ -1351,14 +1356,14 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: when a
-# phrase returns, attention finds its first copy, the model predicts what followed there, and no
-# other path is ever taken. Trained by gradient descent (step 10), our model writes ", and he had
-# been in the wall" again and again.
+# Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: a phrase
+# that returns is likely to be continued as before, and once the whole window has returned, there is
+# no other way. Trained by gradient descent (step 10), our model writes ", and he had been in the
+# wall" again and again.
 #
 # Sampling breaks the circle: it draws the next token at random, following the probabilities, which
-# three settings change. The temperature divides the logits before softmax. Because e^(l / T) is
-# (e^l)^(1 / T), this raises every probability to the power 1 / T and rescales the results: a
+# three settings change. The temperature t divides the logits before softmax. Because e^(l / t) is
+# (e^l)^(1 / t), this raises every probability to the power 1 / t and rescales the results: a
 # temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k keeps the k most
 # likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes them in order until their
 # probabilities add up to p.
