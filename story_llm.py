@@ -1152,7 +1152,8 @@ def evaluate(run, corpus):
 # space that its first word has in the middle of the text; sliding windows almost never look like
 # that. We train for the test, and mean to: trained without prompt windows, the model knows the
 # story just as well, but not in the form in which a prompt asks for it, and recall is 94% instead
-# of 100%.
+# of 100%. (A prompt window that begins near the end of the text is filled up with padding. Nothing
+# is scored there, and no real token can attend to it, because it comes last.)
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 def training_batches(run, corpus):
