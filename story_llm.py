@@ -14,9 +14,9 @@ in an evening or two. Every step names a command that runs it or gives examples 
 session: start `python`, enter `from story_llm import *`, and type what follows `>>>`. After the
 lesson, the workshop makes the same code robust and fast, and the command line comes last.
 
-Every result in the lesson was measured. Yours will differ a little from machine to machine, and
-more without a network connection, because the program then builds another vocabulary (step 4).
-"""
+Every result in the lesson was measured. Yours will differ a little, as results do between machines,
+and more without a network connection, because the program then builds a different vocabulary (step
+4). """
 import functools
 import math
 import os
@@ -53,11 +53,11 @@ from torch.nn import functional as F
 # kingdom for the love of a ferryman's daughter, and that is where his troubles begin.
 #
 # Nobody writes rules into it. The model is a list of 1.7 million numbers, its parameters, and
-# because nearly all of them are random at first, it begins by guessing. In training, it reads
-# passages of the story and predicts, at every position, which token comes next. The story shows
-# which token really came, so we can score every prediction and move every parameter a little in the
-# direction that improves the score. After 180 such training steps, which take ten seconds to a
-# minute on a laptop, the model needs only the first five words of a sentence to continue it word
+# because nearly all of them are random at first, its first predictions are worthless. In training,
+# it reads passages of the story and predicts, at every position, which token comes next. The story
+# shows which token really came, so we can score every prediction and move every parameter a little
+# in the direction that improves the score. After 180 such training steps, which take ten seconds to
+# a minute on a laptop, the model needs only the first five words of a sentence to continue it word
 # for word.
 #
 #      2-4    split the text into tokens, and turn the tokens into numbers
@@ -67,22 +67,25 @@ from torch.nn import functional as F
 #     11-13   save the model, look at how it learned, and let it continue the story
 #
 # `pip install -r requirements.txt` installs what the program needs: torch for the arithmetic,
-# tiktoken for byte-pair encodings, matplotlib for pictures. Train the model once now, so that you
-# have one when a later step wants it, or let the tour run all steps one after the other:
+# tiktoken for byte-pair encodings, matplotlib for pictures. Train the model now, because some later
+# steps need it:
 #
 #     $ python story_llm.py train
+#
+# Or let the program run all the steps, one after the other:
+#
 #     $ python story_llm.py tour
 
 # ═══ Step 2: load the text, split it into words ════════════════════════════════════════════════
 # A model computes with numbers, and a story seems to contain none. On disk, however, it consists of
 # nothing but numbers: bytes, from 0 to 255, which an encoding maps to characters. In UTF-8, the
 # usual encoding, an English letter takes one byte, an é two, and a Tamil or Chinese character
-# three. The bytes will come back in step 4. First we read the characters, and because systems end
-# their lines differently, we turn every line end into "\n".
+# three. The bytes will come back in step 4. First we read the characters, and because operating
+# systems end lines differently, we turn every line end into "\n".
 def load_text(paths, encoding=""):
     """Return the text of a file, or of several files one after the other; "-" is standard input.
-    Files are read as UTF-8, as UTF-16 if they begin with its mark, or in `encoding` if it is given.
-    Raises StoryError if a file cannot be read, is not plain text, or contains none."""
+    Files are read as UTF-8, as UTF-16 if they begin with its byte-order mark, or in `encoding` if
+    it is given. Raises StoryError if a file cannot be read, is not plain text, or contains none."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     texts = [decode(read_file(path), path, encoding) for path in paths]         # workshop
@@ -90,19 +93,20 @@ def load_text(paths, encoding=""):
     check(text.strip(), "the text is empty: give at least five words")
     return text
 
-# How shall we know, later, whether the model has learned anything beyond this text or has only
+# How will we know, later, whether the model has learned anything beyond this text or has only
 # memorized it? By holding some of the text back. The model is trained on the first nine tenths of
 # the story, the training split, and sees the rest, the validation split, only when we test it.
-# (Only the vocabulary will be made from both, so that it can express both.) `split_text` in the
+#  `split_text` in the
 # workshop makes the cut.
 #
-# Now for the numbers. The simplest way is to split the text into words and punctuation marks and to
-# list the distinct ones: this list is the vocabulary, and a word's place in it is its number.
+# Now for the numbers. The simplest way to get them is to split the text into words and punctuation
+# marks and to list every distinct piece once. This list is the vocabulary, and a piece's place in
+# the list is its number.
 #
 # A regular expression does the splitting. For English, r" ?[\w']+| ?[^\w\s]|\s+" would do: a word,
 # a punctuation mark, or white space. Our WORD_OR_MARK, in the workshop, does the same for every
-# script. The " ?" at its beginning keeps the space before a word as a part of the word, and so
-# nothing is lost: joined together, the pieces are the text again.
+# script. The " ?" at the start of the pattern keeps a space with the word after it. Nothing is
+# lost: joined together, the pieces are the text again.
 def split_words(text):
     """Split a text into words, punctuation marks and white space. A single space is kept with the
     piece that follows it.
@@ -132,8 +136,8 @@ def build_vocabulary(text):
 # processed, but the word is lost. Worse, `<|unk|>` never occurs in training, where every word is
 # known, so the model never learns what it stands for. The other special token, `<|endoftext|>`,
 # fares better: the program appends it once to the ids of the training text, and when the model
-# predicts it, the program stops writing. (If a validation split follows, the training text ends in
-# the middle of the story, and there the model learns to stop.)
+# predicts it, the program stops writing. With a validation split, the training text ends where we
+# cut the story, and the model learns to stop there.
 class WordTokenizer:
     """Words and punctuation marks as tokens. `vocabulary` is what `build_vocabulary` returns.
 
@@ -173,9 +177,9 @@ class WordTokenizer:
 #       text:    Thamarai bought a laptop <|endoftext|>
 #       tokens:  [Thamarai][<|unk|>][␣a][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>][<|unk|>]
 #
-# The story knows Thamarai, but the word "bought" never occurs in it, let alone a laptop, and seven
-# of these nine tokens say nothing. (Typed by you, `<|endoftext|>` is five pieces like any others.
-# Only the program itself can insert the special token.)
+# Thamarai is in the vocabulary, but "bought" never occurs in the story, let alone a laptop; and
+# `<|endoftext|>`, when it is typed as text, is cut into five unknown pieces like any other marks.
+# Seven of these nine tokens say nothing.
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
 # Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
@@ -186,10 +190,8 @@ class WordTokenizer:
 # Byte-pair encoding lies in between. It begins with the 256 possible bytes as tokens, so no text is
 # unknown to it. Then it looks for the pair of neighbouring tokens that occurs most often in the
 # text it learns from, merges it into a new token, and repeats this until the vocabulary is as large
-# as we want. Frequent words end up as one token, rare ones as several. The idea comes from data
-# compression (Gage 1994) and went on to machine translation (Sennrich et al. 2016), where it began
-# with characters; GPT-2 began with bytes, and most language models since do something similar.
-# Three words, with _ for the space, are merged like this:
+# as we want. Frequent words end up as one token, rare ones as several. Three words, with _ for the
+# space, are merged like this:
 #
 #     l o w   _ l o w e r   _ l o w l y     merge l + o, which occurs 3 times (o + w does too; the
 #                                           pair that comes first in alphabetical order wins)
@@ -197,10 +199,14 @@ class WordTokenizer:
 #     low     _ low e r     _ low l y       merge _ + low, 2 times
 #     low     _low e r      _low l y        every remaining pair occurs only once, so we stop
 #
+# The idea comes from data compression (Gage 1994). Machine translation adopted it, with characters
+# as the first tokens (Sennrich et al. 2016); GPT-2 started from bytes, and most language models
+# since have done something similar.
+#
 # Merges never cross a word boundary: the text is first split much as in step 2, and pairs are
 # counted within each word. Since a merge changes only the words that contain the pair, `train_bpe`
-# counts only their pairs anew. Counting all of them again would give the same tokens and take
-# minutes for a novel.
+# recounts only their pairs. Recounting all pairs would give the same tokens and take minutes for a
+# novel.
 def train_bpe(text, vocab_size):
     """Learn byte-pair tokens from a text. Return at most `vocab_size - 1` of them as byte strings,
     the 256 bytes first, then the merged tokens in the order of merging. (The remaining id is for
@@ -254,8 +260,8 @@ def merge_pair(word, pair):
     return tuple(merged)
 
 # To encode a text, the merges are applied again in the order in which they were learned. The
-# library tiktoken does this fast. All it needs is the rank of every token, that is, the token's
-# place in the list: within a word, it always merges the pair whose result has the lowest rank.
+# library tiktoken does this quickly, and all it needs is the rank of every token, its place in the
+# list: within a word, it always merges the pair whose result has the lowest rank.
 class BPETokenizer:
     """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. A
     token's index in it is its id and its rank. `kind`, "gpt2" or "story", says where it comes from.
@@ -313,8 +319,8 @@ class BPETokenizer:
 def pytorch_in_one_page():
     """A tensor is what numpy calls an array, and most of numpy carries over: elementwise
     arithmetic, slicing, reshape, broadcasting, and `@` for the matrix product over the last two
-    dimensions. What numpy calls `axis` is `dim` here; `x.transpose(1, 2)` swaps only these two
-    dimensions; `x.flatten(0, 1)` merges the first two, and `x.flatten(2)` all from the third on.
+    dimensions. What numpy calls `axis` is `dim` here; `x.transpose(1, 2)` swaps dimensions 1 and 2;
+    `x.flatten(0, 1)` merges the first two, and `x.flatten(2)` all from the third on.
 
     >>> x = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     >>> x.shape, x.sum(dim=-1)
@@ -360,13 +366,14 @@ def pytorch_in_one_page():
     >>> w
     tensor(5., requires_grad=True)
 
-    Nobody told w that 2 * 5 is 10. Training a language model is the same loop: w is 1.7 million
-    parameters, and the result is the loss, a number that says how wrong the predictions are: 0 if
-    every token was predicted with certainty, 7.6 if all were pure guesses."""
+    Nobody told w that 2 * 5 is 10. Training a language model is the same loop, except that w is 1.7
+    million parameters. The result is the loss, which says how wrong the predictions are: 0 if every
+    token was predicted with certainty, 7.6 if all were pure guesses."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
-# What exactly does the model train on? On windows: runs of consecutive tokens from the text. The
-# input is such a window, and the targets, the tokens to predict, are the same text one token later:
+# What exactly does the model train on? On windows: stretches of consecutive tokens, each as long as
+# the model can see at once, which is the context length. The input is such a window, and the
+# targets, the tokens to predict, are the window moved on by one token:
 #
 #     input     Once     Aadhan      renounced   his
 #     target    Aadhan   renounced   his         kingdom
@@ -374,10 +381,10 @@ def pytorch_in_one_page():
 # Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
 # "renounced", and after all four comes "kingdom". At each position the model sees the token there
 # and everything to its left, nothing to its right. One window of four tokens therefore holds four
-# examples, and the model works on all of them at once. (It always sees the true beginning, whatever
-# it would have written itself; that is called teacher forcing.)
+# examples, and the model works on all of them at once. It is always shown the true text so far, not
+# what it would have written itself, a method called teacher forcing.
 class SlidingWindowDataset:
-    """Windows over token ids of shape (N,), which start `stride` tokens apart. Item i is a pair
+    """Windows that start `stride` tokens apart, over token ids of shape (N,). Item i is a pair
     (input, target), each of shape (context_length,); if i is a tensor of indices, both have a
     leading batch dimension. Raises StoryError if N <= context_length.
 
@@ -410,16 +417,16 @@ class SlidingWindowDataset:
 # The targets cost nothing: nobody had to write an answer down, because the text is its own answer.
 
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
-# A token id is only a name: that one id is larger than another means nothing. The model therefore
-# begins by looking up the embedding of each token, a vector of C numbers that stands for it: a row
-# of an nn.Embedding. These vectors are parameters, random at first, and training turns them into
-# whatever helps to predict.
+# A token id is only a name; whether it is large or small means nothing. The model therefore begins
+# by looking up the embedding of each token, a vector of C numbers, in the rows of an nn.Embedding.
+# These vectors are parameters, random at first, and training turns them into whatever helps to
+# predict.
 #
 # The model that we are about to build is a decoder-only transformer, like GPT-2 and nearly every
 # large language model since. It reads token ids and returns, at every position, one number for each
-# token of the vocabulary, its logit: the higher the logit, the more probable this token is, to the
-# model, as the next one. Below, a batch consists of B windows of T tokens, and the values on the
-# right are those of our story model:
+# token of the vocabulary, the token's logit. The higher the logit, the more probable the model
+# considers this token as the next. Below, a batch consists of B windows of T tokens, and the values
+# on the right are those of our story model:
 #
 #     token ids     (B, T)       B = 32 windows, T = 32 tokens
 #         |      look up the vector of each token, and add the vector of its position
@@ -430,7 +437,7 @@ class SlidingWindowDataset:
 #         |      normalize, then compute a dot product with one vector per vocabulary token
 #     logits        (B, T, V)    V = 2,079, the size of the vocabulary
 #
-# Numbers that we choose, and that training does not change, are called hyperparameters. Those below
+# What we choose, and training does not change, is a hyperparameter. The hyperparameters below
 # define the model, and each will turn up where it is used. `setting` stores a default value, its
 # meaning and its limits.
 def setting(default, meaning, **limits):
@@ -456,14 +463,14 @@ class GPTConfig(Settings):
                             choices=("learned", "sinusoidal", "rotary"))
 
 # ─── Attention ─────────────────────────────────────────────────────────────────────────────────
-# What follows "Once Aadhan renounced his"? In the story it is "kingdom". But you cannot read that
+# What follows "Once Aadhan renounced his"? In the story it is "kingdom". But you cannot tell that
 # from the vector of "his", which says nothing about who "he" is or what he did; the model must mix
 # in information from the earlier tokens. The simplest mixture, the average of all four vectors,
 # would treat "Once" and "Aadhan" alike, although "Once" is of no use here. Attention is an average
-# as well, but a weighted one, and each token chooses its own weights.
+# too, but not an equal one: each token decides how much of every token so far goes into it.
 #
-# The means of choosing are three linear layers, which turn the vector of each token into three
-# others:
+# Three linear layers make the decision possible. They turn the vector of each token into three new
+# vectors:
 #
 #     query    what this token is looking for
 #     key      what this token can be found by
@@ -485,17 +492,17 @@ class GPTConfig(Settings):
 # The sum of the values, each multiplied by its attention weight, is the context vector of "his". It
 # consists mostly of what "Aadhan" passes on.
 #
-# The scores can be too large, however. Make those of the example four times as large:
+# The scores can be too large, however. Suppose that those of the example were four times as large:
 #
 #     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
 #
-# Now "his" listens to one token alone, which is right only if that token has been well chosen. At
-# first, chance does the choosing. Each score is a sum of D products, where D, the length of a query
-# (within a head, as you will see), is 48. Since the variances of independent numbers add up (a
-# variance is a mean squared distance from the mean), the standard deviation of the sum is sqrt(48)
-# = 6.9 times that of one product: in our untrained model, 2.1 instead of 0.3. With such scores, the
-# largest attention weight of the last token in a window of 32 is 0.34 on average, where equal ones
-# would be 0.03, and training has to undo many a random choice before it can make good ones.
+# Now "his" listens to a single token, which is right only if that token was well chosen, and before
+# training, chance does the choosing. A score is a sum of D products, where D, the length of a query
+# (within a head, as you will see), is 48. Since variances (mean squared distances from the mean) of
+# independent numbers add up, the standard deviation of a score is sqrt(48) = 6.9 times that of one
+# product: in our untrained model, 2.1 against 0.3. With such scores, the last token in a window of
+# 32 gives one token an attention weight of 0.34 on average, where equal shares would be 0.03. That
+# preference is random, and training has to undo it before it can make a good choice.
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
 # dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
@@ -504,8 +511,9 @@ class GPTConfig(Settings):
 #     Try it: python extras/experiments.py no-scaling      (each experiment takes a minute or two)
 def attention_weights(queries, keys, mask):
     """Return how much each query attends to each key. Queries (..., T, D) and keys (..., S, D) give
-    weights (..., T, S). Each row adds up to 1. A weight is 0 where `mask` (T, S) is True, which the
-    next section explains. In the model, S equals T until step 13; here, T is 1 and S is 4.
+    weights (..., T, S). Each row adds up to 1. An attention weight is 0 where `mask` (T, S) is
+    True; the causal mask, below, says where and why. In the model, S equals T until step 13; here,
+    T is 1 and S is 4.
 
     With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
     sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
@@ -527,8 +535,8 @@ def attention_weights(queries, keys, mask):
 
 # One shortcut has to be forbidden. In training, the model reads a whole window at once and predicts
 # the next token at every position, but for all positions except the last, this next token is
-# already in the window. A model that could attend to it would copy it instead of predicting it. We
-# let one try. After 60 of 180 training steps, its loss is 0.36, against 2.04 for the model that
+# already in the window. A model that could attend to that token would copy it, and predict nothing.
+# We let one try. After 60 of 180 training steps, its loss is 0.36, against 2.04 for the model that
 # follows the rules: a splendid figure, and a useless model, because when it writes, there is no
 # next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
 #
@@ -536,10 +544,10 @@ def attention_weights(queries, keys, mask):
 #
 #     Try it: python extras/experiments.py no-mask
 #
-# So no token may attend to a token after it. The causal mask enforces this; what results is causal
-# self-attention: "self", because queries, keys and values come from the same tokens. In the first
-# row of the mask, a single entry is False: the first token can attend only to itself, with an
-# attention weight of 1. (T is less than S only in step 13.)
+# So no token may attend to a token after it. The causal mask enforces this, and attention becomes
+# causal self-attention, where "self" means that queries, keys and values come from the same tokens.
+# In the first row of the mask, a single entry is False: the first token can attend only to itself,
+# with an attention weight of 1.
 def causal_mask(T, S, device=None):
     """Return a mask (T, S) for the last T of S tokens, True where the token of the row must not
     attend to the token of the column.
@@ -552,10 +560,10 @@ def causal_mask(T, S, device=None):
     positions = torch.arange(S, device=device)
     return positions > positions[S - T:, None]      # broadcasting: a row against a column
 
-# The attention weights of a row add up to 1, so more for one token is less for the others. But
-# "his" needs both the person and the deed. That is why attention is computed several times in
-# parallel, by heads, each with attention weights of its own. These are the attention weights of
-# "his" in two of the four heads of the first block, before and after training:
+# The attention weights of a token add up to 1, so it can give more to one token only by giving less
+# to the others. But "his" needs both the person and the deed. That is why attention is computed
+# several times in parallel, by heads, each with attention weights of its own. These are the
+# attention weights of "his" in two of the four heads of the first block, before and after training:
 #
 #                     Once    Aad     han     ren     ounced  his
 #     head 3 before   0.14    0.16    0.08    0.28    0.15    0.20
@@ -563,7 +571,7 @@ def causal_mask(T, S, device=None):
 #     head 4 before   0.16    0.18    0.18    0.16    0.24    0.09
 #            after    0.11    0.20    0.13    0.19    0.32    0.05       finds the deed
 #
-# (GPT-2's tokens split "Aadhan" and "renounced".) Both findings count. If "his" may not attend to
+# (GPT-2's tokens split "Aadhan" and "renounced".) Both tokens matter. If "his" may not attend to
 # "Aad" in this block, the probability of "kingdom" falls from 96% to 84%; without "ounced" it falls
 # to 92%.
 #
@@ -620,23 +628,24 @@ class MultiHeadAttention(nn.Module):
         weights = self.dropout(attention_weights(queries, keys, mask))
         return weights @ values
 
-# This is a good place to rest. The hardest idea is behind you: each token asks (query), the tokens
-# up to it answer (key), softmax turns the scores into attention weights, and what comes back is an
-# average (of values). The other half of a block is shorter, and then there is a model.
+# This is a good place to rest. The hardest idea is behind you: each token asks with its query; the
+# keys of the tokens up to it show how well they fit; softmax turns the scores into attention
+# weights; and what comes back is an average of values. The other half of a block is shorter, and
+# then there is a model.
 
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
 # Attention moves information between tokens. What a token then makes of it is the business of the
 # feed-forward network, which processes each token on its own: it maps the C numbers to 4 C hidden
-# units, applies an activation function to each, and maps the result back to C numbers. Without the
-# activation function, two linear layers in a row would amount to a single one, as 3 (2x) is 6x. The
-# activation function lets the network combine facts.
+# units, applies an activation function to each, and maps the result back to C numbers. Without it,
+# two linear layers in a row would amount to one, just as 3 (2x) is 6x; with it, the network can
+# combine facts.
 #
 # Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
-# 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and a bias of
-# -15 receives 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks & Gimpel
-# 2016) is a smooth version of max(0, x): it leaves the 5 almost unchanged and turns the negative
-# numbers into almost 0. Now the second layer can add something in favour of "kingdom" if both facts
-# hold, and only then.
+# 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and bias -15
+# computes 5 if both are 1, -5 if only one is, and -15 if neither is. GELU (Hendrycks & Gimpel 2016)
+# is a smooth version of max(0, x): it leaves the 5 almost unchanged and turns the negative numbers
+# into almost 0. Now the second layer can add something in favour of "kingdom" if both facts hold,
+# and only then.
 class FeedForward(nn.Module):
     """Two linear layers with an activation function in between, (B, T, C) -> (B, T, C).
 
@@ -663,24 +672,24 @@ class FeedForward(nn.Module):
 #
 #     Try it: python extras/experiments.py no-residual
 #
-# The gradient benefits as well. Picture a deep network of single numbers: every layer multiplies
-# the gradient by a derivative f', and after 24 layers with an f' of 0.5, less than a ten-millionth
-# of it would be left. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes the gradient on
-# unchanged.
+# The gradient benefits as well. Picture a deep network whose layers each pass on one number: every
+# layer multiplies the gradient by a derivative f', and after 24 layers with an f' of 0.5, less than
+# a ten-millionth of it would be left. But the derivative of x + f(x) is 1 + f'(x), and the 1 passes
+# the gradient on unchanged.
 #
-# And the norm? It keeps the input of f at one size. LayerNorm (Ba et al. 2016) brings the C numbers
-# of each token to mean 0 and standard deviation 1, then scales and shifts them by parameters of its
-# own. Without it, x would enter the first block with a standard deviation of 0.06, because the
-# initial weights are small, and all scores would be almost 0. They still are after 180 steps: the
-# loss is then 2.23, and nothing is recited. In deep models the norm also guards against the
-# opposite, since every block adds to x.
+# And the norm? It keeps the input of f on one scale. LayerNorm (Ba et al. 2016) brings the C
+# numbers of each token to mean 0 and standard deviation 1, then scales and shifts them by
+# parameters of its own. Without it, x enters the first block with a standard deviation of 0.06,
+# because the initial weights are small, and all scores are almost 0. After 180 steps they still
+# are: the loss is 2.23, and the model recites nothing. In deep models the norm also keeps f from
+# getting too large an input, since every block adds to x.
 #
-# The original transformer computed norm(x + f(x)), with the norms on the path itself. A norm
-# divides by the standard deviation s of its input, and so does its derivative. Since f(x) is added
-# to an x that has just been normalized, s is above 1, and on its way back the gradient shrinks with
-# every block: next to the output it is large, far from it small, and training needs a careful
-# warm-up. In x + f(norm(x)), called pre-norm, the path is free of norms, and the 1 stays a 1 (Xiong
-# et al. 2020). Ours ends at a loss of 0.64 with the original form.
+# The original transformer normalized the sum: norm(x + f(x)). A norm divides by the standard
+# deviation s of its input, which puts 1 / s into the derivative. Since f(x) is added to an x that
+# has just been normalized, s is above 1, and the gradient shrinks with every block on its way back:
+# it is large near the output and small far from it, and training must start with small steps. In
+# pre-norm, x + f(norm(x)), the factors appear in f' alone: the 1 stays a 1 (Xiong et al. 2020).
+# With the original form, our loss ends at 0.63.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -710,10 +719,11 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Why several blocks? Because each works on what the one before has found. In the second, "han" no
-# longer stands for three letters but for the end of "Aadhan". We can watch "his" on its way through
-# our trained model by applying the last step of the map, the final norm and the output head, too
-# early, a trick called the logit lens. It gives "kingdom" these probabilities:
+# Each block works on what the one before has found. In the second, "han" no longer stands for three
+# letters but for the end of "Aadhan". We can watch "his" on its way through our trained model if we
+# turn x into logits too early, with the two layers that come after the last block, a norm and a dot
+# product for each token. This trick, the logit lens, shows the probability of "kingdom" at every
+# stage:
 #
 #     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
 #        2%              2%                 79%              75%              96%
@@ -721,16 +731,16 @@ class TransformerBlock(nn.Module):
 # Attention only gathers; it is the feed-forward network that draws the conclusion.
 
 # ─── Initialization ────────────────────────────────────────────────────────────────────────────
-# Where do the parameters begin? If all were equal, all heads would compute the same result, receive
-# the same gradient, and stay equal forever, so the weights are random. They are also small, so that
-# no token is strongly preferred at first. GPT-2 draws most of its weights from a normal
-# distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of 768, our
-# dot products have fewer terms, so our standard deviation is larger, 0.04.
+# What values do the parameters start from? If all were equal, all heads would compute the same
+# result, receive the same gradient, and stay equal forever, so the weights are random. They are
+# also small, so that no token is strongly preferred at first. GPT-2 draws most of its weights from
+# a normal distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of
+# 768, our dot products have fewer terms, so our standard deviation is larger, 0.04.
 #
-# The layers whose output is added to x start with smaller weights still, as in GPT-2. There are n =
-# 2 n_layers of them, and a sum of n independent outputs has sqrt(n) times the standard deviation of
-# one. Dividing their weights by sqrt(n) keeps x about equally large, at first, in deep and in
-# shallow models.
+# The layers whose output is added to x start with smaller weights still, as in GPT-2. With 2
+# n_layers = n of them, a sum of n independent outputs has sqrt(n) times the standard deviation of
+# one. Dividing their weights by sqrt(n) keeps the initial x about as large in a deep model as in a
+# shallow one.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -754,10 +764,10 @@ def make_embedding(n_vectors, config):
 # three keys, and the first block could not tell who bites. Each position therefore has a learned
 # vector of its own, its positional embedding, which is added to the embedding of the token.
 #
-# Does the addition not blur the two? If tokens used only the first hundred numbers and positions
-# only the rest, nothing would be lost, and a linear layer could read either part. Training need not
-# be so tidy, but with 192 dimensions it finds room to keep the two apart. The workshop has two
-# other kinds of position encoding.
+# Doesn't adding them blur the two? If tokens used only the first hundred numbers and positions only
+# the rest, nothing would be lost, and a linear layer could read either part. Training need not be
+# so tidy, but with 192 dimensions it finds room to keep the two apart. The workshop has two other
+# kinds of position encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
@@ -806,14 +816,13 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
 # That is the whole model: look up, mix, process, mix, process, compare with every token of the
-# vocabulary. Is every part of it needed? For long texts, yes. For one short story, some are luxury,
-# as you see when you train without them:
-#
-#     without ...                                  loss     recall
+# vocabulary. Is every part of it needed? For long texts, yes. For one short story, some parts are a
+# luxury, as training without them shows:
+#     without ...                                  loss     recited
 #     (the model as it is)                         0.22      100%
 #     attention                                    2.15        0%    no-attention
-#     attention weights: the plain average         0.37       98%    average
-#     several heads: a single one                  0.22      100%    one-head
+#     attention weights (a plain average instead)  0.37       98%    average
+#     several heads (one instead)                  0.22      100%    one-head
 #     a second block                               0.23      100%    one-block
 #     positional embeddings                        0.22       99%    no-positions
 #
@@ -824,9 +833,9 @@ class GPTModel(nn.Module):
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
-# Now follow one sentence of four tokens through the whole model. The weights are random, so what
-# comes out means nothing yet, but the shapes are final. (The function has no code, only a docstring
-# to read and to try.)
+# Now follow one sentence of four tokens through the whole model. The weights are random, so the
+# numbers mean nothing yet; the shapes are final. The function below is all docstring, to read and
+# to try.
 def one_sentence_through_the_model():
     """We look up the embedding of each token id, and add the vectors of the positions 0 to 3:
 
@@ -840,7 +849,8 @@ def one_sentence_through_the_model():
     (torch.Size([1, 4, 192]), tensor([-0.0964,  0.0765, -0.0037]))
 
     In the first block, the query, key and value layers map 192 numbers to 192, which are cut into
-    four heads of 48. In each, a token spreads its attention over itself and those before it:
+    four heads of 48. In each head, a token spreads its attention over itself and the tokens before
+    it:
 
     >>> att, x_normed = model.trf_blocks[0].att, model.trf_blocks[0].norm1(x)
     >>> queries, keys = att.split_heads(att.query(x_normed)), att.split_heads(att.key(x_normed))
@@ -855,8 +865,8 @@ def one_sentence_through_the_model():
 
     That is the first head. "He", in the first row, can attend only to itself; "leaves", in the
     last, attends to all four. After both blocks, the output head computes six logits at each
-    position, one for each of the four words and the two special tokens, and softmax makes them
-    probabilities, here those of the token after "leaves":
+    position, one for each of the four words and the two special tokens, and softmax turns the
+    logits into probabilities. These are for the token after "leaves":
 
     >>> model(ids).shape                        # (B, T, V)
     torch.Size([1, 4, 6])
@@ -894,7 +904,7 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
     the last `context_size` tokens.
 
     Any function from ids to logits can serve as the model. This one knows the tokens 0 to 4, and
-    counts through them in a circle:
+    counts through them, starting again at 0:
 
     >>> def counting(idx):
     ...     return F.one_hot((idx + 1) % 5, num_classes=5)
@@ -928,8 +938,8 @@ def generate_text_simple(model, idx, max_new_tokens, context_size):
 #
 # All its logits are fairly close to 0, so every token gets about 1/2079, whatever the text says,
 # and the loss should be about -ln(1/2079) = ln(2079) = 7.64. It will turn out a little higher,
-# because unequal guesses cost more on average: 0.6 and 0.4 for two tokens that are equally frequent
-# cost 0.51 and 0.92, 0.71 on average, and 0.5 for both only 0.69. Should you ever see much more
+# because unequal guesses cost more on average: if two tokens are equally frequent, guessing 0.6 and
+# 0.4 costs (0.51 + 0.92) / 2 = 0.71, guessing 0.5 for both only 0.69. Should you ever see much more
 # than ln(V) before training, look for a bug.
 def batch_loss(model, inputs, targets):
     """Return the mean loss over a batch of token ids; inputs and targets have shape (B, T).
@@ -944,7 +954,8 @@ def batch_loss(model, inputs, targets):
     """
     logits = model(inputs).flatten(0, 1)                # one row per prediction, (B * T, V)
     # cross_entropy computes softmax, -ln(p) and the mean. A window that runs past the end of the
-    # text (step 10) is filled up with padding; its target is -100, which leaves it out of the mean.
+    # text (step 10) is filled with padding, tokens whose target of -100 leaves them out of the
+    # mean.
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
 
 # The loss of a whole split is the mean over windows that lie end to end. The figures that training
@@ -966,12 +977,12 @@ def mean_loss(model, token_ids, max_windows=32):
     return total.item() / count
 
 # But the loss does not tell us what we most want to know: can the model continue the story? Recall
-# does. It is the share of sentences that the model continues word for word from their first five
-# words alone, for at least 80 characters, if need be into the next sentence. (In the terms of
-# Carlini et al. 2023, such a text is extractable.) The sentences, of at least eight words, come
-# from the training split; those that begin alike and go on differently are left out, and in a poem
-# or a chat lines take the place of sentences. Five words sound like little. After training, three
-# are enough for 172 of the 175 sentences.
+# does: it is the share of sentences that the model continues word for word from their first five
+# words alone, for at least 80 characters, if need be into the next sentence. (Carlini et al. 2023
+# call such a sentence extractable.) We test every sentence of the training split that has at least
+# eight words, unless another begins alike and goes on differently; in a poem or a chat, lines take
+# the place of sentences. Five words may not sound like much, yet after training, three are enough
+# for 172 of the 175 sentences.
 #
 # Do we have to let the model write, token by token? No. One pass over the prompt and its true
 # continuation gives the prediction at every position, and as long as each prediction is the token
@@ -997,13 +1008,13 @@ def recites(model, tokenizer, prompt, continuation):
 # The parentheses give the loss in two other forms. Perplexity is e to the power of the loss: the
 # number of equally likely tokens among which the model would be just as uncertain. Like the loss,
 # it depends on how the text is split into tokens. Bits per character do not, which makes them the
-# figure to compare models by: add up the losses of all tokens, then divide by the number of
-# characters and by ln(2).
+# figure to compare models by. To get it, add up the losses of all tokens, then divide by the number
+# of characters and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
-# gradient, move all parameters a little, repeat. A pass over the training text is called an epoch,
-# and what moves the parameters is the optimizer. The functions of this step share two objects,
+# gradient, move all parameters a little, repeat. A pass over the training text is an epoch; the
+# part that moves the parameters is the optimizer. The functions of this step share two objects,
 # which the workshop defines. A Corpus is the text, split and encoded; a Run is a model with
 # everything that belongs to its training:
 #
@@ -1027,23 +1038,23 @@ def recites(model, tokenizer, prompt, continuation):
 # Adam (Kingma & Ba 2015) solves both problems with two moving averages for every parameter. The
 # first, m, follows the gradient g and evens out what differs from batch to batch. The second, v,
 # follows g^2; the square root of v says how large the gradients of this parameter usually are. The
-# parameter w moves by the quotient:
+# parameter w moves by lr times m, divided by this square root:
 #
 #     m = 0.9 m + 0.1 g
 #     v = 0.98 v + 0.02 g^2
 #     w = w - lr (m / a) / (sqrt(v / b) + 1e-8)       a = 1 - 0.9^n, b = 1 - 0.98^n, in step n
 #
-# Old gradients fade: one from ten steps ago counts 0.9^10 = 0.35 times as much as the newest, so m
-# covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. In the quotient, the size of the
-# gradients cancels out: multiply all of them by 100, and w moves just as far, by about lr a step.
-# Agreement is what counts, and if the sign changes from step to step, w stays almost where it is.
-# Both averages start at 0 and are too small at first: after n steps, the shares of all gradients in
-# m add up to a instead of 1, and those in v to b, which is why m and v are divided by them.
+# Old gradients fade: in m, one from ten steps ago counts 0.9^10 = 0.35 times as much as the newest,
+# so m covers about the last 1 / (1 - 0.9) = 10 steps, and v about 50. Both start at 0 and are too
+# small at first: after n steps, the shares of all gradients in m add up to a instead of 1, and in v
+# to b, which is why we divide m by a and v by b. In the quotient, the size of the gradients cancels
+# out: if all were 100 times as large, w would move just as far, by about lr a step. What counts is
+# agreement: if the sign flips from step to step, w stays almost where it is.
 #
 # The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay: in each step, all matrices
-# shrink a little, whatever the averages of their gradients. Like dropout, weight decay is a form of
+# shrink a little, whatever their gradients say. Like dropout, weight decay is a form of
 # regularization, which limits a model so that it generalizes, that is, does well on unseen text.
-# Our model has a weight decay of 0, for the reason that its dropout is 0.
+# Our model is meant to memorize, which is why its weight decay is 0, like its dropout probability.
 class AdamW:
     """torch.optim.AdamW, written out. `parameters` are pairs (name, parameter), as they come from
     `model.named_parameters()`. The betas say how much of m and of v remains after a step.
@@ -1083,13 +1094,13 @@ class AdamW:
         usual_size = (v / (1 - beta2 ** self.n_steps)).sqrt_() + 1e-8
         if self.weight_decay > 0 and p.dim() >= 2:      # matrices; norms and biases do not shrink
             p.mul_(1 - lr * self.weight_decay)
-        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # -lr/a m/usual_size
+        p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # w - lr (m/a) / size
 
 # At the very first step, the quotient is 1 or -1 for every parameter, however small or accidental
 # its gradient. A few batches are not enough for averages that can be trusted, which is why the
 # learning rate begins with a warm-up, a rise from almost nothing; without it, our loss ends at 0.30
-# instead of 0.22. Later, large steps would overshoot the minimum again and again; therefore the
-# learning rate falls linearly towards 0.
+# instead of 0.22. Later, large steps would overshoot the minimum again and again, which is why the
+# learning rate then falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1127,9 +1138,8 @@ class TrainConfig(Settings):
     seed: int = setting(42, "random seed")
 
 # ─── The batches, and the loop ─────────────────────────────────────────────────────────────────
-# How far has a run come? Every few steps, `evaluate` measures it. The training loss that it returns
-# is not that of the last batch, which jumps from one batch to the next, but always that of the same
-# windows.
+# From time to time, `evaluate` measures how far a run has come. Because the loss of a single batch
+# jumps up and down, the training loss that it returns is always measured on the same windows.
 def evaluate(run, corpus):
     """Return an Evaluation: the losses on some windows of both splits, recall on some sentences,
     and a sample of what the model writes."""
@@ -1142,24 +1152,24 @@ def evaluate(run, corpus):
     epoch = run.step / run.steps_per_epoch
     return Evaluation(run.step, epoch, train_loss, val_loss, recall, run.prompt, sample)
 
-# Which windows make up a batch of 32? Sixteen are the sliding windows of step 5. If they started at
+# Which windows make up a batch of 32? Sixteen are sliding windows, as in step 5. If they started at
 # the same places in every epoch, each token would always stand at the same position, and the model
 # would hardly recognize a passage that begins elsewhere. So each epoch cuts the text from a new
 # random offset.
 #
 # The other sixteen are prompt windows, which start where a prompt would: four in five at the
-# beginning of a sentence, the rest at a random word. A prompt begins at position 0 and without the
-# space that its first word has in the middle of the text; sliding windows almost never look like
-# that. We train for the test, and mean to: trained without prompt windows, the model knows the
+# beginning of a sentence, the rest at a random word. A prompt begins at position 0, and its first
+# word lacks the space that it has in the middle of the text; a sliding window hardly ever begins
+# like that. We train for the test, and we mean to: without prompt windows, the model knows the
 # story just as well, but not in the form in which a prompt asks for it, and recall is 94% instead
 # of 100%. (A prompt window that begins near the end of the text is filled up with padding. Nothing
 # is scored there, and no real token can attend to it, because it comes last.)
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 def training_batches(run, corpus):
-    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increases,
-    is the last step. A batch depends on the text, the settings, the seed and the step, but not on
-    earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
+    """Yield (inputs, targets), each of shape (B, T), until `run.step`, which the caller increments,
+    reaches `run.total_steps`. A batch depends on the text, the settings, the seed and the step, but
+    not on earlier steps, so a resumed run sees the same batches as an uninterrupted one."""
     T, device = run.config.context_length, device_of(run.model)
     windows = SlidingWindowDataset(corpus.train_ids, T)         # stride 1: one for every start
     starts = batch_starts(run, corpus)      # workshop: where the windows of each batch start
@@ -1170,7 +1180,7 @@ def training_batches(run, corpus):
         yield (torch.cat([inputs, more_inputs]).to(device),
                torch.cat([targets, more_targets]).to(device))
 
-# Now the loop needs few lines. As a generator, it hands control to its caller after every step, and
+# What is left is a short loop. As a generator, it hands control to its caller after every step, and
 # so the `train` command can print, save, and stop when you press Ctrl-C.
 def training_steps(run, corpus):
     """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
@@ -1195,10 +1205,10 @@ def training_steps(run, corpus):
                 loss = batch_loss(run.model, inputs, targets)
             run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
             loss.backward()
-            # The gradient of all parameters is one long vector. If its length, the norm, exceeds
-            # grad_clip, it is shortened to that length; its direction stays. In the first steps, it
-            # is more than twice as long as later, and v would remember that for some fifty steps
-            # and make all of these too small: without clipping, the loss ends at 0.32.
+            # The gradient of all parameters is one long vector. If its length, the gradient norm,
+            # exceeds grad_clip, it is shortened to that length; its direction stays. In the first
+            # steps, it is more than twice as long as later, and v would remember that for some
+            # fifty steps and make all of these too small: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
@@ -1210,10 +1220,10 @@ def training_steps(run, corpus):
             record_evaluation(run, corpus)          # evaluate; `train` prints the result
         yield run
 
-# Here it is at work; some evaluations and the ends of the lines are left out. An epoch has nine
-# steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens once, and the prompt
-# windows show about as many again. Below each line stands a sample: the prompt, three dots, and
-# what the model adds, with \n for a line end:
+# Here is the loop at work; some evaluations and the ends of the lines are left out. An epoch is
+# nine steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens once, and the
+# prompt windows show about as many again. Below each line is a sample: the prompt, three dots, and
+# what the model adds (two more dots, at first), with \n for a line end:
 #
 #     $ python story_llm.py train
 #     ...
@@ -1226,18 +1236,18 @@ def training_steps(run, corpus):
 #     Ep 20 (Step 000180): Train loss 0.219, Val loss 6.458, recall 100% ...
 #         Once Aadhan renounced his kingdom ... for the love of Thamarai, its people living in fear
 #
-# First the model learns which tokens are frequent (to know only that would give a loss of 5.64),
-# then which follow each other, then whole phrases, and in the end the story. Before you read on:
+# First the model learns which tokens are frequent (knowing only that would give a loss of 5.64),
+# then which tokens follow which, then whole phrases, and in the end the story. Before you read on:
 # the training loss falls all the way, while the validation loss is lowest near the fifth epoch and
-# ends higher than after the first. What is the model learning by then?
+# ends higher than after the first. What is the model learning after the fifth?
 #
-# The early lessons are true of both splits: a comma is often followed by "and", for example. From
-# the fifth epoch on the model overfits; it learns what is true of the training split alone, and
-# grows certain of it. In the training split, "A ferry goes back and forth" is followed by "and",
-# while the validation split has "going back and forth with the rope". In the window in which this
-# "with" is measured, its probability was about 1/20 after 45 steps; after 180 steps it is 1/8,500,
-# and the loss of this one token has risen from 3.0 to 9.1. Doubt is cheap; being certain and wrong
-# is not. (It is worst for 62 of the 512 targets, tokens that never occur in the training split.)
+# What the model learns early is true of both splits: a comma, for example, is often followed by
+# "and". From the fifth epoch on it overfits: it learns what is true of the training split alone,
+# and grows certain of it. In that split, "A ferry goes back and forth" is followed by "and", while
+# the validation split has "going back and forth with the rope". After 45 steps, the model gave this
+# "with" a probability of about 1/20; after 180, it gives 1/8,500, and the loss of this one token
+# has risen from 3.0 to 9.1. (Worst off are 62 of the 512 validation targets, whose tokens never
+# occur in the training split.) Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
@@ -1245,9 +1255,10 @@ def training_steps(run, corpus):
 #
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # When the process ends, all of this is lost, unless we save it. One file, a checkpoint, serves two
-# purposes. To generate, we need the model, even on a machine that does not have the story. To
-# resume training as if it had never stopped, we also need whatever the next steps depend on. (No
-# random state is part of that: every random choice follows from the seed and the step number.)
+# purposes. To generate, the file must suffice on a machine that does not have the story, so it
+# holds the model and the tokenizer. To resume training as if it had never stopped, we also need
+# whatever the next steps depend on.  No random state is among that, because every random choice
+# follows from the seed and the step number.
 #
 #     entry                              to generate    to resume
 #     config, tokenizer, weights             yes           yes
@@ -1284,8 +1295,8 @@ def save_checkpoint(path, run):
 # Loading needs more care, because a file may come from anywhere. torch.save uses Python's pickle
 # format, and a pickle can run any code while it is loaded. `torch.load(path, weights_only=True)`
 # forbids that: it accepts tensors and plain values only. And what if the code of the model has
-# changed since? Together with the weights, we saved their loss on a fixed window. If they now give
-# another loss, the code no longer computes the model that was trained.
+# changed since? Together with the weights, we saved their loss on a fixed window. If the weights
+# now give a different loss, the code no longer computes the model that was trained.
 def load_checkpoint(path, device="cpu"):
     """Load a run, ready to generate (`.model`, `.tokenizer`) or to resume training. Raises
     StoryError if there is no such file, if it is damaged, or if it is not a checkpoint of this
@@ -1299,9 +1310,9 @@ def load_checkpoint(path, device="cpu"):
                history=saved["history"], **{name: saved[name] for name in PLAIN_FIELDS})
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers: where
-# the validation loss turns, overfitting begins. If both losses stay near ln(V), the model learns
-# nothing, perhaps because the learning rate is much too low or too high.
+# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. Where
+# the validation loss turns upward, overfitting begins. If both losses stay near ln(V), the model
+# learns nothing, perhaps because the learning rate is much too low or too high.
 #
 #     $ python story_llm.py plot
 #     drew loss.png
@@ -1327,10 +1338,10 @@ def plot_losses(history, vocab_size, path=None):
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
 # `generate_text_simple` is wasteful: for each new token it sends the whole window through the
 # model, although all tokens but the last have been through it already. Their vectors are still the
-# same, because the causal mask keeps every token from seeing what comes after it. In every layer,
-# the new token compares its query with their keys and averages their values, and needs nothing else
-# from them. So we store the keys and values in a key-value cache, and send only the new token
-# through the layers.
+# same, because the causal mask keeps every token from seeing what comes after it. In every
+# attention layer, the new token compares its query with the keys of the earlier tokens and averages
+# their values; nothing else of theirs is needed. So we store the keys and values in a key-value
+# cache, and send only the new token through the layers.
 #
 # The code of step 6 allows for this in three places. If the cache holds five tokens, the next one
 # comes with a single query, T = 1, and meets six keys, S = 6:
@@ -1362,12 +1373,12 @@ class KeyValueCache:
 # no other way. Trained by gradient descent (step 10), our model writes ", and he had been in the
 # wall" again and again.
 #
-# Sampling breaks the circle: it draws the next token at random, following the probabilities, which
-# three settings change. The temperature t divides the logits before softmax. Because e^(l / t) is
-# (e^l)^(1 / t), this raises every probability to the power 1 / t and rescales the results: a
-# temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k keeps the k most
-# likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes them in order until their
-# probabilities add up to p.
+# Sampling breaks the circle: it draws the next token at random, each token with its probability.
+# Three settings change these probabilities. The temperature t divides the logits before softmax.
+# Because e^(l / t) is (e^l)^(1 / t), this raises every probability to the power 1 / t and rescales
+# the results: a temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k
+# keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes them in
+# order until their probabilities add up to p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
     """How the next token is chosen. Settings marked `draws` change nothing in greedy decoding."""
@@ -1375,11 +1386,11 @@ class Sampling(Settings):
     top_k: int = setting(0, "sample from the k most likely tokens (0: all)", draws=True)
     top_p: float = setting(1.0, "sample from the most likely tokens with total probability p",
                            minimum=1e-9, draws=True)
-    seed: int = setting(0, "random seed (0: another one each time)", draws=True)
+    seed: int = setting(0, "random seed (0: a new one each time)", draws=True)
 
 def next_token_probabilities(logits, sampling, window=None):
     """From logits (..., V), compute the probabilities (..., V) with which the next token is chosen.
-    (A rule that looks at the tokens so far finds them in `window`, of shape (..., T).)
+    The window (..., T) is there for rules that look at earlier tokens.
 
     >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0))
@@ -1391,8 +1402,8 @@ def next_token_probabilities(logits, sampling, window=None):
     >>> next_token_probabilities(logits, Sampling(temperature=1.0, top_p=0.9))
     tensor([0.6652, 0.2447, 0.0900, 0.0000])
 
-    In the last example, the probabilities before each token add up to 0, 0.64, 0.88 and 0.97. The
-    first three of these sums are below 0.9, so three tokens are kept.
+    In the last example, the probabilities of the tokens before each one add up to 0, 0.64, 0.88 and
+    0.97; the first three sums are below 0.9, so three tokens are kept.
     """
     V = logits.shape[-1]
     if sampling.temperature < 1e-4:     # as good as 0
@@ -1400,7 +1411,7 @@ def next_token_probabilities(logits, sampling, window=None):
     probabilities = (logits / sampling.temperature).softmax(dim=-1)
     if sampling.top_k > 0:
         kept, token_ids = probabilities.topk(min(sampling.top_k, V))
-        # scatter puts each of the kept probabilities back to the position of its token
+        # scatter puts each kept probability back at the position of its token
         probabilities = torch.zeros_like(probabilities).scatter(-1, token_ids, kept)
         probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     if sampling.top_p < 1:
@@ -1411,19 +1422,20 @@ def next_token_probabilities(logits, sampling, window=None):
     return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 def predict_next(model, window, sampling, cache):
-    """The probabilities (B, V) of the token after a window (B, T). The tokens that the cache holds
-    are not computed again."""
+    """The probabilities (B, V) of the token after a window (B, T). Tokens whose
+    keys and values are in the cache do not pass through the model again."""
     with torch.no_grad():
         logits = model(window[:, cache.length:], cache)[:, -1, :]
     return next_token_probabilities(logits.float(), sampling, window)
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
-    """Continue token ids (B, T): yield a tensor (B,) of new ids, again and again. Greedy decoding
-    gives the ids of `generate_text_simple`, unless rounding decides between two tokens."""
+    """Continue token ids (B, T): yield a tensor (B,) of new ids, one after the other. Greedy
+    decoding gives the ids of `generate_text_simple`, unless two logits are so close that rounding
+    decides."""
     sampling = sampling or Sampling()
     context_length = model.config.context_length
     window = token_ids[:, -context_length:].to(device_of(model))
-    generator = seeded_generator(sampling.seed)         # workshop: of the random numbers
+    generator = seeded_generator(sampling.seed)         # workshop: the source of random numbers
     cache = KeyValueCache()
     for _ in range(max_new_tokens):
         probabilities = predict_next(model, window, sampling, cache).cpu()
@@ -1451,27 +1463,27 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
 # You have built an autoregressive, decoder-only transformer with pre-norm and causal multi-head
-# self-attention, trained by next-token prediction with cross-entropy and AdamW, that decodes with a
-# key-value cache. Thirteen steps ago, hardly a word of that meant anything. Open the model of
-# nanoGPT, a well-known small implementation of GPT-2, and you will know your way around.
+# self-attention, trained it by next-token prediction with cross-entropy and AdamW, and given it a
+# key-value cache to decode with. Thirteen steps ago, hardly a word of that meant anything. Open the
+# model of nanoGPT, a well-known small implementation of GPT-2, and you will know your way around.
 #
-# For new text in the manner of a story, rather than the story itself, a model needs more text than
-# it can memorize. Given 300 KB or more, `train --preset writer` regularizes it by weight decay and
-# keeps the weights with the lowest validation loss; `generate --temperature 0.8` samples from it.
+# To write new text in the manner of a story, rather than the story itself, a model needs more text
+# than it can memorize. Given 300 KB or more, `train --preset writer` regularizes the model with
+# weight decay and keeps the weights with the lowest validation loss; `generate --temperature 0.8`
+# samples from it.
 #
 # ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
-# 175 billion parameters, 100,000 times as many as our model, and read hundreds of billions of
-# tokens, in windows of 2,048, although attention compares every token with every earlier one and
-# its cost grows with the square of the window. Newer models have exchanged parts of the plan that
-# you know: RMSNorm for LayerNorm, SwiGLU for GELU, rotary positions, several heads that share their
-# keys and values. So much text cannot be memorized as a whole; the model has to learn the patterns
-# of language, of facts, of arguments. The result of this pre-training continues any text.
+# 175 billion parameters, 100,000 times as many as our model. Its windows hold 2,048 tokens, at a
+# price: attention compares every token with every earlier one, so its cost grows with the square of
+# the window. Newer models keep the plan and change parts: RMSNorm replaces LayerNorm, SwiGLU
+# replaces GELU, positions are rotary, several heads share keys and values. GPT-3 read hundreds of
+# billions of tokens. So much cannot be memorized as a whole; the model has to learn the patterns of
+# language, of facts, of arguments. The result of this pre-training continues any text.
 #
-# To make it answer, it is trained further on dialogues, which is called fine-tuning and is the loop
-# of step 10 with other texts. Then people compare answers, a second model learns to predict which
-# they prefer, and reinforcement learning makes such answers more probable. But at the bottom of all
-# that sits one question, and you have just watched a model learn to answer it: which token comes
-# next?
+# To make it answer, people train it further on dialogues. This fine-tuning is the loop of step 10
+# with other texts. Then people compare answers, a second model learns to predict which they prefer,
+# and reinforcement learning makes such answers more probable. But at the bottom of all that sits
+# one question, and you have just watched a model learn to answer it: which token comes next?
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast

@@ -654,11 +654,12 @@ def experiment_figure(name, record):
 
 # The definition behind the sentences that each experiment supports
 AFTER_EXPERIMENT = {
-    "no-scaling": "attention_weights", "no-mask": "causal_mask", "one-head": "MultiHeadAttention",
-    "no-residual": "TransformerBlock", "no-norm": "TransformerBlock",
-    "post-norm": "TransformerBlock", "no-positions": "GPTModel", "gradient-descent": "AdamW",
-    "high-learning-rate": "learning_rate", "no-warm-up": "learning_rate",
-    "no-prompt-windows": "evaluate"}
+    "no-scaling": "attention_weights", "no-mask": "causal_mask", "no-residual": "TransformerBlock",
+    "no-norm": "TransformerBlock", "post-norm": "TransformerBlock", "no-attention": "GPTModel",
+    "average": "GPTModel", "one-head": "GPTModel", "one-block": "GPTModel",
+    "no-positions": "GPTModel", "gradient-descent": "AdamW", "high-learning-rate": "learning_rate",
+    "no-warm-up": "learning_rate", "no-clipping": "training_steps",
+    "no-prompt-windows": "training_batches"}
 
 def spread_out(ys, lowest, gap=15):
     """Move two labels apart until there is a gap between them, and none is below `lowest`."""
