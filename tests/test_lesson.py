@@ -291,7 +291,7 @@ def test_the_sizes_that_the_lesson_names_are_those_of_the_story_with_gpt2s_token
                   f"the {len(corpus.train_ids):,} tokens once", f"After {run.total_steps} such training steps", "12 C^2 weights",
                   f"0 of {len(corpus.recall_tests)} sentences", f"for our C = {C}", f"about 1/{V}"):
         assert words in lesson, words
-    assert run.steps_per_epoch == 9 and "An epoch has nine steps" in lesson
+    assert run.steps_per_epoch == 9 and "An epoch is nine steps" in lesson
 
 
 # what it needs
