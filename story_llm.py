@@ -182,9 +182,9 @@ class WordTokenizer:
 # Seven of these nine tokens say nothing.
 
 # ═══ Step 4: byte-pair encoding ════════════════════════════════════════════════════════════════
-# Words make poor tokens. A language has hundreds of thousands of them; "king", "kings" and
-# "kingdom" are as different to the model as any three words; and whatever is new is lost.
-# Characters do no better: although they can spell every word, the text becomes long, and each
+# Words make poor tokens. A language has hundreds of thousands of them; a rare one, such as
+# "ferryman", is hardly ever seen, although "ferry" and "man" are common; and whatever is new is
+# lost. Characters do no better: although they can spell every word, the text becomes long, and each
 # character says little.
 #
 # Byte-pair encoding lies in between. It begins with the 256 possible bytes as tokens, so no text is
@@ -303,9 +303,9 @@ class BPETokenizer:
 # merges from the story, as it does with `--tokenizer story`.
 #
 # Most of GPT-2's 50,257 tokens are useless to us, and each of them would make the model larger and
-# slower. `make_tokenizer` in the workshop keeps those that occur in the story, plus the
-# intermediate ones from which they are merged, such as "lo" for "low", and the 256 bytes: 2,079 in
-# all. With these, the story is split exactly as GPT-2 splits it.
+# slower. `make_tokenizer` in the workshop keeps those that occur in the story, in either split,
+# plus the intermediate ones from which they are merged, such as "lo" for "low", and the 256 bytes:
+# 2,079 in all. With these, the story is split exactly as GPT-2 splits it.
 #
 #     $ python story_llm.py bpe
 #     ...
@@ -567,13 +567,13 @@ def causal_mask(T, S, device=None):
 #
 #                     Once    Aad     han     ren     ounced  his
 #     head 3 before   0.14    0.16    0.08    0.28    0.15    0.20
-#            after    0.12    0.36    0.07    0.17    0.16    0.13       finds the person
+#            after    0.12    0.36    0.07    0.17    0.16    0.13       most on Aad
 #     head 4 before   0.16    0.18    0.18    0.16    0.24    0.09
-#            after    0.11    0.20    0.13    0.19    0.32    0.05       finds the deed
+#            after    0.11    0.20    0.13    0.19    0.32    0.05       most on ounced
 #
-# (GPT-2's tokens split "Aadhan" and "renounced".) Both tokens matter. If "his" may not attend to
-# "Aad" in this block, the probability of "kingdom" falls from 96% to 84%; without "ounced" it falls
-# to 92%.
+# (GPT-2's tokens split "Aadhan" and "renounced".) Both tokens matter: if head 3 may not attend to
+# "Aad", the probability of "kingdom" falls from 96% to 91%, and if head 4 may not attend to
+# "ounced", to 93%. In other sentences, the same heads look at other things.
 #
 #     $ python story_llm.py attention --prompt "Once Aadhan renounced his"         (after training)
 #
@@ -680,16 +680,17 @@ class FeedForward(nn.Module):
 # And the norm? It keeps the input of f on one scale. LayerNorm (Ba et al. 2016) brings the C
 # numbers of each token to mean 0 and standard deviation 1, then scales and shifts them by
 # parameters of its own. Without it, x enters the first block with a standard deviation of 0.06,
-# because the initial weights are small, and all scores are almost 0. After 180 steps they still
-# are: the loss is 2.23, and the model recites nothing. In deep models the norm also keeps f from
-# getting too large an input, since every block adds to x.
+# because the initial weights are small, and all scores are almost 0. In the first block, they still
+# are after 180 steps; the loss is 2.23, and the model recites nothing. In deep models the norm also
+# keeps f from getting too large an input, since every block adds to x.
 #
 # The original transformer normalized the sum: norm(x + f(x)). A norm divides by the standard
 # deviation s of its input, which puts 1 / s into the derivative. Since f(x) is added to an x that
-# has just been normalized, s is above 1, and the gradient shrinks with every block on its way back:
-# it is large near the output and small far from it, and training must start with small steps. In
-# pre-norm, x + f(norm(x)), the factors appear in f' alone: the 1 stays a 1 (Xiong et al. 2020).
-# With the original form, our loss ends at 0.63.
+# has just been normalized, s is usually above 1, and in a deep model the gradient shrinks with
+# every block on its way back: it is large near the output and small far from it, and training must
+# start with small steps (Xiong et al. 2020). In pre-norm, x + f(norm(x)), the factors appear in f'
+# alone, and the 1 stays a 1. Our model has only two blocks; with the original form its loss ends at
+# 0.63, partly because the first attention then reads an x that nothing has normalized.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -719,16 +720,15 @@ class TransformerBlock(nn.Module):
         x = x + self.dropout(self.ff(self.norm2(x)))
         return x
 
-# Each block works on what the one before has found. In the second, "han" no longer stands for three
-# letters but for the end of "Aadhan". We can watch "his" on its way through our trained model if we
-# turn x into logits too early, with the two layers that come after the last block, a norm and a dot
-# product for each token. This trick, the logit lens, shows the probability of "kingdom" at every
-# stage:
+# Each block works on what the one before has found. We can watch "his" on its way through our
+# trained model if we turn x into logits too early, with the two layers that come after the last
+# block, a norm and a dot product for each token. This trick, the logit lens, shows the probability
+# of "kingdom" at every stage:
 #
 #     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
 #        2%              2%                 79%              75%              96%
 #
-# Attention only gathers; it is the feed-forward network that draws the conclusion.
+# In our model, attention gathers, and the feed-forward network draws the conclusion.
 
 # ─── Initialization ────────────────────────────────────────────────────────────────────────────
 # What values do the parameters start from? If all were equal, all heads would compute the same
@@ -766,8 +766,9 @@ def make_embedding(n_vectors, config):
 #
 # Doesn't adding them blur the two? If tokens used only the first hundred numbers and positions only
 # the rest, nothing would be lost, and a linear layer could read either part. Training need not be
-# so tidy, but with 192 dimensions it finds room to keep the two apart. The workshop has two other
-# kinds of position encoding.
+# so tidy: in 192 dimensions, even random vectors are nearly at right angles to each other (the
+# cosine of a token and a position is 0.06 on average), and that is enough to tell them apart. The
+# workshop has two other kinds of position encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
@@ -816,19 +817,21 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(x))                    # (B, T, V)
 
 # That is the whole model: look up, mix, process, mix, process, compare with every token of the
-# vocabulary. Is every part of it needed? For long texts, yes. For one short story, some parts are a
-# luxury, as training without them shows:
+# vocabulary. Is every part of it needed? For one short story, some parts are a luxury, as training
+# without them shows:
 #     without ...                                  loss     recited
 #     (the model as it is)                         0.22      100%
 #     attention                                    2.15        0%    no-attention
+#     the feed-forward network                     0.65       55%     no-feed-forward
 #     attention weights (a plain average instead)  0.37       98%    average
 #     several heads (one instead)                  0.22      100%    one-head
 #     a second block                               0.23      100%    one-block
 #     positional embeddings                        0.22       99%    no-positions
 #
-# Attention itself is indispensable. But in a story of 4,000 words, the words so far nearly always
-# settle the next one, whatever their order. Even their plain average beats attention without
-# scaling: it loses no token, while attention that begins with random choices hides most of them.
+# Attention itself is indispensable, and the feed-forward network nearly so. But in a story of 4,000
+# words, the words so far nearly always settle the next one, whatever their order. Even their plain
+# average beats attention without scaling: it loses no token, while attention that begins with
+# random choices hides most of them.
 #
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
@@ -1056,8 +1059,9 @@ def recites(model, tokenizer, prompt, continuation):
 # regularization, which limits a model so that it generalizes, that is, does well on unseen text.
 # Our model is meant to memorize, which is why its weight decay is 0, like its dropout probability.
 class AdamW:
-    """torch.optim.AdamW, written out. `parameters` are pairs (name, parameter), as they come from
-    `model.named_parameters()`. The betas say how much of m and of v remains after a step.
+    """torch.optim.AdamW, written out, with a second beta that suits short runs (torch's is 0.999).
+    `parameters` are pairs (name, parameter), as they come from `model.named_parameters()`. The
+    betas say how much of m and of v remains after a step.
 
     >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
     >>> optimizer = AdamW([("w", w)])
@@ -1096,11 +1100,11 @@ class AdamW:
             p.mul_(1 - lr * self.weight_decay)
         p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # w - lr (m/a) / size
 
-# At the very first step, the quotient is 1 or -1 for every parameter, however small or accidental
-# its gradient. A few batches are not enough for averages that can be trusted, which is why the
-# learning rate begins with a warm-up, a rise from almost nothing; without it, our loss ends at 0.30
-# instead of 0.22. Later, large steps would overshoot the minimum again and again, which is why the
-# learning rate then falls linearly towards 0.
+# At the very first step, the quotient is 1 or -1 for every parameter that has a gradient, however
+# small or accidental. Neither such young averages nor weights that are still random bear large
+# steps, so the learning rate begins with a warm-up, a rise from almost nothing; without it, our
+# loss ends at 0.30 instead of 0.22. Later, large steps would overshoot the minimum again and again,
+# which is why the learning rate then falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1154,8 +1158,8 @@ def evaluate(run, corpus):
 
 # Which windows make up a batch of 32? Sixteen are sliding windows, as in step 5. If they started at
 # the same places in every epoch, each token would always stand at the same position, and the model
-# would hardly recognize a passage that begins elsewhere. So each epoch cuts the text from a new
-# random offset.
+# would know a passage worse from any other start. So each epoch cuts the text from a new random
+# offset.
 #
 # The other sixteen are prompt windows, which start where a prompt would: four in five at the
 # beginning of a sentence, the rest at a random word. A prompt begins at position 0, and its first
@@ -1207,7 +1211,7 @@ def training_steps(run, corpus):
             loss.backward()
             # The gradient of all parameters is one long vector. If its length, the gradient norm,
             # exceeds grad_clip, it is shortened to that length; its direction stays. In the first
-            # steps, it is more than twice as long as later, and v would remember that for some
+            # two steps, it is more than twice as long as later, and v would remember that for some
             # fifty steps and make all of these too small: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
@@ -1221,7 +1225,7 @@ def training_steps(run, corpus):
         yield run
 
 # Here is the loop at work; some evaluations and the ends of the lines are left out. An epoch is
-# nine steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens once, and the
+# nine steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens about once, and the
 # prompt windows show about as many again. Below each line is a sample: the prompt, three dots, and
 # what the model adds (two more dots, at first), with \n for a line end:
 #
@@ -1238,20 +1242,20 @@ def training_steps(run, corpus):
 #
 # First the model learns which tokens are frequent (knowing only that would give a loss of 5.64),
 # then which tokens follow which, then whole phrases, and in the end the story. Before you read on:
-# the training loss falls all the way, while the validation loss is lowest near the fifth epoch and
-# ends higher than after the first. What is the model learning after the fifth?
+# the training loss falls all the way, while the validation loss is lowest in the fourth or fifth
+# epoch and ends higher than after the first. What is the model learning from then on?
 #
 # What the model learns early is true of both splits: a comma, for example, is often followed by
-# "and". From the fifth epoch on it overfits: it learns what is true of the training split alone,
-# and grows certain of it. In that split, "A ferry goes back and forth" is followed by "and", while
-# the validation split has "going back and forth with the rope". After 45 steps, the model gave this
-# "with" a probability of about 1/20; after 180, it gives 1/8,500, and the loss of this one token
-# has risen from 3.0 to 9.1. (Worst off are 62 of the 512 validation targets, whose tokens never
-# occur in the training split.) Doubt is cheap; being certain and wrong is not.
+# "and". Then it overfits: it learns what is true of the training split alone, and grows certain of
+# it. In that split, "A ferry goes back and forth" is followed by "and", while the validation split
+# has "going back and forth with the rope". After 45 steps, the model gave this "with" a probability
+# of about 1/20; after 180, it gives 1/8,500, and the loss of this one token has risen from 3.0 to
+# 9.1. (Worst off are 62 of the 512 validation targets, whose tokens never occur in the training
+# split.) Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
-# token, such as " the", and nothing tells it which word follows. There, the loss is 2.6; at the
-# fourth position it is 0.5, and from the eleventh on 0.07.
+# token, such as " the", and nothing tells it which word follows. There, the loss is 2.6 (over all
+# windows); at the fourth position it is 0.5, and from the eleventh on 0.07.
 #
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # When the process ends, all of this is lost, unless we save it. One file, a checkpoint, serves two
@@ -1264,6 +1268,7 @@ def training_steps(run, corpus):
 #     config, tokenizer, weights             yes           yes
 #     train_config, step, total_steps                      yes
 #     averages (AdamW's m and v)                           yes      twice as large as the weights
+#     last_weights                                         yes      with --keep-best
 #     fingerprint of the text                              yes      the text must be the same
 #     history                                                       for the curves of step 12
 #     format, test_loss                                             to check the file
@@ -1312,7 +1317,8 @@ def load_checkpoint(path, device="cpu"):
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. Where
 # the validation loss turns upward, overfitting begins. If both losses stay near ln(V), the model
-# learns nothing, perhaps because the learning rate is much too low or too high.
+# learns nothing, perhaps because the learning rate is much too low; one much too high makes them
+# jump far above it.
 #
 #     $ python story_llm.py plot
 #     drew loss.png
@@ -1368,10 +1374,10 @@ class KeyValueCache:
         self.length = keys.shape[2]
         return keys, values
 
-# Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: a phrase
-# that returns is likely to be continued as before, and once the whole window has returned, there is
-# no other way. Trained by gradient descent (step 10), our model writes ", and he had been in the
-# wall" again and again.
+# Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: when a
+# phrase returns, the context is nearly the same as before, so the most likely token is the same,
+# and no other path is ever taken. Trained by gradient descent (step 10), our model writes ", and he
+# had been in the wall" again and again.
 #
 # Sampling breaks the circle: it draws the next token at random, each token with its probability.
 # Three settings change these probabilities. The temperature t divides the logits before softmax.
@@ -1467,18 +1473,18 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # key-value cache to decode with. Thirteen steps ago, hardly a word of that meant anything. Open the
 # model of nanoGPT, a well-known small implementation of GPT-2, and you will know your way around.
 #
-# To write new text in the manner of a story, rather than the story itself, a model needs more text
-# than it can memorize. Given 300 KB or more, `train --preset writer` regularizes the model with
-# weight decay and keeps the weights with the lowest validation loss; `generate --temperature 0.8`
-# samples from it.
+# To write new text in the manner of a story, rather than the story itself, a model needs more text,
+# and must be kept from memorizing it. Given 300 KB or more, `train --preset writer` regularizes the
+# model with weight decay and keeps the weights with the lowest validation loss; `generate
+# --temperature 0.8` samples from it.
 #
 # ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
 # 175 billion parameters, 100,000 times as many as our model. Its windows hold 2,048 tokens, at a
-# price: attention compares every token with every earlier one, so its cost grows with the square of
-# the window. Newer models keep the plan and change parts: RMSNorm replaces LayerNorm, SwiGLU
-# replaces GELU, positions are rotary, several heads share keys and values. GPT-3 read hundreds of
-# billions of tokens. So much cannot be memorized as a whole; the model has to learn the patterns of
-# language, of facts, of arguments. The result of this pre-training continues any text.
+# price: plain attention compares every token with every earlier one, so its cost grows with the
+# square of the window. Newer models keep the plan and change parts: RMSNorm replaces LayerNorm,
+# SwiGLU replaces GELU, positions are rotary, several heads share keys and values. GPT-3 read
+# hundreds of billions of tokens. So much cannot be memorized as a whole; the model has to learn the
+# patterns of language, of facts, of arguments. The result of this pre-training continues any text.
 #
 # To make it answer, people train it further on dialogues. This fine-tuning is the loop of step 10
 # with other texts. Then people compare answers, a second model learns to predict which they prefer,

@@ -50,6 +50,10 @@ EXPERIMENTS = {
         shows="The loss is still 2.15, and no sentence is recited: each token is predicted from the "
               "one before it and its position.",
         replacements=(("x = x + self.dropout(self.att(self.norm1(x), cache))", "pass"),)),
+    "no-feed-forward": Experiment(
+        step=6, change="blocks have no feed-forward network",
+        shows="The loss is 0.65 instead of 0.22, and recall is 55 %.",
+        replacements=(("x = x + self.dropout(self.ff(self.norm2(x)))", "pass"),)),
     "average": Experiment(
         step=6, change="every token attends equally to all tokens up to itself",
         shows="The loss is 0.37 instead of 0.22, and yet recall is 98 %. For a short story, it is "
@@ -88,7 +92,7 @@ EXPERIMENTS = {
     "post-norm": Experiment(
         step=6, change="norm(x + f(x)), as in the original transformer, instead of x + f(norm(x))",
         shows="The loss falls faster in the first 20 steps and more slowly from then on, down "
-              "to 0.64 instead of 0.22. Recall is 74 %.",
+              "to 0.63 instead of 0.22. Recall is 74 %.",
         replacements=(("x + self.dropout(self.att(self.norm1(x), cache))",
                        "self.norm1(x + self.dropout(self.att(x, cache)))"),
                       ("x + self.dropout(self.ff(self.norm2(x)))",

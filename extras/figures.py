@@ -656,9 +656,9 @@ def experiment_figure(name, record):
 AFTER_EXPERIMENT = {
     "no-scaling": "attention_weights", "no-mask": "causal_mask", "no-residual": "TransformerBlock",
     "no-norm": "TransformerBlock", "post-norm": "TransformerBlock", "no-attention": "GPTModel",
-    "average": "GPTModel", "one-head": "GPTModel", "one-block": "GPTModel",
-    "no-positions": "GPTModel", "gradient-descent": "AdamW", "high-learning-rate": "learning_rate",
-    "no-warm-up": "learning_rate", "no-clipping": "training_steps",
+    "no-feed-forward": "GPTModel", "average": "GPTModel", "one-head": "GPTModel",
+    "one-block": "GPTModel", "no-positions": "GPTModel", "gradient-descent": "AdamW",
+    "high-learning-rate": "learning_rate", "no-warm-up": "learning_rate", "no-clipping": "training_steps",
     "no-prompt-windows": "training_batches"}
 
 def spread_out(ys, lowest, gap=15):

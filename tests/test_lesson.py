@@ -288,7 +288,7 @@ def test_the_sizes_that_the_lesson_names_are_those_of_the_story_with_gpt2s_token
     assert per_block == 12 * C ** 2 + 10 * C
     lesson = " ".join(line.removeprefix("# ") for line in LINES[:WORKSHOP])
     for words in (f"{V:,} in all", f"ln({V}) = {math.log(V):.2f}", f"a list of {n / 1e6:.1f} million numbers",
-                  f"the {len(corpus.train_ids):,} tokens once", f"After {run.total_steps} such training steps", "12 C^2 weights",
+                  f"the {len(corpus.train_ids):,} tokens about once", f"After {run.total_steps} such training steps", "12 C^2 weights",
                   f"0 of {len(corpus.recall_tests)} sentences", f"for our C = {C}", f"about 1/{V}"):
         assert words in lesson, words
     assert run.steps_per_epoch == 9 and "An epoch is nine steps" in lesson
