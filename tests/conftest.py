@@ -98,6 +98,12 @@ def folder(tmp_path, monkeypatch, bare):
 
 
 @pytest.fixture
+def quick_pictures(monkeypatch):
+    """The loss curves at the end of a training are drawn for real in other tests."""
+    monkeypatch.setattr(story_llm, "plot_losses", lambda history, size, path: Path(path).write_text("a picture"))
+
+
+@pytest.fixture
 def call(capsys):
     """call(*arguments) runs the program in this process: (exit status, stdout, stderr)."""
     def run(*arguments):

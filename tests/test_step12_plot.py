@@ -1,5 +1,6 @@
 """Step 12: the loss curves show the history, in a picture of the requested kind."""
 import math
+import os
 import struct
 import warnings
 from xml.etree import ElementTree
@@ -95,3 +96,16 @@ def test_an_empty_history_an_unknown_kind_of_picture_and_a_missing_folder_are_re
     with pytest.raises(StoryError, match="nowhere"):
         plot_losses(HISTORIES["usual"], 300, tmp_path / "nowhere" / "loss.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call):
+    (folder / "runs").mkdir()
+    model, name = "runs/a.b.pt", "runs/a.b_{}.png"
+    assert call("attention") == (0, "drew attention.png\n", "")
+    os.rename("story_llm.pt", model)
+    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
+    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
+    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
+    assert (folder / "x.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
+        str(path.relative_to(folder)) for path in folder.rglob("*.*")}
