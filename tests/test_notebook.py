@@ -33,8 +33,7 @@ def test_the_code_of_the_readme_works_in_a_notebook(tmp_path, monkeypatch):
         shutil.copy(path, tmp_path)
     (tmp_path / "home").mkdir()
     for name, value in {**bare_environment(tmp_path / "home"), "IPYTHONDIR": str(tmp_path / "home"),
-                        "JUPYTER_RUNTIME_DIR": str(tmp_path / "home"), "PYTHONPATH": "",
-                        "OMP_NUM_THREADS": "1"}.items():
+                        "JUPYTER_RUNTIME_DIR": str(tmp_path / "home"), "PYTHONPATH": ""}.items():
         monkeypatch.setenv(name, value)
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## From Python\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)

@@ -476,8 +476,7 @@ def set_token(index, token):
 ENTRIES = ("config", "tokenizer", "weights", "format", "test_loss", "train_config", "history",
            *story_llm.PLAIN_FIELDS)
 OTHER_TYPES = {"a tensor": torch.zeros(2), "a tensor of one number": torch.tensor(1), "None": None, "a number": 3.5,
-               "a huge number": 10**400, "text": "text", "bytes": b"text", "a list": [[1]], "a dictionary": {"a": {}},
-               "a set": {1}, "NaN": math.nan}
+               "a huge number": 10**400, "text": "text", "a list": [[1]], "NaN": math.nan}
 OUT, QUERY = "out_head.weight", "trf_blocks.0.att.query.weight"
 ODD_TENSORS = {
     "of another shape": lambda weight: weight[:-1].clone(), "transposed": lambda weight: weight.mT.contiguous().mT,
@@ -491,7 +490,7 @@ WRONG = {       # {what is wrong: how to make a good state wrong}
     **{f"no {name}": lambda state, name=name: state.pop(name) for name in (*ENTRIES, "last_weights", "averages")},
     **{f"{name} is {kind}": change(**{name: value}) for name in ENTRIES for kind, value in OTHER_TYPES.items()
        if not (name == "test_loss" and kind == "a number") and not (kind == "a list" and name == "history")
-       and not (kind in ("text", "bytes") and type(value) is story_llm.PLAIN_FIELDS.get(name))},
+       and not (kind == "text" and type(value) is story_llm.PLAIN_FIELDS.get(name))},
     **{f"{name} is {kind}": change(**{name: value}) for name in ("last_weights", "averages")
        for kind, value in OTHER_TYPES.items() if value is not None},
     **{f"a weight is {kind}": edit(QUERY, function) for kind, function in ODD_TENSORS.items()},
@@ -502,10 +501,9 @@ WRONG = {       # {what is wrong: how to make a good state wrong}
        for kind, function in ODD_TENSORS.items()},
     **{f"{name} is {value!r:.9}": change("history", 0, **{name: value})
        for name in ("train_loss", "val_loss", "recall", "epoch", "step") for value in (
-           math.nan, math.inf, -math.inf, -1e308, 1e308, 10**400, [1], {}, "0", b"0", torch.zeros(2),
-            torch.tensor(1.0))},
+           math.nan, -math.inf, -1e308, 1e308, 10**400, [1], "0", torch.tensor(1.0))},
     **{f"{name} is {value!r:.9}": change("history", 0, **{name: value})
-       for name in ("sample", "prompt") for value in (None, 1, [1], b"x", torch.zeros(2))},
+       for name in ("sample", "prompt") for value in (None, 1, b"x")},
     "weights are missing": lambda state: state["weights"].clear(),
     "a weight is missing": lambda state: state["weights"].pop(QUERY),
     "a weight too many": change("weights", more=torch.zeros(3)),
@@ -715,7 +713,7 @@ def test_a_file_that_claims_a_huge_model_is_refused_before_it_takes_memory(saved
     (tmp_path / "zip bomb").write_bytes(zip_file(entries, zipfile.ZIP_DEFLATED))
     names = [*CLAIMS, "zip bomb"]
     done = subprocess.run([sys.executable, "-c", READ_EACH, saved[0], *names], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result[0] for result in results] == names
