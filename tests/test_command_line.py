@@ -186,14 +186,6 @@ def test_untrained_generation_continues_the_prompt(folder, call, small):
     assert len(run.tokenizer.encode(out.removesuffix("\n"))) == len(run.tokenizer.encode(PROMPT)) + 4
 
 
-def test_training_prints_its_progress_and_recall_and_writes_its_two_files(folder, trained_here):
-    assert re.search(r"^Ep 1 \(Step 000000\): Train loss \d\.\d{3}, recall", trained_here, re.MULTILINE)
-    assert re.search(r"^Recall \d+\.\d%: \d+ of 6 (lines|sentences)", trained_here, re.MULTILINE)
-    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
-    steps = [int(step) for step in re.findall(r"\(Step (\d{6})\)", trained_here)]
-    assert steps == [evaluation.step for evaluation in load_checkpoint("story_llm.pt").history]
-
-
 @pytest.mark.parametrize("step, epoch", [(0, 1), (1, 1), (9, 1), (10, 2), (36, 4), (180, 20)])
 def test_an_evaluation_names_the_epoch_of_the_last_step(capsys, step, epoch):
     story_llm.log_evaluation(story_llm.Evaluation(step, step / 9, 1.0, None, None, "", ""))
@@ -215,13 +207,6 @@ def test_the_last_lines_of_train_are_true_and_their_command_runs_without_a_note(
     assert ("--temperature" in command) != by_heart
     status, _, err = call(*command, "--max-new-tokens", "3")
     assert status == 0 and (err == "" if by_heart else err.startswith("note: sampled with --seed"))
-
-
-def test_words_shows_words_and_bpe_byte_pairs(folder, call):
-    out = call("words", "--text", "my.txt")[1]
-    assert "tokens of the word tokenizer" in out and "[The][␣old][␣ferryman]" in out
-    out = call("bpe", "--text", "my.txt", "--tokenizer", "story", "--vocab-size", "300")[1]
-    assert "tokens of the story tokenizer" in out and "[The][␣old]" not in out
 
 
 def test_windows_are_as_far_apart_as_their_stride_and_targets_are_shifted_by_one(folder, call, small):
@@ -371,15 +356,7 @@ def test_an_untrained_model_writes_greedily_and_nothing_else(folder, call, small
         assert result[:2] == (1, "")
 
 
-def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folder, call, small):
-    out = call(*small("train", "--prompt", "At night a boy"))[1]
-    assert len(re.findall(r"^    At night a boy \.\.\.", out, re.MULTILINE)) == out.count("): Train loss") > 1
-    assert load_checkpoint("story_llm.pt").prompt == "At night a boy"
-    assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
-
-
-@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said",
-                                    "$HOME"])
+@pytest.mark.parametrize("prompt", ["it's a \"boat\"", "the rain to end.\nNobody", "-- he said $HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
     command = re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1]
@@ -393,7 +370,8 @@ def test_a_line_break_can_be_typed_and_does_not_break_the_log(folder, call, smal
     out = call(*small("train", "--prompt", r"the rain to end.\nNobody came"))[1]
     samples = [line for line in out.splitlines() if line.startswith("    ")]
     assert load_checkpoint("story_llm.pt").prompt == prompt and len(samples) == out.count("): Train loss")
-    assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples)
+    assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples) and len(samples) > 1
+    assert call("next")[1] == call("next", "--prompt", r"the rain to end.\nNobody came")[1]
     assert call("generate", "--prompt", r"the rain to end.\nNobody came")[1].startswith(prompt)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the rain to end.\\nNobody came\n"))
     assert call("generate")[1].startswith(prompt)

@@ -358,15 +358,6 @@ def test_resuming_with_another_text_is_refused(folder, trained_here, call, text)
     assert (folder / "story_llm.pt").read_bytes() == before
 
 
-def test_resuming_uses_the_text_that_the_model_was_trained_on(folder, call, small):
-    os.rename("my.txt", "mine.txt")
-    assert call(*small("train", "--text", "mine.txt", "--max-steps", "2"))[0] == 0
-    status, _, err = call("train", "--resume", "--max-steps", "3")
-    assert status == 0 and "trained on mine.txt" in err and load_checkpoint("story_llm.pt").step == 3
-    os.remove("mine.txt")
-    assert_refused(call("train", "--resume", "--max-steps", "4"), "mine.txt")
-
-
 def test_resuming_with_more_epochs_continues_with_everything_else_as_it_was(folder, trained_here, call):
     first = load_checkpoint("story_llm.pt")
     assert call("train", "--resume", "--max-steps", "15")[0] == 0 and load_checkpoint("story_llm.pt").step == 15

@@ -78,7 +78,7 @@ def test_importing_the_file_changes_nothing_but_how_long_threads_spin_and_only_i
         tmp_path, first, added):
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "MPLBACKEND")}
     done = subprocess.run([sys.executable, "-c", STATE.format(first=first)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**environment, "PYTHONPATH": str(ROOT)})
+                          env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "3"})
     assert (done.returncode, done.stderr) == (0, "")
     before, after, loads_more = json.loads(done.stdout)
     assert after["environment"] == {**before["environment"], **added} and not loads_more

@@ -331,7 +331,7 @@ def test_a_network_that_failed_is_not_asked_again(bare, hangs_up, monkeypatch):
 
 def test_a_network_that_never_answers_is_given_up_and_not_waited_for_again(tmp_path):
     """In a process of its own, which must end although one of its threads still waits. There is never a second one."""
-    program = ("import story_llm, threading\n"
+    program = ("import requests, story_llm, threading, tiktoken\n"       # so that the second is spent on waiting alone
                "before = threading.active_count()\n"
                "first = story_llm.load_gpt2_encoding(seconds=1)\n"
                "second = story_llm.load_gpt2_encoding(seconds=1)\n"

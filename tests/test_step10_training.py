@@ -119,14 +119,6 @@ def test_training_sees_every_part_of_the_text_equally_often_and_every_window_in_
     assert seen == set(range(96))
 
 
-def test_a_sliding_window_is_consecutive_tokens_and_its_targets_are_shifted_by_one():
-    run, corpus = run_on_numbers(batch_size=3, max_steps=50)
-    for batch in batches_from(run, corpus, 50):
-        for inputs, targets in rows_of(batch):
-            assert inputs == tuple(range(inputs[0], inputs[0] + 8))
-            assert targets == tuple(token + 1 for token in inputs)
-
-
 @pytest.mark.parametrize("tokenizer", ["word", "story"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_a_batch_has_sliding_windows_and_windows_that_are_tokenized_like_prompts(tokenizer, share):

@@ -90,12 +90,13 @@ def test_a_picture_is_drawn_whatever_the_backend_of_the_environment_is(tmp_path,
 def test_an_empty_history_an_unknown_kind_of_picture_and_a_missing_folder_are_refused(tmp_path):
     with pytest.raises(StoryError, match="history"):
         plot_losses([], 300)
-    for name in ("loss.xyz", "loss", "loss.png.txt"):
+    (tmp_path / "folder.png").mkdir()
+    for name in ("loss.xyz", "loss", "loss.png.txt", "folder.png"):
         with pytest.raises(StoryError, match=name):
             plot_losses(HISTORIES["usual"], 300, tmp_path / name)
     with pytest.raises(StoryError, match="nowhere"):
         plot_losses(HISTORIES["usual"], 300, tmp_path / "nowhere" / "loss.png")
-    assert not list(tmp_path.iterdir())
+    assert os.listdir(tmp_path) == ["folder.png"]
 
 
 def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call):
