@@ -95,6 +95,7 @@ def test_two_processes_make_the_steps_of_one_and_stop_together_and_resume(folder
     assert set(printed[0]) | set(printed[1]) == set(printed[2]) and Path("two_loss.png").exists()
 
 
+@pytest.mark.usefixtures("handlers_are_restored")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_both_optimizers_make_the_same_steps_in_micro_batches_and_can_be_resumed(folder, monkeypatch, optimizer):
     options = ["--optimizer", optimizer, "--max-steps", "24"]

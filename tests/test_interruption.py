@@ -18,7 +18,7 @@ from story_llm import COMMANDS, FIELDS, load_checkpoint, mean_loss, stop_request
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARNING = re.compile(r"stopping after this step \(Ctrl-C again: .*since the last save\)")
 TRAINED_ON = "note: story_llm.pt was trained on my.txt\n"
-pytestmark = pytest.mark.usefixtures("quick_pictures")
+pytestmark = pytest.mark.usefixtures("quick_pictures", "handlers_are_restored")
 not_on_windows = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to other processes")
 
 
@@ -39,16 +39,6 @@ def stopped_at(err):
     """(the step at which the program says that it stopped, the command that it prints for continuing)"""
     step, command = re.search(r"stopped after step (\d+) of .*?python \S*story_llm\.py (.*)", err).groups()
     return int(step), shlex.split(command)
-
-
-@pytest.fixture(autouse=True)
-def handlers_are_restored():
-    """A signal that the program does not handle must not end the tests, and every test ends with the handlers with
-    which it began. Also where signals were ignored, as after nohup and in the background; processes inherit that."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
-    yield
-    now = {number: signal.signal(number, handler) for number, handler in before.items()}
-    assert set(now.values()) == {signal.default_int_handler}
 
 
 @pytest.fixture

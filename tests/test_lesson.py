@@ -146,7 +146,7 @@ def shown_outputs():
     for number, line in enumerate(LINES):
         if line.startswith("#     $ python story_llm.py "):
             rest = LINES[number + 1:]
-            count = next(i for i, each in enumerate(rest) if not re.match(r"#     +\S", each))
+            count = next(i for i, each in enumerate(rest) if not re.match(r"#     +[^$\s]", each))
             command = re.split("   +", line.removeprefix("#     $ python story_llm.py "))[0]     # without a remark
             shown.append((command, [each.removeprefix("#     ") for each in rest[:count]]))
     return [(command, lines) for command, lines in shown if lines]

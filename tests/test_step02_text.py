@@ -297,6 +297,15 @@ passenger, if it is.” |“What passenger?” |“Mr. Jarvis Lowry.” |The pas
 be set right in your lifetime. |Gentleman of the name of Lowry, answer straight.” |“What is the matter?” asked the
 passenger, then, with mildly quavering speech. |“Who wants me? |Is it Jerry?”
 """,
+    "in the manner of Carroll": """
+|‘What a curious feeling!’ said the girl; ‘I must be shutting up like a telescope.’ |And so it was indeed: she was now
+only ten inches high. |First, however, she waited for a few minutes to see if she was going to shrink any further...
+|She felt a little nervous about this. |‘For it might end, you know,’ she said to herself, ‘in my going out
+altogether, like a candle. |I wonder what I should be like then?’
+
+|‘Oh dear! oh dear! |I shall be too late!’ |(She thought about it afterwards.) |There was a table of glass; on it lay
+a key. |‘_Drink me!_’ it said. |‘No, I’ll look first,’ she said, ‘and see whether it’s marked “poison” or not.’
+""",
     "a modern story": """
 |Capt. Ruiz parked behind the U.S. embassy at 7:45 a.m. and turned off the radio. |The report listed 3.5 kg of copper,
 two phones, and a dog. |Whose dog? |Nobody knew. |She called it No. 4 and bought it a sandwich.
@@ -362,7 +371,7 @@ def test_nearly_all_sentences_that_a_reader_marks_are_found_and_hardly_any_other
         text, expected = positions(marked)
         _, starts = found_in(LAYOUTS[layout](text))
         hits, marks, found = hits + len(starts & expected), marks + len(expected), found + len(starts)
-    assert marks > 70 and hits / marks >= 0.95 and hits / found >= 0.95
+    assert marks > 80 and hits / marks >= 0.95 and hits / found >= 0.95
 
 
 # The same, but these must all be found.
@@ -520,7 +529,7 @@ def test_an_endless_line_without_punctuation_is_cut_into_passages_of_twenty_word
 
 
 def test_a_poem_in_a_story_and_a_story_in_a_poem_change_nothing_about_the_rest():
-    story = LAYOUTS["wrapped at 66"](positions("\n\n".join(list(PROSE.values())[:4]))[0])
+    story = LAYOUTS["wrapped at 66"](positions("\n\n".join(list(PROSE.values())[:5]))[0])
     poem = LINES["a poem whose sentences run on"]
     kind, starts = find_units(f"{story}\n\n{poem[:500]}\n\n{story}")
     assert kind == "sentences" and set(find_units(story)[1]) <= set(starts)
