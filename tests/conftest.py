@@ -1,6 +1,7 @@
 """The fixtures that more than one test file uses."""
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,6 +96,22 @@ def folder(tmp_path, monkeypatch, bare):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture
+def handlers_are_restored():
+    """A signal that the program does not handle must not end the tests, and every test ends with the handlers with
+    which it began. Also where signals were ignored, as after nohup and in the background; processes inherit that."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    now = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert set(now.values()) == {signal.default_int_handler}
+
+
+@pytest.fixture
+def quick_pictures(monkeypatch):
+    """The loss curves at the end of a training are drawn for real in other tests."""
+    monkeypatch.setattr(story_llm, "plot_losses", lambda history, size, path: Path(path).write_text("a picture"))
 
 
 @pytest.fixture

@@ -2,18 +2,20 @@
 import contextlib
 import dataclasses
 import io
+import os
 import socket
 import sys
 from pathlib import Path
 
-import torch
-from hypothesis import settings, strategies as st
+os.environ["OMP_NUM_THREADS"] = "1"     # the models here are too small for more; processes that tests start inherit it
+import torch  # noqa: E402
+from hypothesis import settings, strategies as st  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import story_llm  # noqa: E402
 
-torch.set_num_threads(1)  # the models here are too small for more
+torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("repeatable")
 
@@ -84,6 +86,13 @@ KINDS = [
     {"position": "rotary", "n_heads": 1, "n_layers": 1},
     {"position": "sinusoidal", "tie_weights": True, "drop_rate": 0.2},
     {"position": "rotary", "qkv_bias": True, "tie_weights": True, "gelu": "tanh", "n_layers": 3, "drop_rate": 0.1}]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaterConfig(story_llm.GPTConfig):
+    """A GPTConfig with a setting and a value that this version does not have."""
+    attention_window: int = story_llm.setting(0, "tokens that a token attends to (0: all)")
+    gelu: str = story_llm.setting("exact", "activation function", choices=("exact", "tanh", "quick"))
 
 
 def weights_equal(a, b):

@@ -15,6 +15,7 @@ from helpers import PROGRAM, STORY, TEXT, story_llm, train_to, weights_equal
 
 from story_llm import COMMANDS, FIELDS, NEW_MODEL, load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 PROMPT = "The old ferryman tied his"
 ALWAYS = {name: tuple(dict.fromkeys(options)) for name, (_, _, options) in COMMANDS.items()}
 USES_A_MODEL = ("evaluate", "generate", "next")
@@ -131,13 +132,9 @@ def test_settings_of_a_new_model_need_untrained_and_a_saved_model_cannot_be_untr
     assert call(command, "--untrained", *everything) == (0, "", "") and len(idle) == 1
 
 
-@pytest.mark.parametrize("wish", [["--seed", "3"], ["--emb-dim", "64"]])
-def test_what_is_wished_for_an_untrained_model_has_an_effect(folder, call, small, wish):
+def test_what_is_wished_for_an_untrained_model_has_an_effect(folder, call, small):
     command = [*small("generate"), "--prompt", PROMPT, "--max-new-tokens", "20"]
-    assert call(*command, *wish)[1] != call(*command)[1]
-
-
-def test_the_given_options_of_untrained_models_are_used(folder, call, small):
+    assert len({call(*command, *wish)[1] for wish in ([], ["--seed", "3"], ["--emb-dim", "64"])}) == 3
     out = call(*small("model"), "--n-layers", "3", "--position", "rotary", "--emb-dim", "24")[1]
     assert re.search(r"n_layers +3\b", out) and re.search(r"position +rotary\b", out) and "(2, 12, 24)" in out
 
@@ -149,7 +146,7 @@ def noted_options(err):
 
 
 @pytest.mark.parametrize("command", ["words", "bpe", "windows", "model", "evaluate", "generate", "train"])
-@pytest.mark.parametrize("tokenizer", ["word", "story", None])
+@pytest.mark.parametrize("tokenizer", ["word", None])
 def test_a_note_names_no_option_that_the_command_would_refuse(folder, call, command, tokenizer):
     """Of a text above 60 KB, where a preset sets options that most commands do not have."""
     (folder / "long.txt").write_text("".join(f"{TEXT} {number}\n" for number in range(130)), encoding="utf-8")
@@ -180,49 +177,13 @@ def test_every_preset_can_be_trained_and_the_users_options_come_first(folder, ca
     assert {name: settings[name] for name in chosen} == chosen and settings["emb_dim"] == 24
 
 
-@pytest.mark.parametrize("n_bytes, preset", [(60_000, "story"), (60_001, "novel")])
-def test_the_size_of_the_text_alone_decides_the_preset_and_it_can_be_named(folder, call, n_bytes, preset):
-    story_llm.note_once.cache_clear()
-    (folder / "long.txt").write_text((TEXT * 200)[:n_bytes], encoding="utf-8")
-    for more in ([], ["--preset", "story"]):
-        status, out, err = call("model", "--text", "long.txt", "--tokenizer", "word", *more)
-        assert status == 0 and ("novel" in err) == (preset == "novel" and not more)
-        assert re.search(rf"emb_dim +{192 if 'novel' not in err else 256}$", out, re.MULTILINE)
-
-
 # before and after training
-
-def test_every_command_works_before_training_or_says_in_one_line_what_is_missing(folder, call, small):
-    for command in ("words", "bpe", "windows", "model", "evaluate", "generate", "next"):
-        more = ["--prompt", PROMPT] if command in ("generate", "next") else []
-        status, out, err = call(*small(command, *more))
-        assert status == 0 and out and "error" not in err and "nan" not in out.lower(), command
-    for command in ("plot", "generate", "attention", "next", "evaluate"):
-        assert "train" in assert_one_line_error(call(command), "story_llm.pt")
-    assert os.listdir() == ["my.txt"]
-
-
-def test_every_command_works_after_training(folder, trained_here, call):
-    text = ["--text", "my.txt"]
-    for command in ("words", "bpe", "windows", "model", "evaluate", "plot", "generate", "attention", "next"):
-        options = {"plot": [], "generate": ["--prompt", PROMPT], "next": [], "attention": []}.get(command, text)
-        status, out, err = call(command, *options)
-        assert status == 0 and out and "error" not in err and "nan" not in out.lower(), command
-
 
 def test_untrained_generation_continues_the_prompt(folder, call, small):
     status, out, err = call(*small("generate", "--prompt", PROMPT, "--max-new-tokens", "4"))
     run, _ = story_llm.new_run_from_args(story_llm.parse(small("generate")))
     assert (status, err) == (0, "") and out.startswith(PROMPT)
     assert len(run.tokenizer.encode(out.removesuffix("\n"))) == len(run.tokenizer.encode(PROMPT)) + 4
-
-
-def test_training_prints_its_progress_and_recall_and_writes_its_two_files(folder, trained_here):
-    assert re.search(r"^Ep 1 \(Step 000000\): Train loss \d\.\d{3}, recall", trained_here, re.MULTILINE)
-    assert re.search(r"^Recall \d+\.\d%: \d+ of 6 (lines|sentences)", trained_here, re.MULTILINE)
-    assert sorted(os.listdir()) == ["loss.png", "my.txt", "story_llm.pt"]
-    steps = [int(step) for step in re.findall(r"\(Step (\d{6})\)", trained_here)]
-    assert steps == [evaluation.step for evaluation in load_checkpoint("story_llm.pt").history]
 
 
 @pytest.mark.parametrize("step, epoch", [(0, 1), (1, 1), (9, 1), (10, 2), (36, 4), (180, 20)])
@@ -246,13 +207,6 @@ def test_the_last_lines_of_train_are_true_and_their_command_runs_without_a_note(
     assert ("--temperature" in command) != by_heart
     status, _, err = call(*command, "--max-new-tokens", "3")
     assert status == 0 and (err == "" if by_heart else err.startswith("note: sampled with --seed"))
-
-
-def test_words_shows_words_and_bpe_byte_pairs(folder, call):
-    out = call("words", "--text", "my.txt")[1]
-    assert "tokens of the word tokenizer" in out and "[The][␣old][␣ferryman]" in out
-    out = call("bpe", "--text", "my.txt", "--tokenizer", "story", "--vocab-size", "300")[1]
-    assert "tokens of the story tokenizer" in out and "[The][␣old]" not in out
 
 
 def test_windows_are_as_far_apart_as_their_stride_and_targets_are_shifted_by_one(folder, call, small):
@@ -386,37 +340,23 @@ def test_sampling_depends_on_the_seed_and_without_one_names_the_seed_that_it_dre
     assert call("generate", "--prompt", PROMPT)[2] == ""
 
 
-@pytest.mark.parametrize("wish", [["--top-k", "3"], ["--top-p", "0.5"], ["--seed", "1"]])
-def test_settings_of_sampling_need_a_temperature(folder, trained_here, call, wish):
-    for temperature in [], ["--temperature", "0"]:
-        result = call("generate", "--prompt", PROMPT, *wish, *temperature)
-        assert_one_line_error(result, wish[0], "--temperature")
+def test_settings_of_sampling_need_a_temperature(folder, trained_here, call):
+    for wish in (["--top-k", "3"], ["--top-p", "0.5"], ["--seed", "1"]):
+        for temperature in [], ["--temperature", "0"]:
+            result = call("generate", "--prompt", PROMPT, *wish, *temperature)
+            assert_one_line_error(result, wish[0], "--temperature")
+            assert result[:2] == (1, "")
+        assert call("generate", "--prompt", PROMPT, *wish, "--temperature", "1", "--seed", "1")[::2] == (0, "")
+
+
+def test_an_untrained_model_writes_greedily_and_nothing_else(folder, call, small):
+    for wish in (["--temperature", "1"], ["--top-k", "3"], ["--top-p", "0.5"], ["--sentences", "1"]):
+        result = call(*small("generate"), *wish)
+        assert_one_line_error(result, wish[0], "--untrained")
         assert result[:2] == (1, "")
-    assert call("generate", "--prompt", PROMPT, *wish, "--temperature", "1", "--seed", "1")[::2] == (0, "")
 
 
-@pytest.mark.parametrize("wish", [["--temperature", "1"], ["--top-k", "3"], ["--top-p", "0.5"], ["--sentences", "1"]])
-def test_an_untrained_model_writes_greedily_and_nothing_else(folder, call, small, wish):
-    result = call(*small("generate"), *wish)
-    assert_one_line_error(result, wish[0], "--untrained")
-    assert result[:2] == (1, "")
-
-
-@pytest.mark.parametrize("wish", [["--temperature", "1e-300"], ["--temperature", "5", "--top-k", "1"],
-                                  ["--temperature", "5", "--top-p", "1e-9"]])
-def test_sampling_that_leaves_one_token_is_greedy(folder, trained_here, call, wish):
-    assert call("generate", "--prompt", PROMPT, *wish)[1] == call("generate", "--prompt", PROMPT)[1]
-
-
-def test_the_prompt_of_training_is_continued_at_evaluations_and_afterwards(folder, call, small):
-    out = call(*small("train", "--prompt", "At night a boy"))[1]
-    assert len(re.findall(r"^    At night a boy \.\.\.", out, re.MULTILINE)) == out.count("): Train loss") > 1
-    assert load_checkpoint("story_llm.pt").prompt == "At night a boy"
-    assert call("next")[1] == call("next", "--prompt", "At night a boy")[1]
-
-
-@pytest.mark.parametrize("prompt", ["At night a boy", "it's a \"boat\"", "the rain to end.\nNobody", "-- he said",
-                                    "$HOME"])
+@pytest.mark.parametrize("prompt", ["it's a \"boat\"", "the rain to end.\nNobody", "-- he said $HOME"])
 def test_the_next_command_is_printed_and_runs_as_it_is_printed(folder, call, small, prompt):
     status, out, _ = call(*small("train", "--model", "my model.pt", "--max-steps", "1", f"--prompt={prompt}"))
     command = re.search(r": python story_llm\.py (generate .*)$", out.splitlines()[-1])[1]
@@ -430,7 +370,8 @@ def test_a_line_break_can_be_typed_and_does_not_break_the_log(folder, call, smal
     out = call(*small("train", "--prompt", r"the rain to end.\nNobody came"))[1]
     samples = [line for line in out.splitlines() if line.startswith("    ")]
     assert load_checkpoint("story_llm.pt").prompt == prompt and len(samples) == out.count("): Train loss")
-    assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples)
+    assert all(line.startswith(r"    the rain to end.\nNobody came ...") for line in samples) and len(samples) > 1
+    assert call("next")[1] == call("next", "--prompt", r"the rain to end.\nNobody came")[1]
     assert call("generate", "--prompt", r"the rain to end.\nNobody came")[1].startswith(prompt)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the rain to end.\\nNobody came\n"))
     assert call("generate")[1].startswith(prompt)
@@ -451,10 +392,10 @@ def test_a_prompt_that_is_longer_than_the_window_is_printed_whole_with_a_note(fo
     (PROMPT, []), (PROMPT + " ", []), (PROMPT[:16], []), (PROMPT + " boat to the", []), ("My mother took", []),
     ("The old ferryman tied a", [["begins with these words"]]), ("tied his boat", [["begins with these words"]]),
     ("at night a boy ran", [["<|unk|> night"], ["begins with these words"]]),
-    ("Zzzz", [["<|unk|>"], ["begins with these words"]]),
     ("At night a laptop", [["<|unk|>"], ["begins with these words"]])])
-def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes):
+def test_what_the_model_cannot_know_about_a_prompt_is_noted(folder, trained_here, call, prompt, notes, monkeypatch):
     """TEXT has no validation split, so nothing is said about one."""
+    monkeypatch.setattr(story_llm, "save_figure", lambda figure, path: figure)
     for command in (["generate"], ["next"], ["attention"]):
         status, out, err = call(*command, "--prompt", prompt)
         lines = err.splitlines()
@@ -497,21 +438,6 @@ def test_next_shows_ten_tokens_and_their_probabilities_before_and_after_training
         assert len(rows) == 10 and all(softmax == sampled for softmax, sampled in rows) == same
 
 
-# pictures
-
-@pytest.mark.parametrize("model, name", [("other.pt", "other_{}.png"), ("runs/a.b.pt", "runs/a.b_{}.png")])
-def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call, model, name):
-    (folder / "runs").mkdir()
-    assert call("attention") == (0, "drew attention.png\n", "")
-    os.rename("story_llm.pt", model)
-    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
-    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
-    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
-    assert (folder / "x.svg").read_text(encoding="utf-8").startswith("<?xml")
-    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
-        str(path.relative_to(folder)) for path in folder.rglob("*.*")}
-
-
 # one path for two things
 
 def test_no_command_writes_over_what_it_reads_or_has_written(folder, trained_here, call, small):
@@ -531,26 +457,12 @@ def test_no_command_writes_over_what_it_reads_or_has_written(folder, trained_her
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_a_text_may_be_named_twice(folder, call, small):
-    """That is no mistake about different files."""
-    assert call(*small("train", "--text", "my.txt", "./my.txt", "--max-steps", "1"))[0] == 0
-
-
 # no network, default tokenizer
 
-@pytest.mark.parametrize("command", ["bpe", "windows", "model", "evaluate"])
-def test_without_network_and_files_commands_learn_a_tokenizer_and_note_it_in_one_line(folder, call, small, command):
-    status, out, err = call(*small(command, "--tokenizer", "auto", "--text", STORY))
+def test_without_network_and_files_commands_learn_a_tokenizer_and_note_it_in_one_line(folder, call, small):
+    status, out, err = call(*small("bpe", "--tokenizer", "auto", "--text", STORY))
     assert status == 0 and out and len(err.splitlines()) == 1 and "--tokenizer story" in err
-    assert call(*small(command, "--tokenizer", "story", "--text", STORY)) == (0, out, "")
-
-
-def test_without_network_and_files_the_real_story_is_trained_on_and_gpt2_by_name_is_an_error(folder, call, small):
-    status, out, err = call(*small("train", "--text", STORY, "--tokenizer", "auto", "--max-steps", "3"))
-    assert status == 0 and len(err.splitlines()) == 1 and "--tokenizer story" in err
-    assert re.search(r"story tokenizer, vocabulary [12],\d{3};", out.splitlines()[0])
-    status, out, err = call("generate", "--prompt", "Once Aadhan", "--max-new-tokens", "3")
-    assert (status, err) == (0, "") and out.startswith("Once Aadhan")
+    assert call(*small("bpe", "--tokenizer", "story", "--text", STORY)) == (0, out, "")
     result = call("train", "--text", "my.txt", "--tokenizer", "gpt2")
     assert_one_line_error(result, "GPT-2", "--tokenizer story", "README")
     assert result[:2] == (1, "")
@@ -575,22 +487,13 @@ def test_every_number_beyond_its_limits_is_one_line_that_names_option_and_value(
     assert os.listdir() == ["my.txt"]           # noticed before the training, not after
 
 
-@pytest.mark.parametrize("name, value", [
-    ("--emb-dim", "33"), ("--n-heads", "5"), ("--position", "none"), ("--precision", "fp8"), ("--tokenizer", "bytes"),
-    ("--preset", "huge"), ("--device", "abacus"), ("--text", "missing.txt"), ("--model", "nowhere/story.pt"),
-    ("--model", "."), ("--plot", "loss.xyz"), ("--plot", "nowhere/loss.png"), ("--model", "/dev/null"),
-    ("--optimizer", "sgd")])
-def test_a_wrong_value_for_training_is_one_line_that_names_it(folder, call, small, name, value):
-    result = call(*small("train", name, value))
-    assert_one_line_error(result, value if value != "." else "folder")
-    assert "Step" not in result[1] and os.listdir() == ["my.txt"]
-
-
 @pytest.mark.parametrize("options, names", [
+    (["--emb-dim", "33"], ["n_heads", "33"]), (["--position", "none"], ["none"]), (["--precision", "fp8"], ["fp8"]),
+    (["--tokenizer", "bytes"], ["bytes"]), (["--preset", "huge"], ["huge"]), (["--optimizer", "sgd"], ["sgd"]),
     (["--val-fraction", "0.999"], ["--val-fraction"]), (["--preset", "writer"], ["--keep-best", "--val-fraction"]),
     (["--keep-best", "--val-fraction", "0"], ["--keep-best"]),
     (["--position", "rotary", "--n-heads", "32"], ["--n-heads"])])
-def test_settings_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_remedy(
+def test_wrong_settings_and_those_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_remedy(
         folder, call, small, options, names):
     (folder / "line.txt").write_text("a" * 300 + " b c d")
     text = ["--text", "line.txt"] if "0.999" in options else []
@@ -599,11 +502,10 @@ def test_settings_that_do_not_fit_the_text_or_each_other_are_one_line_with_the_r
     assert not os.path.exists("story_llm.pt")
 
 
-@pytest.mark.parametrize("options, name", [
-    (["--tokenizer", "word", "--vocab-size", "300"], "--vocab-size"), (["--vocab-size", "300"], "--vocab-size"),
-    (["--tokenizer", "gpt2", "--vocab-size", "300"], "--vocab-size")])
-def test_what_a_tokenizer_cannot_or_may_not_use_is_refused(folder, call, options, name):
-    assert_one_line_error(call("bpe", "--text", "my.txt", *options), name, "--tokenizer")
+def test_what_a_tokenizer_cannot_or_may_not_use_is_refused(folder, call):
+    for options in (["--tokenizer", "word"], [], ["--tokenizer", "gpt2"]):
+        result = call("bpe", "--text", "my.txt", "--vocab-size", "300", *options)
+        assert_one_line_error(result, "--vocab-size", "--tokenizer")
 
 
 @pytest.mark.parametrize("prompt", ["漢字 😀", "a\0b", "x\ud800y", "word " * 3000, "<|endoftext|>", " ", "\r\n",
@@ -615,8 +517,8 @@ def test_any_other_prompt_works_with_a_learned_tokenizer(folder, trained_on_byte
         assert all(line.startswith("note: ") for line in err.splitlines())
 
 
-@pytest.mark.parametrize("content", ["Once there was a king", "Two words", "One.\r\nTwo.\r\nThree.\r\n", "😀 " * 30,
-                                     "e\u0301 " * 99, "\x1b]0;title\x07 the king and the ferryman", "\n" * 200 + TEXT,
+@pytest.mark.parametrize("content", ["Two words", "One.\r\nTwo.\r\nThree.\r\n", "😀 " * 30,
+                                     "\x1b]0;title\x07 the king and the ferryman",
                                      "The king said one long sentence and then he went away."],
                          ids=lambda text: repr(text[:9]))
 def test_a_strange_text_is_learned_from_and_no_nan_is_shown(folder, call, small, content):
@@ -639,7 +541,7 @@ def test_a_text_may_be_several_files_or_standard_input_and_resuming_finds_them_a
     (folder / "bom.txt").write_bytes(b"\xef\xbb\xbf" + (folder / "whole.txt").read_bytes().replace(b"\n", b"\r\n"))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((folder / "whole.txt").read_bytes())))
     runs = []
-    for text in (["whole.txt"], ["1.txt", "2.txt"], ["1.txt", "--text", "2.txt"], ["bom.txt"], ["-"]):
+    for text in (["whole.txt"], ["1.txt", "--text", "2.txt"], ["bom.txt"], ["-"]):
         assert call(*small("train", "--text", *text, "--model", "m.pt"))[0] == 0
         runs.append(load_checkpoint("m.pt"))
         names = [word for word in text if word != "--text"]
@@ -712,17 +614,6 @@ def test_the_tour_shows_all_steps_and_says_what_to_look_at(folder, call, small, 
 
 # streams, and what goes wrong
 
-def test_a_mistake_of_the_user_is_one_line_and_a_bug_keeps_its_traceback(folder, call, monkeypatch):
-    for kind in (TypeError, ValueError, RuntimeError, KeyError, OSError):
-        def fail(*args):
-            raise kind("a bug")
-        monkeypatch.setattr(story_llm, "split_words", fail)
-        with pytest.raises(kind, match="a bug"):
-            call("words", "--text", "my.txt")
-    monkeypatch.undo()
-    assert_one_line_error(call("words", "--text", str(folder / "no.txt")), "no.txt")
-
-
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (MemoryError(), 1), (BrokenPipeError(), 1),
                                            (story_llm.StoryError("mine"), 1), (RuntimeError("CUDA out of memory"), 1)])
 def test_the_exit_status_of_what_ends_a_command(error, status, capfd):
@@ -737,17 +628,6 @@ def test_the_exit_status_of_what_ends_a_command(error, status, capfd):
     assert story_llm.exit_status(lambda: None) == 0 and story_llm.exit_status(lambda: 130) == 130
     err = capfd.readouterr().err
     assert err.count("\n") == (not isinstance(error, (KeyboardInterrupt, BrokenPipeError))) and "Traceback" not in err
-
-
-def test_a_reader_that_stops_reading_causes_no_traceback(folder):
-    """As in `python story_llm.py | head -1`."""
-    process = subprocess.Popen([sys.executable, PROGRAM, "bpe", "--text", "my.txt", "--tokenizer", "word"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder)
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(timeout=60) in (0, 1, 141)
-    assert not any(words in err for words in (b"error", b"Error", b"Traceback", b"ignored")), err
 
 
 def test_closed_streams_are_no_error(folder, trained_here, small):

@@ -6,9 +6,12 @@ import sys
 
 import pytest
 import torch
-from helpers import PROGRAM, STORY, TEXT, story_llm, tiny
+from helpers import PROGRAM, ROOT, STORY, TEXT, story_llm
 
-from story_llm import COMMANDS, StoryError, load_checkpoint, load_text, save_checkpoint
+from story_llm import COMMANDS, StoryError
+
+sys.path.insert(0, str(ROOT / "extras"))
+from experiments import changed_program  # noqa: E402
 
 PROMPT = "The old ferryman tied his"
 
@@ -22,49 +25,33 @@ def assert_one_line(result, *words):
 
 # a model that the reader has broken
 
-BROKEN = {      # {where: (the line, what the reader made of it, what the traceback names)}
-    "split_heads": ("        B, T, _ = x.shape\n", "        B, T = x.shape\n",
-                    ["in split_heads", "    B, T = x.shape\n", "ValueError: too many values to unpack"]),
-    "FeedForward": ("        return self.project(F.gelu(self.expand(x), ", "        return self.project(F.gelu(self.expand(x).mT, ",
-                    ["in forward", "    return self.project(F.gelu(self.expand(x).mT, ", "RuntimeError: "]),
-    "GPTModel.forward": ("        return self.out_head(self.final_norm(x)) ",
-                         "        return self.out_head(self.final_norm(y)) ",
-                         ["in forward", "    return self.out_head(self.final_norm(y)) ",
-                          "NameError: name 'y' is not defined"])}
+BROKEN = {      # {a function: (its line, what the reader made of it, the error)}
+    "split_heads": ("        B, T, _ = x.shape\n", "        B, T = x.shape\n", ValueError),
+    "forward of FeedForward": ("self.project(F.gelu(self.expand(x), ", "self.project(F.gelu(self.expand(x).mT, ",
+                               RuntimeError),
+    "forward of GPTModel": ("self.out_head(self.final_norm(x)) ", "self.out_head(self.final_norm(y)) ", NameError)}
 
 
 @pytest.mark.parametrize("where", BROKEN)
 def test_whoever_breaks_the_model_sees_in_every_command_the_line_that_fails(folder, trained_here, small, where):
     """`generate` reads a checkpoint that the intact program has saved."""
-    line, broken_line, named = BROKEN[where]
-    source = PROGRAM.read_text(encoding="utf-8")
-    assert source.count(line) == 1
-    (folder / "story_llm.py").write_text(source.replace(line, broken_line), encoding="utf-8")
-    commands = [small("model"), small("train", "--model", "new.pt"), ["generate", "--prompt", PROMPT]]
-    processes = [subprocess.Popen([sys.executable, "story_llm.py", *command], cwd=folder, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-                                  encoding="utf-8") for command in commands]
-    for command, process in zip(commands, processes):
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == 1 and err.startswith("Traceback (most recent call last):\n"), (command, err)
-        assert f'File "{folder / "story_llm.py"}", line ' in err and "error: " not in err.splitlines()[0]
-        assert not [words for words in named if words not in err], (command, err)
+    line, broken_line, error = BROKEN[where]
+    program, source = changed_program([(line, broken_line)]), PROGRAM.read_text(encoding="utf-8")
+    for command in (small("model"), small("train", "--model", "new.pt"), ["generate", "--prompt", PROMPT]):
+        with pytest.raises(error) as raised:
+            program.main(command)
+        last = [entry for entry in raised.traceback if str(entry.path) == str(PROGRAM)][-1]
+        assert (last.name, last.lineno) == (where.split()[0], source[:source.index(line)].count("\n"))
     assert not (folder / "new.pt").exists()
 
 
-def test_a_changed_model_that_works_is_told_from_the_saved_one(folder, trained_here, call, monkeypatch):
-    """Other names, other shapes, or the same shapes and another result."""
-    make_linear = story_llm.make_linear
-    with monkeypatch.context() as patch:
-        patch.setattr(story_llm, "make_norm", lambda config: torch.nn.RMSNorm(config.emb_dim))
-        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
-    with monkeypatch.context() as patch:
-        patch.setattr(story_llm, "make_linear", lambda n, m, *rest, **options: make_linear(
-            n, m + 2 if m == 4 * n else m, *rest, **options))
-        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
-    with monkeypatch.context() as patch:
-        patch.setattr(story_llm.F, "gelu", lambda x, approximate: torch.relu(x))
-        assert_one_line(call("generate", "--prompt", PROMPT), "story_llm.pt", "version", "train")
+def test_a_process_with_a_broken_model_prints_the_traceback(folder, trained_here, run_program):
+    line, broken_line, _ = BROKEN["forward of GPTModel"]
+    program = folder / "story_llm.py"
+    program.write_text(PROGRAM.read_text(encoding="utf-8").replace(line, broken_line), encoding="utf-8")
+    done = run_program(folder, "generate", "--prompt", PROMPT, program=program)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback (most recent call last):\n")
+    assert broken_line in done.stderr and done.stderr.endswith("NameError: name 'y' is not defined\n")
 
 
 # a bug anywhere
@@ -96,85 +83,53 @@ def test_a_story_error_is_a_value_error_that_is_printed_in_one_line(call, monkey
     assert call("words") == (1, "", "error: the river is too wide: build a bridge\n")
 
 
-def test_from_python_a_mistake_is_a_story_error(folder):
-    for wrong in (lambda: load_text("missing.txt"), lambda: load_checkpoint("missing.pt"),
-                  lambda: load_checkpoint("my.txt"),
-                  lambda: story_llm.GPTConfig(emb_dim=0), lambda: story_llm.choose_device("abacus"),
-                  lambda: story_llm.make_tokenizer("bytes", TEXT),
-                  lambda: next(story_llm.generate_text(tiny()[0].model, tiny()[0].tokenizer, "", 3))):
-        with pytest.raises(StoryError):
-            wrong()
+# what every command reads (test_step02_text.py and test_step11_files.py have all that can be wrong with the files)
 
-
-# the text
-
-@pytest.mark.parametrize("command", ["words", "bpe", "windows", "model", "evaluate", "train"])
-def test_a_text_that_is_missing_or_not_a_text_is_one_line(folder, call, small, command):
-    contents = {"empty.txt": b"", "blank.txt": b" \n\t\n", "latin.txt": "Once there was a café.".encode("latin-1"),
-                "letter.docx": b"PK\x03\x04" + bytes(100), "zeros.txt": bytes(100), "picture.gif": b"GIF89a\1\0\1\0;"}
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder").mkdir()
-    for text, *words in (("missing.txt",), ("folder", "folder"), ("nowhere/my.txt",), ("empty.txt",), ("blank.txt",),
-                         ("latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"), ("letter.docx", "zip"),
-                         ("zeros.txt", "not plain text"), ("picture.gif", "not plain text")):
-        result = call(*small(command, "--text", text))
-        assert_one_line(result, *(["empty"] if text in ("empty.txt", "blank.txt") else [text]), *words)
-        assert result[1] == ""
-    assert_one_line(call(*small(command, "--text", "latin.txt", "--encoding", "utf-9")), "utf-9", "cp1252")
-    assert_one_line(call(*small(command, "--text", "my.txt", "missing.txt")), "missing.txt")
+def test_a_text_that_is_missing_or_not_a_text_is_one_line_in_every_command(folder, call, small):
+    (folder / "latin.txt").write_bytes("Once there was a café.".encode("latin-1"))
+    for command in ("words", "bpe", "windows", "model", "evaluate", "train"):
+        for options, *words in ((["missing.txt"], "missing.txt"), (["my.txt", "missing.txt"], "missing.txt"),
+                                (["latin.txt"], "latin.txt", "UTF-8", "byte 0xe9", "--encoding cp1252"),
+                                (["latin.txt", "--encoding", "utf-9"], "utf-9", "cp1252")):
+            result = call(*small(command, "--text", *options))
+            assert_one_line(result, *words)
+            assert result[1] == ""
     assert not (folder / "story_llm.pt").exists()
 
 
-# the model
-
-@pytest.mark.parametrize("command", [["generate", "--prompt", PROMPT], ["next"], ["evaluate"], ["plot"], ["attention"],
-                                     ["train", "--resume"]])
-def test_a_model_that_is_missing_damaged_or_something_else_is_one_line(folder, trained_here, call, recwarn, command):
+def test_a_model_that_is_missing_or_damaged_is_one_line_in_every_command(folder, trained_here, call, recwarn):
     content = (folder / "story_llm.pt").read_bytes()
     (folder / "half.pt").write_bytes(content[:len(content) // 2])
-    (folder / "bit.pt").write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
-    (folder / "empty.pt").write_bytes(b"")
-    torch.save(torch.zeros(3), "tensor.pt")
     torch.save({"format": story_llm.FORMAT - 1}, "older.pt")
-    torch.save({"format": torch.tensor([1, 2])}, "odd.pt")
-    torch.save({"format": story_llm.FORMAT}, "hollow.pt")
     (folder / "folder.pt").mkdir()
     before = sorted(os.listdir())
-    for model, word in (("missing.pt", "train one"), ("half.pt", ""), ("bit.pt", "checksum"), ("empty.pt", ""),
-                        ("my.txt", ""), ("loss.png", ""), ("tensor.pt", ""), ("older.pt", "version"), ("odd.pt", ""),
-                        ("hollow.pt", ""), ("folder.pt", "folder")):
-        result = call(*command, "--model", model, *(["--plot", "new.png"] if command != ["evaluate"] and command[0] in
-                                                    ("plot", "attention", "train") else []))
-        assert_one_line(result, model, word)
-        assert result[1] == ""
+    new_plot = ["--plot", "new.png"]
+    for command in (["generate", "--prompt", PROMPT], ["next"], ["evaluate"], ["plot", *new_plot],
+                    ["attention", *new_plot], ["train", "--resume", *new_plot]):
+        for model, word in (("missing.pt", "train one"), ("half.pt", ""), ("older.pt", "version"), ("my.txt", ""),
+                            ("folder.pt", "folder")):
+            result = call(*command, "--model", model)
+            assert_one_line(result, model, word)
+            assert result[1] == ""
     assert sorted(os.listdir()) == before and not list(recwarn)     # a warning would be a second line
 
 
-# prompts
-
-@pytest.mark.parametrize("command", [["generate"], ["next"], ["attention"], ["generate", "--untrained"],
-                                     ["next", "--untrained"]])
-def test_an_empty_prompt_is_one_line(folder, trained_here, call, small, command):
-    words = small(command[0]) if "--untrained" in command else command
-    assert_one_line(call(*words, "--prompt", ""), "prompt", "empty")
+def test_an_empty_prompt_is_one_line(folder, trained_here, call, small):
+    for command in (["generate"], ["next"], ["attention"], small("generate"), small("next")):
+        assert_one_line(call(*command, "--prompt", ""), "prompt", "empty")
 
 
 # files that cannot be written
 
 @pytest.mark.parametrize("option, path", [
     ("--model", "nowhere/story.pt"), ("--plot", "nowhere/loss.png"), ("--model", "."), ("--model", "my.txt/story.pt"),
-    ("--plot", "loss.txt"), ("--plot", "loss")])
+    ("--plot", "loss.txt"), ("--plot", "loss"), ("--model", "x" * 300 + ".pt"), ("--plot", "x" * 300 + ".png")],
+    ids=lambda value: value[:20])
 def test_a_path_that_cannot_be_written_is_one_line_before_the_training(folder, call, small, option, path):
-    result = call(*small("train", option, path))
-    assert_one_line(result, path if path != "." else "folder")
-    assert result[1] == "" and os.listdir() == ["my.txt"]
-
-
-@pytest.mark.parametrize("option, path", [("--model", "x" * 300 + ".pt"), ("--plot", "x" * 300 + ".png")])
-def test_a_name_that_is_too_long_for_the_system_is_one_line(folder, call, small, option, path):
-    status, _, err = call(*small("train", option, path))
-    assert (status, err.count("\n")) == (1, 1) and err.startswith("error: ") and path in err
+    status, out, err = call(*small("train", option, path))
+    assert_one_line((status, out, err), path if path != "." else "folder")
+    if len(path) < 300:     # only the system knows that a name is too long
+        assert out == "" and os.listdir() == ["my.txt"]
 
 
 def test_a_folder_in_which_nothing_may_be_written_is_one_line_before_the_training(folder, trained_here, call, small):
@@ -188,24 +143,6 @@ def test_a_folder_in_which_nothing_may_be_written_is_one_line_before_the_trainin
         assert result[1] == ""
 
 
-@pytest.mark.parametrize("options", [["--model", "same.png", "--plot", "same.png"], ["--model", "./my.txt"]])
-def test_one_file_for_two_purposes_is_refused_before_the_training(folder, call, small, options):
-    """Otherwise the picture or the model would replace what was written there before it."""
-    result = call(*small("train", *options))
-    assert_one_line(result, "two things")
-    assert result[1] == "" and os.listdir() == ["my.txt"] and (folder / "my.txt").read_text() == TEXT
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_or_a_device_is_neither_read_nor_replaced_by_a_model(folder, call, small):
-    os.mkfifo("pipe.pt")
-    other_end = os.open("pipe.pt", os.O_RDWR | os.O_NONBLOCK)     # so that whoever opens it does not wait forever
-    for command in (small("train"), ["generate"], ["plot"], ["train", "--resume"]):
-        assert_one_line(call(*command, "--model", "pipe.pt"), "pipe.pt")
-    os.close(other_end)
-    assert sorted(os.listdir()) == ["my.txt", "pipe.pt"]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets only few users make links")
 def test_a_link_to_itself_causes_no_traceback(folder, call, small):
     os.symlink("loop.pt", "loop.pt")
@@ -213,52 +150,23 @@ def test_a_link_to_itself_causes_no_traceback(folder, call, small):
     assert "Traceback" not in call(*small("train", "--model", "loop.pt"))[2]
 
 
-@pytest.fixture
-def full_disk():
-    """Until the end of the test no file can grow beyond 8 kB, so writing more fails as on a full disk."""
+def test_a_full_disk_while_drawing_is_one_line(folder, trained_here, call):
+    """No file can grow beyond 8 kB, so writing more fails as on a full disk."""
     resource = pytest.importorskip("resource")      # not on Windows
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def test_a_full_disk_while_training_is_one_line_and_keeps_what_was_there(folder, trained_here, call, full_disk):
-    before = (folder / "story_llm.pt").read_bytes()
-    status, out, err = call("train", "--resume", "--epochs", "6")
-    *notes, error = err.splitlines(keepends=True)
-    assert_one_line((status, "", error), "story_llm.pt", "could not be written")
-    assert all(note.startswith("note: ") for note in notes)
-    assert "enforce fail" not in err        # which is torch's way to say so
-    assert (folder / "story_llm.pt").read_bytes() == before
-    assert not [name for name in os.listdir() if name.endswith(".tmp")]
-
-
-@pytest.mark.parametrize("picture", ["curve.png", "curve.svg", "curve.pdf"])
-def test_a_full_disk_while_drawing_is_one_line(folder, trained_here, call, full_disk, picture):
-    assert_one_line(call("plot", "--plot", picture), picture, "could not be written")
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
-def test_whatever_keeps_a_checkpoint_from_being_written_is_a_story_error(folder, trained_here, monkeypatch, error):
-    run, before = load_checkpoint("story_llm.pt"), (folder / "story_llm.pt").read_bytes()
-
-    def save(contents, file):
-        raise error
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(StoryError, match="could not be written"):
-        save_checkpoint("story_llm.pt", run)
-    assert (folder / "story_llm.pt").read_bytes() == before
+    try:
+        for picture in ("curve.png", "curve.svg", "curve.pdf"):
+            assert_one_line(call("plot", "--plot", picture), picture, "could not be written")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # the machine
 
-@pytest.mark.parametrize("command", ["train", "model", "evaluate", "generate", "next"])
-def test_a_device_that_does_not_exist_is_one_line(folder, call, small, monkeypatch, command):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.mps, "is_available", lambda: False, raising=False)
-    for device in ("abacus", "cuda", "mps", "cuda:99", ""):
-        assert_one_line(call(*small(command), "--device", device), device, "device", "cpu")
+def test_a_device_that_does_not_exist_is_one_line_in_every_command(folder, call, small):
+    for command in ("train", "model", "evaluate", "generate", "next"):
+        assert_one_line(call(*small(command), "--device", "abacus"), "abacus", "device", "cpu")
 
 
 @pytest.mark.parametrize("error", [
@@ -297,19 +205,14 @@ def without(monkeypatch, package):
     monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
 
 
-@pytest.mark.parametrize("command", [["plot"], ["attention"]])
-def test_without_matplotlib_drawing_is_one_line_that_tells_how_to_install_it(folder, trained_here, call, monkeypatch,
-                                                                             command):
+def test_without_matplotlib_drawing_and_training_are_one_line_that_tells_how_to_install_it(
+        folder, trained_here, call, small, monkeypatch):
     without(monkeypatch, "matplotlib")
-    assert_one_line(call(*command), "matplotlib is not installed", "pip install")
+    for command in (["plot"], ["attention"], small("train")):
+        result = call(*command)
+        assert_one_line(result, "matplotlib is not installed", "pip install")
+        assert result[1] == ""      # nothing has been trained for nothing
     assert call("generate", "--prompt", PROMPT, "--max-new-tokens", "1")[::2] == (0, "")
-
-
-def test_without_matplotlib_training_says_so_before_it_begins_or_saves_the_model(folder, call, small, monkeypatch):
-    without(monkeypatch, "matplotlib")
-    result = call(*small("train"))
-    assert_one_line(result, "matplotlib is not installed")
-    assert result[1] == "" or load_checkpoint("story_llm.pt").step == 12
 
 
 def test_without_tiktoken_byte_pairs_are_one_line_and_words_still_work(folder, trained_on_bytes, call, small,
@@ -364,8 +267,7 @@ def test_without_a_package_that_everything_needs_the_program_says_so_and_an_impo
     assert err.splitlines()[-1] == f"ModuleNotFoundError: No module named '{package}'"
 
 
-@pytest.mark.parametrize("version", ["3.10.9", "3.8.20"])
-def test_an_old_python_is_told_so_in_one_line(start_without, version):
-    status, out, err = start_without("run", version)
+def test_an_old_python_is_told_so_in_one_line(start_without):
+    status, out, err = start_without("run", "3.10.9")
     assert (status, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
-    assert "Python 3.11 or later" in err and version in err
+    assert "Python 3.11 or later" in err and "3.10.9" in err

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KINDS, ROOT, STORY, TEXT, lively_model, story_llm, tiny, train_to, trained
+from helpers import KINDS, ROOT, STORY, TEXT, LaterConfig, lively_model, story_llm, tiny, train_to, trained
 from story_llm import Sampling
 
 sys.path.insert(0, str(ROOT / "extras"))
@@ -337,13 +337,6 @@ def test_a_page_that_computes_something_else_says_so(show, default, change):
     page = show(explore.make_page(dataclasses.replace(run, model=changed)))
     assert "does not compute what the model computes" in page.inner_text("#warning")
     assert not any(section.is_visible() for section in page.locator("section").all())
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaterConfig(story_llm.GPTConfig):
-    """A GPTConfig with a setting and a value that this version does not have."""
-    attention_window: int = story_llm.setting(0, "tokens that a token attends to (0: all)")
-    gelu: str = story_llm.setting("exact", "activation function", choices=("exact", "tanh", "quick"))
 
 
 def test_a_setting_or_a_value_that_the_page_does_not_know_is_refused():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import KINDS, ROOT, STORY, TEXT, lively_model, story_llm, train_to, trained, weights_equal
+from helpers import KINDS, ROOT, STORY, TEXT, LaterConfig, lively_model, story_llm, train_to, trained, weights_equal
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
 
@@ -293,13 +293,6 @@ def test_every_kind_of_model_is_saved_with_equal_logits_or_refused(tmp_path, kin
     model.save_pretrained(tmp_path / "theirs")
     ours, theirs = [safetensors_torch.load_file(tmp_path / name / "model.safetensors") for name in ("out", "theirs")]
     assert ours.keys() == theirs.keys()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaterConfig(story_llm.GPTConfig):
-    """A GPTConfig with a setting and a value that this version does not have."""
-    attention_window: int = story_llm.setting(0, "tokens that a token attends to (0: all)")
-    gelu: str = story_llm.setting("exact", "activation function", choices=("exact", "tanh", "quick"))
 
 
 def test_a_setting_or_a_value_that_is_added_later_is_refused(tmp_path):

@@ -277,6 +277,7 @@ def test_training_on_the_file_is_training_on_its_tokens(tokenized):
     assert runs[0].history[0].recall is None and runs[0].prompt == runs[1].prompt
 
 
+@pytest.mark.usefixtures("handlers_are_restored")
 def test_a_resumed_training_ends_with_the_weights_of_an_uninterrupted_one(tokenized, monkeypatch, capsys):
     train = ["train", "--data", "big.bin", "--max-steps", "7", *SMALL, "--model"]
     assert library.main([*train, "whole.pt"]) == 0

@@ -242,7 +242,7 @@ def own_kernel(tmp_path, monkeypatch, bare):
     """A home for kernels, so that the one of this Python runs, without a network and without GPT-2's files."""
     home = tmp_path / "home"
     home.mkdir()
-    for name, value in {**bare_environment(bare), "PYTHONPATH": "", "OMP_NUM_THREADS": "1", **{
+    for name, value in {**bare_environment(bare), "PYTHONPATH": "", **{
             name: str(home) for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR")}}.items():
         monkeypatch.setenv(name, value)
 
@@ -287,6 +287,33 @@ def test_it_runs_from_top_to_bottom_and_an_edited_cell_changes_the_training(own_
     before, after = [ast.literal_eval(cell.outputs[0].data["text/plain"]) for cell in (ran[-4], ran[-1])]
     assert after == pytest.approx([evaluation.train_loss for evaluation in run.history], abs=1e-3)
     assert abs(before[-1] - after[-1]) > 0.01
+
+
+def test_the_code_of_the_readme_works_in_a_notebook(own_kernel, tmp_path):
+    """That of the section "From Python", one cell a block, with three steps, in a folder with the program and the story.
+    A cell that ends with a picture shows it."""
+    for path in (STORY, PROGRAM):
+        shutil.copy(path, tmp_path)
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## From Python\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    sources = [re.sub(r"max_steps=\d+", "max_steps=3", block) for block in blocks]
+    assert sources != blocks
+    readme = nbformat.v4.new_notebook(metadata=notebook.make_notebook().metadata,
+                                      cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    notebook.run_notebook(readme, tmp_path)
+    pictures = 0
+    for cell in readme.cells:
+        shown = [kind for output in cell.outputs for kind in output.get("data", ())]
+        draws = re.match(r"[\w.]*plot_\w+\(", cell.source.strip().splitlines()[-1]) is not None
+        assert ("image/png" in shown) == draws, cell.source
+        pictures += draws
+        if re.search(r"\btrain\(", cell.source):
+            printed = "".join(output.get("text", "") for output in cell.outputs)
+            assert re.search(r"\(Step 000003\): Train loss", printed)
+    assert pictures > 0
+    for name in re.findall(r"[\w-]+\.pt\b", "".join(sources)):
+        run = story_llm.load_checkpoint(tmp_path / name)
+        assert run.step == run.total_steps == 3
 
 
 # the command line

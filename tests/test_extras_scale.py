@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     """The current folder, with a story, for programs without a network."""
     (tmp_path / "story.txt").write_text(TEXT, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    for name, value in {**bare_environment(tmp_path), "OMP_NUM_THREADS": "1"}.items():
+    for name, value in bare_environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     return tmp_path
 
@@ -95,6 +95,7 @@ def test_two_processes_make_the_steps_of_one_and_stop_together_and_resume(folder
     assert set(printed[0]) | set(printed[1]) == set(printed[2]) and Path("two_loss.png").exists()
 
 
+@pytest.mark.usefixtures("handlers_are_restored")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_both_optimizers_make_the_same_steps_in_micro_batches_and_can_be_resumed(folder, monkeypatch, optimizer):
     options = ["--optimizer", optimizer, "--max-steps", "24"]
@@ -115,14 +116,6 @@ def test_both_optimizers_make_the_same_steps_in_micro_batches_and_can_be_resumed
 
 
 # Mistakes
-
-def test_a_mistake_is_reported_in_one_line_by_one_of_the_processes(folder, start):
-    process = start(*SMALL, "none.pt", "--text", "no.txt")
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and output == ""
-    assert [line[:7] for line in errors.splitlines() if "no.txt" in line] == ["error: "]
-    assert "[rank" not in errors
-
 
 @pytest.mark.parametrize("wrong, words", [
     (["--emb-dim", "33"], "n_heads"), (["--accumulate", "0"], "at least 1"),

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from helpers import PROGRAM, ROOT, STORY, TEXT, printed_in, story_llm
+from helpers import PROGRAM, ROOT, STORY, TEXT, bare_environment, printed_in, story_llm
 
 SOURCE = PROGRAM.read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()
@@ -69,7 +69,7 @@ STATE = """if True:
                                 torch.get_float32_matmul_precision(), torch.is_grad_enabled()]}}))
     before = state()
     import story_llm
-    print(json.dumps([before, state(), "matplotlib" in sys.modules]))"""
+    print(json.dumps([before, state(), "matplotlib" in sys.modules or "tiktoken" in sys.modules]))"""
 
 
 @pytest.mark.parametrize("first, added", [("pass", {"GOMP_SPINCOUNT": "2000"}), ("import torch, regex", {})],
@@ -78,10 +78,10 @@ def test_importing_the_file_changes_nothing_but_how_long_threads_spin_and_only_i
         tmp_path, first, added):
     environment = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "MPLBACKEND")}
     done = subprocess.run([sys.executable, "-c", STATE.format(first=first)], cwd=tmp_path, capture_output=True, text=True,
-                          env={**environment, "PYTHONPATH": str(ROOT)})
+                          env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "3"})
     assert (done.returncode, done.stderr) == (0, "")
-    before, after, draws = json.loads(done.stdout)
-    assert after["environment"] == {**before["environment"], **added} and not draws
+    before, after, loads_more = json.loads(done.stdout)
+    assert after["environment"] == {**before["environment"], **added} and not loads_more
     ignored = {"environment"} if first != "pass" else {"environment", "torch", "warnings", "threads"}   # torch's own
     assert {name: after[name] for name in before if name not in ignored} == {
         name: before[name] for name in before if name not in ignored}
@@ -146,7 +146,7 @@ def shown_outputs():
     for number, line in enumerate(LINES):
         if line.startswith("#     $ python story_llm.py "):
             rest = LINES[number + 1:]
-            count = next(i for i, each in enumerate(rest) if not re.match(r"#     +\S", each))
+            count = next(i for i, each in enumerate(rest) if not re.match(r"#     +[^$\s]", each))
             command = re.split("   +", line.removeprefix("#     $ python story_llm.py "))[0]     # without a remark
             shown.append((command, [each.removeprefix("#     ") for each in rest[:count]]))
     return [(command, lines) for command, lines in shown if lines]
@@ -330,17 +330,22 @@ def test_the_file_imports_only_pythons_own_modules_and_the_packages_that_it_name
     assert "regex" in {Requirement(each).name for each in importlib.metadata.requires("tiktoken")}
 
 
-def test_copied_alone_beside_a_text_the_file_works(tmp_path, run_program):
+def test_copied_alone_beside_a_text_the_file_works_and_generates_without_the_text_and_a_network(
+        tmp_path, tmp_path_factory, run_program):
     program = shutil.copy(PROGRAM, tmp_path / "story_llm.py")
     (tmp_path / "my.txt").write_text(TEXT, encoding="utf-8")
+    cache = tmp_path_factory.mktemp("cache")
+    alone = {**bare_environment(cache), "PYTHONPATH": ""}
     small = ["--tokenizer", "word", "--emb-dim", "32", "--n-layers", "1", "--max-steps", "3"]
-    done = run_program(tmp_path, "train", "--text", "my.txt", *small, program=program, PYTHONPATH="")
+    done = run_program(tmp_path, "train", "--text", "my.txt", *small, program=program, **alone)
     assert done.returncode == 0 and "story_llm.pt" in done.stdout, done.stderr
+    (tmp_path / "my.txt").unlink()
     done = run_program(tmp_path, "generate", "--prompt", "The old ferryman tied his", "--max-new-tokens", "3",
-                       program=program, PYTHONPATH="")
+                       program=program, **alone)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("The old ferryman tied his ")
     assert {name for name in os.listdir(tmp_path) if name != "__pycache__"} == {
-        "story_llm.py", "my.txt", "story_llm.pt", "loss.png"}
+        "story_llm.py", "story_llm.pt", "loss.png"}
+    assert os.listdir(cache) == []
 
 
 def test_without_the_story_that_comes_with_it_the_file_asks_for_a_text(tmp_path, run_program):

@@ -12,7 +12,7 @@ import pytest
 import regex
 from hypothesis import given, settings, strategies as st
 
-from helpers import GPT2_FILES, ROOT, STORY, TEXT, bare_environment, closed_port, some_text, story_llm
+from helpers import GPT2_FILES, ROOT, STORY, TEXT, bare_environment, some_text, story_llm
 from scripts import ARABIC, CHINESE, HINDI, JAPANESE, SCRIPTS, SPACED, TAMIL, THAI
 from story_llm import (BPETokenizer, SPLIT_PATTERNS, STORY_SPLIT, StoryError, corpus_from_text, gpt2_tokens,
                        load_gpt2_encoding, make_tokenizer, restore_tokenizer, train_bpe)
@@ -97,11 +97,6 @@ def test_the_story_is_split_where_letters_digits_others_and_white_space_meet(tex
     assert STORY_SPLIT.findall(text) == words_of(text)
 
 
-@given(some_text)
-def test_the_split_loses_nothing(text):
-    assert "".join(STORY_SPLIT.findall(text)) == text
-
-
 @given(st.lists(st.tuples(
     st.sampled_from(["", " ", "x", "1", "-", "\n"]),
     st.sampled_from(["b", "\u00e9", "\u0b95\u0bbe", "7", ".", "\N{DROMEDARY CAMEL}", " ", "\n", "\u6f22", "\u0301"]),
@@ -126,12 +121,6 @@ def test_tiktoken_gets_the_pattern_with_which_the_merges_were_learned():
 @given(text=some_text)
 def test_the_pattern_of_gpt2_splits_any_text_as_gpt2s_own_does(gpt2, text):
     assert regex.findall(SPLIT_PATTERNS["gpt2"], text) == regex.findall(gpt2._pat_str, text)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_no_word_of_any_script_is_split_before_a_mark(name):
-    for word in STORY_SPLIT.findall(SCRIPTS[name]):
-        assert not unicodedata.category(word.strip(" ")[:1] or " ").startswith("M")
 
 
 @pytest.mark.parametrize("name", SPACED)
@@ -169,14 +158,9 @@ def test_the_learned_tokens_are_those_of_a_naive_learner(text):
 
 @given(text=st.text(st.sampled_from("aab \nbé்க9."), max_size=60), vocab_size=st.integers(257, 300))
 def test_the_learned_tokens_are_those_of_a_naive_learner_for_any_text(text, vocab_size):
-    assert train_bpe(text, vocab_size) == learn_naively(text, vocab_size)
-
-
-@given(some_text | st.text(st.sampled_from("ab "), max_size=200), st.integers(0, 400))
-def test_the_vocabulary_has_at_most_the_size_asked_for_and_begins_with_the_bytes(text, vocab_size):
     tokens = train_bpe(text, vocab_size)
-    assert tokens[:256] == BYTES and len(set(tokens)) == len(tokens) <= max(vocab_size - 1, 256)
-    assert len(train_bpe(TEXT, 300)) == 299 and BPETokenizer(train_bpe(TEXT, 300), "story").vocab_size == 300
+    assert tokens == learn_naively(text, vocab_size) and tokens[:256] == BYTES and len(tokens) < vocab_size
+    assert BPETokenizer(tokens, "story").vocab_size == len(tokens) + 1
 
 
 @pytest.mark.parametrize("size", [256, 0, -1])
@@ -195,13 +179,6 @@ def test_decoding_what_was_encoded_gives_any_text_back(text):
     ids = LEARNED.encode(text)
     assert LEARNED.decode(ids) == text
     assert all(0 <= i < LEARNED.vocab_size for i in ids) and LEARNED.end_of_text not in ids
-
-
-@pytest.mark.parametrize("learned_from", SCRIPTS)
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_is_given_back_by_a_tokenizer_of_any_script(learned_from, name):
-    tokenizer = BPETokenizer(train_bpe(SCRIPTS[learned_from], 400), "story")
-    assert tokenizer.decode(tokenizer.encode(SCRIPTS[name])) == SCRIPTS[name]
 
 
 @pytest.mark.parametrize("text", [TEXT, TAMIL, HINDI, ARABIC, THAI, CHINESE, JAPANESE], ids=lambda text: text[:12])
@@ -298,11 +275,6 @@ def test_merges_are_learned_from_the_beginning_of_a_long_text(monkeypatch):
 
 # without GPT-2's files
 
-def test_without_files_and_network_auto_learns_from_the_story(bare):
-    tokenizer = make_tokenizer("auto", TEXT, vocab_size=300)
-    assert tokenizer.kind == "story" and tokenizer.tokens == train_bpe(TEXT, 300)
-
-
 def test_without_files_and_network_gpt2_is_refused_and_the_readme_tells_how_to_get_it(bare):
     with pytest.raises(StoryError) as refusal:
         make_tokenizer("gpt2", TEXT)
@@ -359,7 +331,7 @@ def test_a_network_that_failed_is_not_asked_again(bare, hangs_up, monkeypatch):
 
 def test_a_network_that_never_answers_is_given_up_and_not_waited_for_again(tmp_path):
     """In a process of its own, which must end although one of its threads still waits. There is never a second one."""
-    program = ("import story_llm, threading\n"
+    program = ("import requests, story_llm, threading, tiktoken\n"       # so that the second is spent on waiting alone
                "before = threading.active_count()\n"
                "first = story_llm.load_gpt2_encoding(seconds=1)\n"
                "second = story_llm.load_gpt2_encoding(seconds=1)\n"
@@ -372,11 +344,6 @@ def test_a_network_that_never_answers_is_given_up_and_not_waited_for_again(tmp_p
         with pytest.raises(BlockingIOError):
             silent.accept()     # and only once
     assert done.stdout.startswith("str True 1 no answer") and done.returncode == 0, done.stderr
-
-
-def test_a_closed_port_is_really_closed():
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", closed_port()), timeout=5):
-        pass
 
 
 # GPT-2's own encoding
@@ -460,11 +427,6 @@ def kept(gpt2):
 @given(words=st.lists(st.sampled_from(regex.findall(r" [^\s\W]+(?=\W)", TEXT))))
 def test_the_kept_vocabulary_splits_the_same_words_in_another_order_as_gpt2_does(gpt2, kept, words):
     assert pieces(kept, "".join(words)) == gpt2_pieces(gpt2, "".join(words))
-
-
-@given(text=some_text)
-def test_the_kept_vocabulary_gives_any_other_text_back(kept, text):
-    assert kept.decode(kept.encode(text)) == text
 
 
 def test_the_kept_tokens_are_those_that_the_text_needs_and_no_others(gpt2):

@@ -49,12 +49,6 @@ def test_an_index_tensor_gives_a_batch():
     assert inputs.tolist() == [[6, 7, 8, 9], [0, 1, 2, 3], [15, 16, 17, 18]] and torch.equal(targets, inputs + 1)
 
 
-def test_a_data_loader_can_read_it():
-    loader = torch.utils.data.DataLoader(SlidingWindowDataset(torch.arange(9), 4, 2), batch_size=3)
-    (inputs, targets), = loader
-    assert inputs.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]] and torch.equal(targets, inputs + 1)
-
-
 @pytest.mark.parametrize("n, length", [(4, 4), (1, 1), (0, 1), (3, 32)])
 def test_too_few_tokens_for_a_window_and_its_targets_are_refused_with_both_numbers(n, length):
     with pytest.raises(StoryError, match=rf"{n} tokens.*\b{length} tokens"):
@@ -94,15 +88,8 @@ def test_short_and_strange_texts_and_every_script_make_a_corpus_in_which_special
         check_corpus(corpus_of(text, kind, val_fraction), text, val_fraction)
 
 
-def test_without_a_validation_split_the_words_at_the_end_are_learned_too():
-    story = "Once there was a king who gave his whole kingdom away for love of one unforgettable ferrywoman."
-    corpus = corpus_of(story, "word", 0.1)
-    assert len(corpus.val_ids) == 0 and corpus.train_text == story and " ferrywoman" in corpus.tokenizer.tokens
-
-
 def test_words_that_only_the_validation_split_has_stay_unknown():
     corpus = corpus_of(TEXT, "word", 0.3)
-    check_corpus(corpus, TEXT, 0.3)
     assert corpus.tokenizer.ids[UNKNOWN] in corpus.val_ids
 
 
@@ -178,10 +165,3 @@ def test_a_prompt_window_has_the_tokens_of_the_whole_rest_of_the_text_however_lo
         rest = [*tokenizer.encode(text[start:]), tokenizer.end_of_text]
         for T in (1, 4, 31):
             assert prompt_window(corpus, start, T) == (rest + [-100] * T)[:T + 1]
-
-
-def test_a_prompt_window_of_the_word_tokenizer_that_starts_at_a_word_has_no_unknown_token():
-    for text in LONG.values():
-        corpus = corpus_of(text, "word")
-        starts = [i for i in range(len(text)) if text[i].isalpha() and (i == 0 or text[i - 1].isspace())][:200]
-        assert all(corpus.tokenizer.ids[UNKNOWN] not in prompt_window(corpus, start, 8) for start in starts)

@@ -4,16 +4,14 @@ import dataclasses
 import itertools
 import math
 import random
-import subprocess
-import sys
 from itertools import islice
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import (PROGRAM, TEXT, note_questions, same, story_llm, tiny, train_to, trained, weights_equal)
-from story_llm import (IGNORE_INDEX, StoryError, TrainConfig, batch_loss, corpus_from_text, find_words, generate_text,
+from helpers import TEXT, note_questions, same, story_llm, tiny, train_to, trained, weights_equal
+from story_llm import (IGNORE_INDEX, StoryError, TrainConfig, batch_loss, corpus_from_text, generate_text,
                        learning_rate, load_checkpoint, mean_loss, measure_recall, new_run, optimizer_averages,
                        prompt_window, save_checkpoint, shuffled, start_training, train, training_batches,
                        training_steps, use_bf16, window_starts)
@@ -29,13 +27,6 @@ def test_the_learning_rate_rises_to_its_peak_then_falls_and_is_never_0(total, wa
     assert all(0 < rate <= peak * (1 + 1e-9) for rate in rates) and max(rates) == pytest.approx(peak)
     assert top <= min(warmup, total // 10)
     assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
-
-
-def test_the_learning_rate_follows_two_straight_lines():
-    config = TrainConfig(warmup_steps=10, learning_rate=2.0)
-    rates = [learning_rate(step, 110, config) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.2 * i for i in range(1, 11)])
-    assert rates[10:] == pytest.approx([2 - 0.02 * i for i in range(100)])
 
 
 def test_every_step_is_taken_with_its_learning_rate_and_the_clipped_gradient(monkeypatch):
@@ -95,10 +86,6 @@ def test_the_windows_of_every_epoch_are_shuffled_and_start_at_another_offset():
     assert stream != list(islice(window_starts(8 * 20, 8, seed=2), 2 * 20))
 
 
-def starts_of_words(text):
-    return [word.start() for word in find_words(text)]
-
-
 def batches_from(run, corpus, count):
     """The batches of the next steps of a run, as they would be if it were long enough. No step is taken."""
     run = dataclasses.replace(run, total_steps=run.step + count)
@@ -130,14 +117,6 @@ def test_training_sees_every_part_of_the_text_equally_often_and_every_window_in_
             assert min(counts) >= 1                                 # after one epoch
         assert max(counts) - min(counts) <= 1
     assert seen == set(range(96))
-
-
-def test_a_sliding_window_is_consecutive_tokens_and_its_targets_are_shifted_by_one():
-    run, corpus = run_on_numbers(batch_size=3, max_steps=50)
-    for batch in batches_from(run, corpus, 50):
-        for inputs, targets in rows_of(batch):
-            assert inputs == tuple(range(inputs[0], inputs[0] + 8))
-            assert targets == tuple(token + 1 for token in inputs)
 
 
 @pytest.mark.parametrize("tokenizer", ["word", "story"])
@@ -174,21 +153,6 @@ def test_every_batch_has_its_full_size(share, batch_size):
     batches = batches_from(run, corpus, 60)
     assert {tuple(part.shape) for batch in batches for part in batch} == {(batch_size, 12)}
     assert {part.dtype for batch in batches for part in batch} == {torch.long}
-
-
-LONG_WORDS = ["incomprehensibilities", "counterrevolutionaries", "electroencephalographically."] * 9
-
-
-@pytest.mark.parametrize("tokenizer, space", [
-    ("word", " "), ("word", " \n\n\t"), ("word", " " * 300), ("story", " "), ("story", "\n\n")], ids=repr)
-def test_prompt_windows_end_between_tokens_however_long_the_words_are(tokenizer, space):
-    text = space.join(LONG_WORDS)
-    for T in (3, 8, 20):
-        _, corpus = tiny(text, tokenizer, val_fraction=0.0, context_length=T)
-        for start in starts_of_words(text):
-            token_ids = [token for token in prompt_window(corpus, start, T) if token != IGNORE_INDEX]
-            whole = [*corpus.tokenizer.encode(text[start:]), corpus.tokenizer.end_of_text]
-            assert token_ids == whole[:T + 1]       # no word is cut, which would make it <|unk|>
 
 
 def test_padding_is_no_input_and_does_not_count():
@@ -274,13 +238,6 @@ def test_the_loss_of_a_run_is_that_of_its_last_batch_before_the_step():
     assert run.loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_batch_can_be_overfitted(monkeypatch):
-    run, corpus = tiny(max_steps=100, learning_rate=0.01, eval_every=1000)
-    batch, = batches_from(run, corpus, 1)
-    monkeypatch.setattr(story_llm, "training_batches", lambda run, corpus: itertools.repeat(batch, 100))
-    assert train_to(run, corpus).loss < 0.3
-
-
 def test_what_cannot_be_measured_is_none_and_a_prompt_is_no_whole_text():
     for count, is_split in ((50, False), (60, True)):        # of 950 characters, a tenth would be 95
         run = trained("They went upriver. " * count, max_steps=1)
@@ -354,23 +311,12 @@ def test_called_plainly_train_trains_and_with_a_path_there_is_always_a_file(tmp_
     assert same(*(torch.load(tmp_path / name, weights_only=True) for name in ("run.pt", "loop.pt")))
 
 
-def test_max_steps_overrides_epochs_and_without_either_there_is_a_default():
-    assert tiny(epochs=9, max_steps=4)[0].total_steps == 4
-    run, _ = tiny(epochs=9)
-    assert run.total_steps == 9 * run.steps_per_epoch
-    assert tiny(batch_size=1, epochs=0)[0].total_steps == 20 * tiny(batch_size=1)[0].steps_per_epoch
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_a_caller_who_leaves_the_loop_stops_the_training(stop_at, tmp_path):
-    run, corpus = tiny()
-    for _ in training_steps(run, corpus):
-        if run.step == stop_at:
-            break
-    assert run.step == stop_at and not run.model.training and torch.is_grad_enabled()
-    save_checkpoint(tmp_path / "run.pt", run)
-    loaded = load_checkpoint(tmp_path / "run.pt")
-    assert loaded.step == stop_at and weights_equal(loaded.model, run.model) and loaded.history == run.history
+def test_a_caller_who_leaves_the_loop_stops_the_training_which_can_go_on_without_a_file():
+    whole, (run, corpus) = trained(), tiny()
+    for stop_at in (1, 3, 4, 7, None):
+        train_to(run, corpus, stop_at)
+        assert run.step == (stop_at or 12) and not run.model.training and torch.is_grad_enabled()
+    assert run.history == whole.history and weights_equal(run.model, whole.model)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -385,16 +331,9 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit_and_another_seed_other
     assert not weights_equal(first.model, other.model)
 
 
-def test_an_untrained_run_has_the_weights_of_its_seed():
-    torch.manual_seed(1)
-    one = tiny(seed=1)[0].model
-    torch.manual_seed(2)
-    assert weights_equal(one, tiny(seed=1)[0].model) and not weights_equal(one, tiny(seed=2)[0].model)
-
-
-@pytest.mark.parametrize("kind", [{"tokenizer": "story", "precision": "bf16"}, {"position": "sinusoidal"},
-                                  {"position": "rotary"}, {"tie_weights": True, "qkv_bias": True}, {"gelu": "tanh"}],
-                         ids=str)
+@pytest.mark.parametrize("kind", [
+    {"tokenizer": "story", "precision": "bf16"}, {"position": "sinusoidal"},
+    {"position": "rotary", "tie_weights": True, "qkv_bias": True, "gelu": "tanh"}], ids=str)
 def test_every_kind_of_model_can_memorize_the_text(kind):
     run = trained(emb_dim=64, epochs=70, eval_every=1000, val_fraction=0.0, batch_size=16, learning_rate=4e-3, **kind)
     assert measure_recall(run.model, run.tokenizer, TEXT) == 1.0
@@ -515,13 +454,6 @@ def test_without_a_validation_split_keeping_the_best_weights_is_refused():
 FEW_STEPS = {"max_steps": 6, "eval_every": 100, "drop_rate": 0.1}
 
 
-def test_gradients_from_before_the_training_change_nothing():
-    run, corpus = tiny(**FEW_STEPS)
-    (1000 * batch_loss(run.model, *batches_from(run, corpus, 1)[0])).backward()
-    train_to(run, corpus)
-    assert weights_equal(run.model, trained(**FEW_STEPS).model)
-
-
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_step_that_was_interrupted_after_the_gradient_can_be_taken_again(step, monkeypatch):
     run, corpus = tiny(**FEW_STEPS)
@@ -594,22 +526,6 @@ def test_making_training_saving_and_loading_a_run_leave_the_global_state_alone(t
     assert global_state() == before
 
 
-def test_importing_the_program_changes_nothing_global():
-    code = """if True:
-        import random, sys, torch
-        def state():
-            return (torch.get_rng_state().tolist(), random.getstate(), torch.get_default_dtype(),
-                    torch.is_grad_enabled(), torch.get_num_threads(), torch.get_num_interop_threads(), sys.path)
-        torch.set_num_threads(3)
-        torch.set_default_dtype(torch.float64)
-        before = state()
-        import story_llm
-        assert state() == before
-        assert "tiktoken" not in sys.modules and "matplotlib" not in sys.modules"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 # precision
 
 def test_weights_and_optimizer_state_are_float32_whatever_the_precision():
@@ -618,16 +534,17 @@ def test_weights_and_optimizer_state_are_float32_whatever_the_precision():
     assert {average.dtype for entry in optimizer_averages(run).values() for average in entry} == {torch.float32}
 
 
-CAPABILITIES = [({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True), ({}, False),
-                ({"avx512_bf16": False, "amx_bf16": False, "avx2": True, "avx512_f": True}, False)]
+CAPABILITIES = [({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True),
+                ({}, False), ({"avx512_bf16": False, "amx_bf16": False, "avx2": True, "avx512_f": True}, False)]
 
 
 @pytest.mark.parametrize("capabilities, expected", CAPABILITIES, ids=str)
 def test_auto_chooses_bf16_on_a_cpu_with_instructions_for_it(capabilities, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     cpu = torch.device("cpu")
     assert use_bf16(cpu, "auto") is expected
-    assert use_bf16(cpu, "bf16") is True and use_bf16(cpu, "fp32") is False
+    for device in ("cpu", "cuda"):
+        assert [use_bf16(torch.device(device), wish) for wish in ("bf16", "fp32")] == [True, False]
     assert use_bf16(torch.device("mps"), "auto") is False
     seen = {True: set(), False: set()}
     run, corpus = tiny(precision="auto", max_steps=2)
@@ -640,6 +557,7 @@ def test_auto_chooses_bf16_on_a_cpu_with_instructions_for_it(capabilities, expec
 @pytest.mark.parametrize("capability, expected", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 1), True)])
 def test_auto_chooses_bf16_on_gpus_since_ampere(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True}, raising=False)   # says nothing of a GPU
     assert use_bf16(torch.device("cuda"), "auto") is expected
 
 
@@ -689,13 +607,6 @@ def test_training_that_is_resumed_at_every_step_ends_bit_for_bit_as_without_a_st
         assert weights_equal(run.model, model) and same(optimizer_averages(run), state)
         save_checkpoint(path, run)
     assert len(on_the_way) == whole.step >= 6 and run.history == whole.history
-
-
-def test_training_can_be_stopped_and_go_on_without_a_file():
-    whole, (run, corpus) = trained(), tiny()
-    for stop_at in (1, 3, 4, 7, None):
-        train_to(run, corpus, stop_at)
-    assert run.history == whole.history and weights_equal(run.model, whole.model)
 
 
 def test_more_steps_go_on_with_the_batches_that_would_have_come():
@@ -748,24 +659,15 @@ def test_a_text_of_five_words_gets_a_smaller_context_and_no_validation_split():
     assert [evaluation.val_loss for evaluation in run.history] == [None] * len(run.history) != []
 
 
-def test_a_text_that_is_long_enough_keeps_its_context_and_its_validation_split():
-    run, corpus = tiny(context_length=8, val_fraction=0.3)
-    assert run.config.context_length == 8
-    assert corpus.train_text + TEXT[len(corpus.train_text):] == TEXT and len(corpus.val_ids) > 8
-
-
 @pytest.mark.parametrize("text", ["a", "word"])
 def test_a_text_of_one_token_is_refused(text):
     with pytest.raises(StoryError, match="short"):
         new_run(corpus_from_text(text, "word"))
 
 
-def test_a_corpus_that_was_split_otherwise_and_the_path_of_a_file_as_a_text_are_refused():
+def test_a_corpus_that_was_split_otherwise_is_refused():
     corpus = corpus_from_text(TEXT, "word", TrainConfig(val_fraction=0.3))
     for other in (None, TrainConfig(val_fraction=0.2)):
         with pytest.raises(StoryError, match="TrainConfig"):
             new_run(corpus, train_config=other)
     assert new_run(corpus, train_config=TrainConfig(val_fraction=0.3, seed=3)).step == 0
-    for path in (str(PROGRAM), str(PROGRAM.with_name("Short_Story.txt"))):
-        with pytest.raises(StoryError, match="path"):
-            corpus_from_text(path, "word")

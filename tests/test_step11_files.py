@@ -18,10 +18,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import (KINDS, PROGRAM, ROOT, TEXT, bare_environment, same, story_llm, tiny, train_to, trained,
-                     weights_equal)
-from story_llm import (FORMAT, StoryError, generate_text, generate_text_simple, load_checkpoint, measure_recall,
-                       optimizer_averages, save_checkpoint)
+from helpers import KINDS, ROOT, TEXT, same, story_llm, tiny, train_to, trained, weights_equal
+from story_llm import FORMAT, StoryError, load_checkpoint, optimizer_averages, save_checkpoint
 
 POSIX = os.name == "posix"
 NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")      # line ends, and what controls a terminal
@@ -123,7 +121,7 @@ def test_no_weights_are_in_a_file_twice(kind, tmp_path):
     """With keep_best, the last weights are there only where they are not the best; tied weights are one tensor."""
     run, corpus = tiny(**{"max_steps": 100, "learning_rate": 0.01, "eval_every": 1, "val_fraction": 0.3, **kind})
     seen = set()
-    for _ in islice(story_llm.training_steps(run, corpus), 40):
+    for _ in islice(story_llm.training_steps(run, corpus), 40 if "keep_best" in kind else 3):
         save_checkpoint(tmp_path / "run.pt", run)
         contents, last_is_best = read(tmp_path / "run.pt"), story_llm.step_of_weights(run) == run.step
         assert (contents["last_weights"] is None) == last_is_best
@@ -133,54 +131,15 @@ def test_no_weights_are_in_a_file_twice(kind, tmp_path):
     assert seen == ({True, False} if "keep_best" in kind else {True})
 
 
-def test_a_path_may_be_a_string_or_relative_and_only_the_checkpoint_is_left_in_the_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        save_checkpoint("model.pt", tiny()[0])
-    assert load_checkpoint("model.pt").step == 0 and load_checkpoint(str(tmp_path / "model.pt")).step == 0
-    assert os.listdir() == ["model.pt"]
-
-
-def test_a_loaded_run_can_be_used_like_any_other(saved):
-    run = load_checkpoint(saved[0], device="cpu")
-    ids = run.tokenizer.encode("The old ferryman")
-    assert run.model(torch.tensor([ids, ids])).shape == (2, len(ids), run.tokenizer.vocab_size)
-    assert generate_text_simple(run.model, torch.tensor([ids]), 3, run.config.context_length).shape == (1, len(ids) + 3)
-    assert isinstance(run.tokenizer.decode(ids), str)
-    assert isinstance(measure_recall(run.model, run.tokenizer, TEXT), float)
-
-
-def test_generating_needs_nothing_but_the_program_and_the_file(saved, tmp_path):
+def test_a_checkpoint_is_a_file_of_plain_values_and_tensors_that_torch_alone_can_read(saved):
     path, run = saved
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "here").mkdir()
-    shutil.copy(PROGRAM, tmp_path / "here" / "story_llm.py")
-    shutil.copy(path, tmp_path / "here" / "story_llm.pt")
-    expected = "The old ferryman" + "".join(generate_text(run.model, run.tokenizer, "The old ferryman", 12)) + "\n"
-    done = subprocess.run(
-        [sys.executable, "story_llm.py", "generate", "--prompt", "The old ferryman", "--max-new-tokens", "12"],
-        env={**os.environ, **bare_environment(tmp_path / "cache"), "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
-        cwd=tmp_path / "here", capture_output=True, encoding="utf-8", timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
-    assert sorted(os.listdir(tmp_path / "here")) == ["story_llm.pt", "story_llm.py"]
-    assert os.listdir(tmp_path / "cache") == []
-
-
-def test_a_checkpoint_is_a_plain_file_of_torch_that_needs_no_story_llm(saved):
-    """A process that does not know the program loads the file with torch alone and finds plain values in it."""
-    path, run = saved
-    code = """if True:
-        import json, sys, torch
-        saved = torch.load(sys.argv[1], weights_only=True)
-        assert "story_llm" not in sys.modules
-        weights = {name: list(weight.shape) for name, weight in saved.pop("weights").items()}
-        averages = {name: [list(average.shape) for average in entry] for name, entry in saved.pop("averages").items()}
-        print(json.dumps({"weights": weights, "averages": averages, **saved}))"""
-    done = subprocess.run([sys.executable, "-I", "-c", code, path], capture_output=True, encoding="utf-8", timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["weights"] == {name: list(weight.shape) for name, weight in run.model.state_dict().items()}
-    assert found["averages"] == {name: [list(p.shape)] * 2 for name, p in run.model.named_parameters()}
+    found = read(path)      # with weights_only, torch refuses whatever belongs to story_llm
+    weights, averages = found.pop("weights"), found.pop("averages")
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        name: weight.shape for name, weight in run.model.state_dict().items()}
+    assert {name: [average.shape for average in pair] for name, pair in averages.items()} == {
+        name: [p.shape] * 2 for name, p in run.model.named_parameters()}
+    assert json.loads(json.dumps(found)) == found       # plain values
     assert found["config"] == asdict(run.config) and found["train_config"] == asdict(run.train_config)
     assert found["tokenizer"] == {"kind": "word", "tokens": run.tokenizer.tokens}
     assert found["history"] == [asdict(evaluation) for evaluation in run.history]
@@ -188,7 +147,7 @@ def test_a_checkpoint_is_a_plain_file_of_torch_that_needs_no_story_llm(saved):
 
 
 @pytest.mark.parametrize("exists", [True, False], ids=["to a file", "to a file that does not exist yet"])
-def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path, exists):
+def test_a_symbolic_link_is_followed_and_stays_a_link_and_an_old_model_is_kept_beside_the_file(tmp_path, exists):
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "model.pt", tmp_path / "disk" / "real.pt"
     try:
@@ -202,6 +161,8 @@ def test_a_symbolic_link_is_followed_and_stays_a_link(tmp_path, exists):
     assert link.is_symlink() and not target.is_symlink()
     assert all(weights_equal(load_checkpoint(path).model, run.model) for path in (target, link))
     assert os.listdir(tmp_path / "disk") == ["real.pt"] and sorted(os.listdir(tmp_path)) == ["disk", "model.pt"]
+    target.write_bytes(b"a file of another kind")
+    assert os.path.samefile(story_llm.keep_finished_model(link), tmp_path / "disk" / "real.old.pt")
 
 
 @pytest.mark.skipif(not POSIX, reason="Windows has no such modes")
@@ -237,26 +198,18 @@ def assert_untouched(path, saved):
 def test_a_full_disk_leaves_the_old_file_and_no_temporary_file(saved, copied):
     """The process may not write files of more than so many bytes. It reaches this limit at once, in a tensor, or at the
     very end."""
-    pytest.importorskip("resource")          # Windows does not have it
-    size = copied.stat().st_size
-    code = """if True:
-        import os, resource, sys, story_llm
-        run = story_llm.load_checkpoint("model.pt")
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        for limit in map(int, sys.argv[1:]):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            try:
-                story_llm.save_checkpoint("model.pt", run)
-            except story_llm.StoryError as error:
-                assert "model.pt" in str(error) and "\\n" not in str(error), error
-            else:
-                sys.exit(f"{limit} bytes were enough")
-            assert os.listdir() == ["model.pt"], os.listdir()"""
-    limits = [0, 100, 20_000, size // 2, size - 100, size - 1]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, limits)], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          cwd=copied.parent, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_untouched(copied, saved)
+    resource = pytest.importorskip("resource")          # Windows does not have it
+    size, usual = copied.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 20_000, size // 2, size - 100, size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+        try:
+            with pytest.raises(StoryError, match="could not be written") as caught:
+                save_checkpoint(copied, saved[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        assert_one_line_about(copied, caught.value)
+        assert "enforce fail" not in str(caught.value)      # which is torch's way to say so
+        assert_untouched(copied, saved)
 
 
 @pytest.mark.parametrize("owner, function", [(torch, "save"), (os, "fsync"), (os, "replace")])
@@ -298,8 +251,9 @@ def test_devices_and_pipes_are_neither_replaced_nor_read(saved, tmp_path):
         with pytest.raises(StoryError) as caught:
             save_checkpoint(path, saved[1])
         assert_one_line_about(os.path.realpath(path), caught.value)
-        with pytest.raises(StoryError):
-            load_checkpoint(path)
+        for refuse in (load_checkpoint, story_llm.check_writable):
+            with pytest.raises(StoryError):
+                refuse(path)
         assert os.stat(path).st_mode == before.st_mode and os.stat(path).st_ino == before.st_ino
     assert sorted(os.listdir(tmp_path)) == ["null", "pipe"]
 
@@ -337,9 +291,10 @@ NO_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", NO_CHECKPOINTS)
-def test_a_file_of_another_kind_is_refused(kind, tmp_path):
+def test_a_file_of_another_kind_is_refused(kind, tmp_path, recwarn):
     (tmp_path / "model.pt").write_bytes(NO_CHECKPOINTS[kind])
     refusal(tmp_path / "model.pt")
+    assert not list(recwarn)        # a warning would be a second line
 
 
 @pytest.mark.parametrize("content", [{}, [], "text", torch.zeros(3), {"weights": {}}, {"format": FORMAT},
@@ -427,9 +382,12 @@ def test_a_file_of_an_older_or_newer_format_is_refused_with_both_numbers(saved, 
 
 
 def test_after_any_change_of_the_model_its_old_files_are_refused_with_a_line_that_says_so(tmp_path, monkeypatch):
-    """Another result with the same weights, or other parts."""
+    """Other shapes, another result with the same weights, or other parts."""
     forward = story_llm.GPTModel.forward
-    changes = [(torch.nn.functional, "gelu", lambda x, approximate: torch.nn.functional.silu(x)),
+    make_linear = story_llm.make_linear
+    changes = [(story_llm, "make_linear", lambda n, m, *rest, **options: make_linear(
+                   n, m + 2 if m == 4 * n else m, *rest, **options)),
+               (torch.nn.functional, "gelu", lambda x, approximate: torch.nn.functional.silu(x)),
                (story_llm.GPTModel, "forward", lambda self, ids, cache=None: 1.1 * forward(self, ids, cache)),
                (story_llm, "make_norm", lambda config: torch.nn.RMSNorm(config.emb_dim))]
     runs = [tiny()[0], trained(), story_llm.new_run(story_llm.corpus_from_text(TEXT, "word"))]
@@ -518,8 +476,7 @@ def set_token(index, token):
 ENTRIES = ("config", "tokenizer", "weights", "format", "test_loss", "train_config", "history",
            *story_llm.PLAIN_FIELDS)
 OTHER_TYPES = {"a tensor": torch.zeros(2), "a tensor of one number": torch.tensor(1), "None": None, "a number": 3.5,
-               "a huge number": 10**400, "text": "text", "bytes": b"text", "a list": [[1]], "a dictionary": {"a": {}},
-               "a set": {1}, "NaN": math.nan}
+               "a huge number": 10**400, "text": "text", "a list": [[1]], "NaN": math.nan}
 OUT, QUERY = "out_head.weight", "trf_blocks.0.att.query.weight"
 ODD_TENSORS = {
     "of another shape": lambda weight: weight[:-1].clone(), "transposed": lambda weight: weight.mT.contiguous().mT,
@@ -528,13 +485,12 @@ ODD_TENSORS = {
     "in bf16": lambda weight: weight.bfloat16(), "in float64": lambda weight: weight.double(),
     "a parameter": torch.nn.Parameter, "expanded": lambda weight: torch.zeros(1).expand(weight.shape),
     "with NaN": lambda weight: weight * math.nan, "with infinity": lambda weight: weight + math.inf,
-    "quantized": lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8),
     "a list": lambda weight: weight.tolist(), "text": lambda weight: "text", "None": lambda weight: None}
 WRONG = {       # {what is wrong: how to make a good state wrong}
     **{f"no {name}": lambda state, name=name: state.pop(name) for name in (*ENTRIES, "last_weights", "averages")},
     **{f"{name} is {kind}": change(**{name: value}) for name in ENTRIES for kind, value in OTHER_TYPES.items()
        if not (name == "test_loss" and kind == "a number") and not (kind == "a list" and name == "history")
-       and not (kind in ("text", "bytes") and type(value) is story_llm.PLAIN_FIELDS.get(name))},
+       and not (kind == "text" and type(value) is story_llm.PLAIN_FIELDS.get(name))},
     **{f"{name} is {kind}": change(**{name: value}) for name in ("last_weights", "averages")
        for kind, value in OTHER_TYPES.items() if value is not None},
     **{f"a weight is {kind}": edit(QUERY, function) for kind, function in ODD_TENSORS.items()},
@@ -545,10 +501,9 @@ WRONG = {       # {what is wrong: how to make a good state wrong}
        for kind, function in ODD_TENSORS.items()},
     **{f"{name} is {value!r:.9}": change("history", 0, **{name: value})
        for name in ("train_loss", "val_loss", "recall", "epoch", "step") for value in (
-           math.nan, math.inf, -math.inf, -1e308, 1e308, 10**400, [1], {}, "0", b"0", torch.zeros(2),
-            torch.tensor(1.0))},
+           math.nan, -math.inf, -1e308, 1e308, 10**400, [1], "0", torch.tensor(1.0))},
     **{f"{name} is {value!r:.9}": change("history", 0, **{name: value})
-       for name in ("sample", "prompt") for value in (None, 1, [1], b"x", torch.zeros(2))},
+       for name in ("sample", "prompt") for value in (None, 1, b"x")},
     "weights are missing": lambda state: state["weights"].clear(),
     "a weight is missing": lambda state: state["weights"].pop(QUERY),
     "a weight too many": change("weights", more=torch.zeros(3)),
@@ -651,7 +606,9 @@ COMMANDS = (["generate", "--prompt", "The old", "--max-new-tokens", "2"], ["eval
 
 @pytest.mark.parametrize("strange", STRANGE)
 def test_no_command_shows_a_traceback_for_a_file_whose_parts_do_not_fit_together(
-        folder, trained_here, call, strange, recwarn):
+        folder, trained_here, call, strange, recwarn, monkeypatch):
+    if "prompt" not in strange and "history" not in strange:
+        monkeypatch.setattr(story_llm, "save_figure", lambda figure, path: figure)      # what is drawn is the usual
     state = read("story_llm.pt")
     STRANGE[strange](state)
     torch.save(state, "strange.pt")
@@ -756,7 +713,7 @@ def test_a_file_that_claims_a_huge_model_is_refused_before_it_takes_memory(saved
     (tmp_path / "zip bomb").write_bytes(zip_file(entries, zipfile.ZIP_DEFLATED))
     names = [*CLAIMS, "zip bomb"]
     done = subprocess.run([sys.executable, "-c", READ_EACH, saved[0], *names], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=300)
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [result[0] for result in results] == names
@@ -786,19 +743,6 @@ def test_an_unfinished_training_is_not_kept_and_where_nothing_is_there_is_nothin
             train_to(run, corpus, step)
         save_checkpoint(tmp_path / "model.pt", run)
         assert story_llm.keep_finished_model(tmp_path / "model.pt") is None and os.listdir(tmp_path) == ["model.pt"]
-
-
-def test_a_model_behind_a_symbolic_link_is_kept_in_its_folder(saved, tmp_path):
-    (tmp_path / "disk").mkdir()
-    shutil.copy(saved[0], tmp_path / "disk" / "real.pt")
-    try:
-        (tmp_path / "model.pt").symlink_to(tmp_path / "disk" / "real.pt")
-    except OSError:
-        pytest.skip("symbolic links are not allowed here")
-    story_llm.keep_finished_model(tmp_path / "model.pt")
-    save_checkpoint(tmp_path / "model.pt", tiny()[0])
-    assert (tmp_path / "model.pt").is_symlink() and load_checkpoint(tmp_path / "model.pt").step == 0
-    assert (tmp_path / "disk" / "real.old.pt").read_bytes() == saved[0].read_bytes()
 
 
 @pytest.mark.parametrize("obstacle", ["a full disk", "a pipe", "a folder"])

@@ -1,5 +1,6 @@
 """Step 12: the loss curves show the history, in a picture of the requested kind."""
 import math
+import os
 import struct
 import warnings
 from xml.etree import ElementTree
@@ -79,33 +80,33 @@ def test_an_svg_and_a_pdf_picture_are_saved(tmp_path):
     assert (tmp_path / "loss.pdf").read_bytes().startswith(b"%PDF")
 
 
-@pytest.mark.parametrize("backend", ["nonsense", "module://a_notebook.backend_inline"])
-def test_a_picture_is_drawn_whatever_the_backend_of_the_environment_is(tmp_path, run_program, backend):
+def test_a_picture_is_drawn_whatever_the_backend_of_the_environment_is(tmp_path, run_program):
     """A notebook sets one that other programs do not have."""
     save_checkpoint(tmp_path / "story_llm.pt", trained(max_steps=2))
-    done = run_program(tmp_path, "plot", MPLBACKEND=backend, DISPLAY="")
+    done = run_program(tmp_path, "plot", MPLBACKEND="module://a_notebook.backend_inline", DISPLAY="")
     assert (done.returncode, done.stdout, done.stderr) == (0, "drew loss.png\n", "")
-
-
-@pytest.mark.parametrize("command", ["plot", "attention", "train"])
-def test_a_picture_does_not_take_the_place_of_the_model_or_of_the_text(trained_here, folder, call, command):
-    model = folder / "m.png"
-    (folder / "story_llm.pt").rename(model)
-    (folder / "link.png").symlink_to(model)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    text = ["--text", "my.txt", "--tokenizer", "word"] if command == "train" else []
-    for plot in ("m.png", "./m.png", str(model), "link.png"):
-        status, out, err = call(command, "--model", "m.png", "--plot", plot, *text)
-        assert (status, out, err.count("\n")) == (1, "", 1) and "m.png" in err
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_an_empty_history_an_unknown_kind_of_picture_and_a_missing_folder_are_refused(tmp_path):
     with pytest.raises(StoryError, match="history"):
         plot_losses([], 300)
-    for name in ("loss.xyz", "loss", "loss.png.txt"):
+    (tmp_path / "folder.png").mkdir()
+    for name in ("loss.xyz", "loss", "loss.png.txt", "folder.png"):
         with pytest.raises(StoryError, match=name):
             plot_losses(HISTORIES["usual"], 300, tmp_path / name)
     with pytest.raises(StoryError, match="nowhere"):
         plot_losses(HISTORIES["usual"], 300, tmp_path / "nowhere" / "loss.png")
-    assert not list(tmp_path.iterdir())
+    assert os.listdir(tmp_path) == ["folder.png"]
+
+
+def test_a_picture_is_named_after_the_model_unless_that_has_its_usual_name(folder, trained_here, call):
+    (folder / "runs").mkdir()
+    model, name = "runs/a.b.pt", "runs/a.b_{}.png"
+    assert call("attention") == (0, "drew attention.png\n", "")
+    os.rename("story_llm.pt", model)
+    assert call("plot", "--model", model) == (0, f"drew {name.format('loss')}\n", "")
+    assert call("attention", "--model", model) == (0, f"drew {name.format('attention')}\n", "")
+    assert call("plot", "--model", model, "--plot", "x.svg") == (0, "drew x.svg\n", "")
+    assert (folder / "x.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert {name.format("loss"), name.format("attention"), "x.svg"} <= {
+        str(path.relative_to(folder)) for path in folder.rglob("*.*")}

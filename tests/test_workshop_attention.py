@@ -59,19 +59,6 @@ def test_attention_equals_a_naive_loop(T, S, fused, dtype, tolerance):
                                rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("T, S", T_OF_S)
-def test_both_kinds_of_attention_have_the_same_gradients(T, S):
-    """In 64-bit numbers, rounding explains no more than 1e-9."""
-    tensors, weight = some_tensors(T, S, dtype=torch.float64), torch.randn(2, 3, T, 4, dtype=torch.double)
-    gradients = []
-    for function in (plain_attention, lambda *each: fused_attention(*each, NO_DROPOUT)):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        gradients.append(torch.autograd.grad((function(*leaves) * weight).sum(), leaves))
-    for one, other in zip(*gradients):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    assert gradients[0][2].abs().min() > 0      # every value is attended to
-
-
 def test_on_the_cpu_attention_is_computed_step_by_step(monkeypatch):
     monkeypatch.delattr(F, "scaled_dot_product_attention")
     assert lively_model()(IDS).shape == (1, 6, 40)
@@ -175,14 +162,10 @@ def test_of_a_long_prompt_the_last_window_is_drawn_and_a_picture_of_much_fits_in
 
 
 def test_the_picture_is_saved_whatever_the_names_of_the_tokens(tmp_path, no_warnings):
-    """matplotlib would read $...$ as a formula. A kind of picture that it does not know is refused."""
+    """matplotlib would read $...$ as a formula."""
     text = "a $b$ $ d_ $\\e{$ f^{ and so on " * 3
     run, _ = tiny(text)
     plot_attention(run, text[:25], tmp_path / "one.png")
     content = (tmp_path / "one.png").read_bytes()
     width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and min(width, height) > 200
-    (tmp_path / "folder.png").mkdir()
-    for path in ("one.txt", "one", "folder.png", "missing/one.png"):
-        with pytest.raises(StoryError, match=path.split("/")[-1].replace(".", r"\.")):
-            plot_attention(run, "a", tmp_path / path)

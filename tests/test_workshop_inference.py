@@ -1,4 +1,4 @@
-"""The workshop's inference: the layout of oneDNN, weights in bf16; dropout and random numbers; which device is used."""
+"""The workshop's inference: the layout of oneDNN, weights in bf16; random numbers; which device is used."""
 import contextlib
 import copy
 import re
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import KINDS, lively_model, story_llm, tiny, train_to
-from story_llm import count_parameters, generate, generate_text_simple, load_checkpoint, prepare_inference, seeded_rng
+from story_llm import count_parameters, generate, generate_text_simple, prepare_inference, seeded_rng
 
 PROMPT = torch.tensor([[3, 1, 4]])
 
@@ -59,39 +59,7 @@ def test_the_command_can_use_bf16_and_is_exact_by_default(tmp_path, capsys):
     assert re.search(r"--precision \{auto,bf16,fp32\}[^-]*default:\s+fp32", capsys.readouterr().out)
 
 
-# dropout and random numbers
-
-def test_an_exception_in_a_training_step_leaves_the_model_in_evaluation_mode(tmp_path):
-    """Otherwise greedy text would differ from call to call, and a file that was saved could not be loaded."""
-    run, corpus = tiny(drop_rate=0.5)
-    train_to(run, corpus, 3)
-    before = torch.get_rng_state()
-
-    def interrupt(*given):
-        raise KeyboardInterrupt
-    handle = run.model.final_norm.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train_to(run, corpus)
-    handle.remove()
-    assert not run.model.training and torch.equal(torch.get_rng_state(), before)
-    assert run.write("The old", 20) == run.write("The old", 20)
-    story_llm.save_checkpoint(tmp_path / "run.pt", run)
-    assert load_checkpoint(tmp_path / "run.pt").write("The old", 20) == run.write("The old", 20)
-    assert train_to(run, corpus).step == run.total_steps       # and it can go on
-
-
-def test_dropout_depends_on_the_seed_and_the_step_alone():
-    def drawn(seed, step):
-        run, _ = tiny(drop_rate=0.5, seed=seed)
-        run.step = step
-        torch.manual_seed(step + 17)
-        with story_llm.training_mode(run):
-            assert run.model.training
-            return torch.rand(4).tolist()
-
-    assert drawn(1, 2) == drawn(1, 2)
-    assert len({tuple(drawn(*both)) for both in ((1, 2), (1, 3), (2, 2), (2, 1))}) == 4
-
+# random numbers
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_a_seeded_block_leaves_the_random_state_of_its_device_as_it_was(name, monkeypatch):
@@ -133,14 +101,3 @@ def test_a_device_that_is_not_there_is_refused_with_its_name(name):
         pytest.skip("this machine has one")
     with pytest.raises(story_llm.StoryError, match=re.escape(repr(name))):
         story_llm.choose_device(name)
-
-
-@pytest.mark.parametrize("capability, capabilities, expected", [
-    ((8, 0), {}, True), ((7, 5), {"amx_bf16": True}, False), (None, {}, False), (None, {"avx512_bf16": True}, True),
-    (None, {"amx_bf16": True}, True), (None, {"bf16": True}, True)])
-def test_auto_computes_in_bf16_where_the_hardware_has_instructions_for_it(capability, capabilities, expected,
-                                                                          monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    device = torch.device("cuda" if capability else "cpu")
-    assert [story_llm.use_bf16(device, name) for name in ("auto", "bf16", "fp32")] == [expected, True, False]

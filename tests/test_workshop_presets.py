@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from helpers import TEXT, story_llm, tiny
-from story_llm import PRESETS, GPTConfig, Options, StoryError, TrainConfig, override_settings, preset_settings
+from helpers import TEXT, story_llm
+from story_llm import FIELDS, PRESETS, GPTConfig, Options, TrainConfig, override_settings, preset_settings
 
 SIZES = (1, 60_000, 100_000, 1_000_000, 10_000_000, 10**9)
 
@@ -23,7 +23,7 @@ def test_every_preset_consists_of_valid_settings_whatever_the_size_of_the_text(n
         ours = {f.name: settings[f.name] for f in dataclasses.fields(known) if f.name in settings}
         assert dataclasses.asdict(override_settings(known(), settings)).items() >= ours.items()     # or a StoryError
         changed |= ours.keys()
-    assert changed == settings.keys()
+    assert changed == settings.keys() and name in FIELDS["preset"].metadata["choices"]
 
 
 def test_the_longer_a_text_the_wider_the_model_that_learns_it_by_heart_and_the_less_a_writer_is_limited():
@@ -34,6 +34,16 @@ def test_the_longer_a_text_the_wider_the_model_that_learns_it_by_heart_and_the_l
     assert all(novel["emb_dim"] == 64 * novel["n_heads"] for novel in novels)
     decays = [preset_settings("writer", n_bytes)["weight_decay"] for n_bytes in (500, 100_000, 400_000, 1_600_000)]
     assert decays == [5, 5, 2.5, 1.25]
+
+
+def test_gpt2_small_has_gpt2s_architecture_and_a_writer_is_one_that_generalizes():
+    small, training = [override_settings(settings(), preset_settings("gpt2-small", 20_000))
+                       for settings in (GPTConfig, TrainConfig)]
+    assert (small.vocab_size, small.context_length, small.emb_dim, small.n_heads, small.n_layers) == (
+        50257, 256, 768, 12, 12)
+    assert (small.qkv_bias, small.tie_weights, small.gelu, training.learning_rate) == (True, True, "tanh", 6e-4)
+    writer = preset_settings("writer", 20_000)
+    assert writer["context_length"] > GPTConfig().context_length and writer["keep_best"] and writer["prompt_windows"] == 0
 
 
 @pytest.mark.parametrize("n_bytes, preset", [(60_000, "story"), (60_001, "novel")])
@@ -92,9 +102,3 @@ def test_the_number_of_steps_follows_from_the_settings_alone(given, steps):
     for optimizer in ("adamw", "muon"):
         assert story_llm.count_steps(13, TrainConfig(optimizer=optimizer, **given)) == steps
         assert story_llm.count_steps(2, TrainConfig(optimizer=optimizer)) == 150
-
-
-def test_a_run_with_settings_other_than_those_of_its_corpus_is_refused():
-    _, corpus = tiny(val_fraction=0.0)
-    with pytest.raises(StoryError, match="TrainConfig"):
-        story_llm.new_run(corpus, GPTConfig(), TrainConfig(val_fraction=0.5))
