@@ -1027,7 +1027,7 @@ def recites(model, tokenizer, prompt, continuation):
 #     run.optimizer, run.train_config         how it is trained
 #     run.step, run.total_steps               steps done, and steps in all
 #     run.history                             what was measured on the way
-#
+
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
 # On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
 # of 0.1. Our model learns too slowly that way: with the best learning rate that we found, its loss
@@ -1256,12 +1256,12 @@ def training_steps(run, corpus):
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6 (over all
 # windows); at the fourth position it is 0.5, and from the eleventh on 0.07.
-#
+
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # When the process ends, all of this is lost, unless we save it. One file, a checkpoint, serves two
 # purposes. To generate, the file must suffice on a machine that does not have the story, so it
 # holds the model and the tokenizer. To resume training as if it had never stopped, we also need
-# whatever the next steps depend on.  No random state is among that, because every random choice
+# whatever the next steps depend on. No random state is among that, because every random choice
 # follows from the seed and the step number.
 #
 #     entry                              to generate    to resume
