@@ -96,8 +96,7 @@ def load_text(paths, encoding=""):
 # How will we know, later, whether the model has learned anything beyond this text or has only
 # memorized it? By holding some of the text back. The model is trained on the first nine tenths of
 # the story, the training split, and sees the rest, the validation split, only when we test it.
-#  `split_text` in the
-# workshop makes the cut.
+# `split_text` in the workshop makes the cut.
 #
 # Now for the numbers. The simplest way to get them is to split the text into words and punctuation
 # marks and to list every distinct piece once. This list is the vocabulary, and a piece's place in
@@ -368,7 +367,7 @@ def pytorch_in_one_page():
 
     Nobody told w that 2 * 5 is 10. Training a language model is the same loop, except that w is 1.7
     million parameters. The result is the loss, which says how wrong the predictions are: 0 if every
-    token was predicted with certainty, 7.6 if all were pure guesses."""
+    token was predicted with certainty, 7.6 if all were pure guesses (step 9)."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
 # What exactly does the model train on? On windows: stretches of consecutive tokens, each as long as
@@ -500,8 +499,8 @@ class GPTConfig(Settings):
 # training, chance does the choosing. A score is a sum of D products, where D, the length of a query
 # (within a head, as you will see), is 48. Since variances (mean squared distances from the mean) of
 # independent numbers add up, the standard deviation of a score is sqrt(48) = 6.9 times that of one
-# product: in our untrained model, 2.1 against 0.3. With such scores, the last token in a window of
-# 32 gives one token an attention weight of 0.34 on average, where equal shares would be 0.03. That
+# product: in our untrained model, 2.1 against 0.3. With such scores, the highest attention weight
+# of the last token in a window of 32 is 0.34 on average, where equal shares would be 0.03. That
 # preference is random, and training has to undo it before it can make a good choice.
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
@@ -560,10 +559,11 @@ def causal_mask(T, S, device=None):
     positions = torch.arange(S, device=device)
     return positions > positions[S - T:, None]      # broadcasting: a row against a column
 
-# The attention weights of a token add up to 1, so it can give more to one token only by giving less
-# to the others. But "his" needs both the person and the deed. That is why attention is computed
-# several times in parallel, by heads, each with attention weights of its own. These are the
-# attention weights of "his" in two of the four heads of the first block, before and after training:
+# But "his" needs both the person and the deed. One head could attend to both, yet it has a single
+# query to find two different things with, and their values would arrive already added up. That is
+# why attention is computed several times in parallel, by heads, each with queries, keys and values
+# of its own. These are the attention weights of "his" in two of the four heads of the first block,
+# before and after training:
 #
 #                     Once    Aad     han     ren     ounced  his
 #     head 3 before   0.14    0.16    0.08    0.28    0.15    0.20
@@ -636,9 +636,9 @@ class MultiHeadAttention(nn.Module):
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
 # Attention moves information between tokens. What a token then makes of it is the business of the
 # feed-forward network, which processes each token on its own: it maps the C numbers to 4 C hidden
-# units, applies an activation function to each, and maps the result back to C numbers. Without it,
-# two linear layers in a row would amount to one, just as 3 (2x) is 6x; with it, the network can
-# combine facts.
+# units, applies an activation function to each, and maps the result back to C numbers. Without the
+# activation function, two linear layers in a row would amount to one, just as 3 (2x) is 6x; with
+# it, the network can combine facts.
 #
 # Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
 # 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and bias -15
@@ -687,8 +687,8 @@ class FeedForward(nn.Module):
 # The original transformer normalized the sum: norm(x + f(x)). A norm divides by the standard
 # deviation s of its input, which puts 1 / s into the derivative. Since f(x) is added to an x that
 # has just been normalized, s is usually above 1, and in a deep model the gradient shrinks with
-# every block on its way back: it is large near the output and small far from it, and training must
-# start with small steps (Xiong et al. 2020). In pre-norm, x + f(norm(x)), the factors appear in f'
+# every block on its way back: it is large near the output and small far from it, which makes such
+# models hard to train (Xiong et al. 2020). In pre-norm, x + f(norm(x)), the factors appear in f'
 # alone, and the 1 stays a 1. Our model has only two blocks; with the original form its loss ends at
 # 0.63, partly because the first attention then reads an x that nothing has normalized.
 #
@@ -737,10 +737,10 @@ class TransformerBlock(nn.Module):
 # a normal distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of
 # 768, our dot products have fewer terms, so our standard deviation is larger, 0.04.
 #
-# The layers whose output is added to x start with smaller weights still, as in GPT-2. With 2
-# n_layers = n of them, a sum of n independent outputs has sqrt(n) times the standard deviation of
-# one. Dividing their weights by sqrt(n) keeps the initial x about as large in a deep model as in a
-# shallow one.
+# The layers whose output is added to x start with smaller weights still, as in GPT-2. There are 2
+# n_layers of them, call them n, and a sum of n independent outputs has sqrt(n) times the standard
+# deviation of one. Dividing their weights by sqrt(n) keeps the initial x about as large in a deep
+# model as in a shallow one.
 def init_std(config):
     """The standard deviation of the initial weights: 0.04 for our C = 192."""
     return 0.02 * math.sqrt(768 / config.emb_dim)
@@ -766,9 +766,10 @@ def make_embedding(n_vectors, config):
 #
 # Doesn't adding them blur the two? If tokens used only the first hundred numbers and positions only
 # the rest, nothing would be lost, and a linear layer could read either part. Training need not be
-# so tidy: in 192 dimensions, even random vectors are nearly at right angles to each other (the
-# cosine of a token and a position is 0.06 on average), and that is enough to tell them apart. The
-# workshop has two other kinds of position encoding.
+# so tidy, because in 192 dimensions even random vectors are nearly at right angles to each other:
+# the cosine of a token and a position is 0.06 on average, apart from its sign. A row of a linear
+# layer that points in the direction of one token therefore gives a large output for this token and
+# next to nothing for any position. The workshop has two other kinds of position encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
@@ -824,6 +825,7 @@ class GPTModel(nn.Module):
 #     attention                                    2.15        0%    no-attention
 #     the feed-forward network                     0.65       55%     no-feed-forward
 #     attention weights (a plain average instead)  0.37       98%    average
+#     scaling by sqrt(D)                           0.95       23%    no-scaling
 #     several heads (one instead)                  0.22      100%    one-head
 #     a second block                               0.23      100%    one-block
 #     positional embeddings                        0.22       99%    no-positions
@@ -1250,7 +1252,7 @@ def training_steps(run, corpus):
 # it. In that split, "A ferry goes back and forth" is followed by "and", while the validation split
 # has "going back and forth with the rope". After 45 steps, the model gave this "with" a probability
 # of about 1/20; after 180, it gives 1/8,500, and the loss of this one token has risen from 3.0 to
-# 9.1. (Worst off are 62 of the 512 validation targets, whose tokens never occur in the training
+# 9.05. (Worst off are 62 of the 512 validation targets, whose tokens never occur in the training
 # split.) Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
@@ -1396,7 +1398,7 @@ class Sampling(Settings):
 
 def next_token_probabilities(logits, sampling, window=None):
     """From logits (..., V), compute the probabilities (..., V) with which the next token is chosen.
-    The window (..., T) is there for rules that look at earlier tokens.
+    The tokens so far, `window` (..., T), are not used here; a repetition penalty would need them.
 
     >>> logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     >>> next_token_probabilities(logits, Sampling(temperature=1.0))
