@@ -43,7 +43,7 @@ except (ModuleNotFoundError, KeyboardInterrupt) as error:
 from torch import nn
 from torch.nn import functional as F
 
-# ═══ Step 1: what to install, the idea, the map ════════════════════════════════════════════════
+# ═══ Step 1: the idea, the map, what to install ════════════════════════════════════════════════
 # Cover the end of a sentence with your hand, and you can often guess the next word. A language
 # model does nothing else. It reads the beginning of a text as a sequence of tokens, each a word or
 # a piece of a word; it gives every possible next token a probability; then it appends one of the
@@ -52,7 +52,7 @@ from torch.nn import functional as F
 # all that it will ever read is one story of 20 KB, Short_Story.txt: Prince Aadhan gives away his
 # kingdom for the love of a ferryman's daughter, and that is where his troubles begin.
 #
-# Nobody writes rules into it. The model is a list of 1.7 million numbers, its parameters, and
+# Nobody writes rules into the model. It is a list of 1.7 million numbers, its parameters, and
 # because nearly all of them are random at first, its first predictions are worthless. In training,
 # it reads passages of the story and predicts, at every position, which token comes next. The story
 # shows which token really came, so we can score every prediction and move every parameter a little
@@ -263,7 +263,8 @@ def merge_pair(word, pair):
 # list: within a word, it always merges the pair whose result has the lowest rank.
 class BPETokenizer:
     """A byte-pair encoding. `tokens` is a list of byte strings such as `train_bpe` returns. A
-    token's index in it is its id and its rank. `kind`, "gpt2" or "story", says where it comes from.
+    token's index in this list is both its id and its rank. `kind`, "gpt2" or "story", says where it
+    comes from.
 
     >>> tokenizer = BPETokenizer(train_bpe("low lower lowly", 300), "story")
     >>> tokenizer.encode("slow slower")         # two new words, and yet nothing is unknown
@@ -311,8 +312,8 @@ class BPETokenizer:
 #       text:    Thamarai bought a laptop <|endoftext|>
 #       tokens:  [Th][amar][ai][␣b][ough][t][␣a][␣l][a][pt][op][␣][<][|][end][of][te][xt][|][>]
 #
-# Nothing is unknown any more. What has no token of its own is spelled out, even the name Thamarai,
-# which was too rare in English text to be merged into one.
+# Nothing is unknown any more. What has no token of its own is put together from smaller ones, even
+# the name Thamarai, which was too rare in English text to be merged into one token.
 
 # ─── PyTorch in one page ───────────────────────────────────────────────────────────────────────
 def pytorch_in_one_page():
@@ -370,9 +371,10 @@ def pytorch_in_one_page():
     token was predicted with certainty, 7.6 if all were pure guesses (step 9)."""
 
 # ═══ Step 5: sliding windows ═══════════════════════════════════════════════════════════════════
-# What exactly does the model train on? On windows: stretches of consecutive tokens, each as long as
-# the model can see at once, which is the context length. The input is such a window, and the
-# targets, the tokens to predict, are the window moved on by one token:
+# What exactly does the model train on? On windows: stretches of consecutive tokens. The length of a
+# window, the context length, is the largest number of tokens that the model can see at once. The
+# input is such a window, and the targets, the tokens to predict, are the window moved on by one
+# token:
 #
 #     input     Once     Aadhan      renounced   his
 #     target    Aadhan   renounced   his         kingdom
@@ -418,8 +420,8 @@ class SlidingWindowDataset:
 # ═══ Step 6: attention and the GPT model ═══════════════════════════════════════════════════════
 # A token id is only a name; whether it is large or small means nothing. The model therefore begins
 # by looking up the embedding of each token, a vector of C numbers, in the rows of an nn.Embedding.
-# These vectors are parameters, random at first, and training turns them into whatever helps to
-# predict.
+# These vectors are parameters, random at first, and training turns them into whatever improves the
+# predictions.
 #
 # The model that we are about to build is a decoder-only transformer, like GPT-2 and nearly every
 # large language model since. It reads token ids and returns, at every position, one number for each
@@ -436,9 +438,9 @@ class SlidingWindowDataset:
 #         |      normalize, then compute a dot product with one vector per vocabulary token
 #     logits        (B, T, V)    V = 2,079, the size of the vocabulary
 #
-# What we choose, and training does not change, is a hyperparameter. The hyperparameters below
-# define the model, and each will turn up where it is used. `setting` stores a default value, its
-# meaning and its limits.
+# A value that we choose and that training does not change is a hyperparameter. The hyperparameters
+# below define the model, and each will turn up where it is used. `setting` stores a default value,
+# its meaning and its limits.
 def setting(default, meaning, **limits):
     return field(default=default, metadata={"meaning": meaning, **limits})
 
@@ -466,7 +468,8 @@ class GPTConfig(Settings):
 # from the vector of "his", which says nothing about who "he" is or what he did; the model must mix
 # in information from the earlier tokens. The simplest mixture, the average of all four vectors,
 # would treat "Once" and "Aadhan" alike, although "Once" is of no use here. Attention is an average
-# too, but not an equal one: each token decides how much of every token so far goes into it.
+# too, but not an equal one: each token decides how much of every token so far goes into its own
+# average.
 #
 # Three linear layers make the decision possible. They turn the vector of each token into three new
 # vectors:
@@ -496,12 +499,13 @@ class GPTConfig(Settings):
 #     softmax([0, 8, 4, 0]) = [0.000, 0.981, 0.018, 0.000]
 #
 # Now "his" listens to a single token, which is right only if that token was well chosen, and before
-# training, chance does the choosing. A score is a sum of D products, where D, the length of a query
-# (within a head, as you will see), is 48. Since variances (mean squared distances from the mean) of
-# independent numbers add up, the standard deviation of a score is sqrt(48) = 6.9 times that of one
-# product: in our untrained model, 2.1 against 0.3. With such scores, the highest attention weight
-# of the last token in a window of 32 is 0.34 on average, where equal shares would be 0.03. That
-# preference is random, and training has to undo it before it can make a good choice.
+# training, chance does the choosing. A score is a sum of D products, where D is the length of a
+# query: 48 here, because each query of 192 numbers will be cut into four. Since variances (mean
+# squared distances from the mean) of independent numbers add up, the standard deviation of a score
+# is sqrt(48) = 6.9 times that of one product: in our untrained model, 2.1 against 0.3. With such
+# scores, the last token in a window of 32 gives its favourite an attention weight of 0.34 on
+# average, where an equal share would be 0.03. The favourite is random, and training has to undo
+# that choice before making a good one.
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
 # dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
@@ -514,8 +518,8 @@ def attention_weights(queries, keys, mask):
     True; the causal mask, below, says where and why. In the model, S equals T until step 13; here,
     T is 1 and S is 4.
 
-    With D = 2, the dot products of this query with the four keys are 0, 2.8, 1.4 and 0. Divided by
-    sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
+    With D = 2, the dot products of the query `his` with the four keys are 0, 2.8, 1.4 and 0.
+    Divided by sqrt(2), they are close to the scores 0, 2, 1 and 0 of the example.
 
     >>> his = torch.tensor([[1.4, 1.4]])
     >>> keys = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, -1.0]])
@@ -636,9 +640,9 @@ class MultiHeadAttention(nn.Module):
 # ─── The block ─────────────────────────────────────────────────────────────────────────────────
 # Attention moves information between tokens. What a token then makes of it is the business of the
 # feed-forward network, which processes each token on its own: it maps the C numbers to 4 C hidden
-# units, applies an activation function to each, and maps the result back to C numbers. Without the
-# activation function, two linear layers in a row would amount to one, just as 3 (2x) is 6x; with
-# it, the network can combine facts.
+# units, applies an activation function to each, and maps the result back to C numbers. The two maps
+# are linear layers; without the activation function between them, they would amount to a single
+# one, just as 3 (2x) is 6x. With it, the network can combine facts.
 #
 # Suppose that one of the C numbers is 1 if the token is "his" and 0 otherwise, and that another is
 # 1 if attention has found "renounced". A hidden unit with weight 10 for both numbers and bias -15
@@ -680,17 +684,17 @@ class FeedForward(nn.Module):
 # And the norm? It keeps the input of f on one scale. LayerNorm (Ba et al. 2016) brings the C
 # numbers of each token to mean 0 and standard deviation 1, then scales and shifts them by
 # parameters of its own. Without it, x enters the first block with a standard deviation of 0.06,
-# because the initial weights are small, and all scores are almost 0. In the first block, they still
-# are after 180 steps; the loss is 2.23, and the model recites nothing. In deep models the norm also
-# keeps f from getting too large an input, since every block adds to x.
+# because the initial weights are small, and all scores are almost 0. After 180 steps, the scores of
+# the first block are still almost 0, the loss is 2.23, and the model recites nothing. In a deep
+# model, where every block adds to x, the norm also keeps the input of f from growing.
 #
 # The original transformer normalized the sum: norm(x + f(x)). A norm divides by the standard
-# deviation s of its input, which puts 1 / s into the derivative. Since f(x) is added to an x that
-# has just been normalized, s is usually above 1, and in a deep model the gradient shrinks with
-# every block on its way back: it is large near the output and small far from it, which makes such
-# models hard to train (Xiong et al. 2020). In pre-norm, x + f(norm(x)), the factors appear in f'
-# alone, and the 1 stays a 1. Our model has only two blocks; with the original form its loss ends at
-# 0.63, partly because the first attention then reads an x that nothing has normalized.
+# deviation s of its input, so its derivative contains a factor 1 / s. Because f(x) is added to an x
+# that has just been normalized, s is usually above 1, and in a deep model the gradient shrinks with
+# every block on its way back, which makes such models hard to train (Xiong et al. 2020). In
+# pre-norm, x + f(norm(x)), the factor affects only the second term, and the 1 stays a 1. Our model
+# has only two blocks, yet with the original form its loss ends at 0.63, partly because the first
+# attention layer then reads an x that nothing has normalized.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -721,9 +725,9 @@ class TransformerBlock(nn.Module):
         return x
 
 # Each block works on what the one before has found. We can watch "his" on its way through our
-# trained model if we turn x into logits too early, with the two layers that come after the last
-# block, a norm and a dot product for each token. This trick, the logit lens, shows the probability
-# of "kingdom" at every stage:
+# trained model if we turn x into logits before its time, with the two layers that come after the
+# last block, a norm and a dot product for each token. This trick, the logit lens, shows the
+# probability of "kingdom" at every stage:
 #
 #     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
 #        2%              2%                 79%              75%              96%
@@ -737,8 +741,8 @@ class TransformerBlock(nn.Module):
 # a normal distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of
 # 768, our dot products have fewer terms, so our standard deviation is larger, 0.04.
 #
-# The layers whose output is added to x start with smaller weights still, as in GPT-2. There are 2
-# n_layers of them, call them n, and a sum of n independent outputs has sqrt(n) times the standard
+# The layers whose output is added to x start with smaller weights still, as in GPT-2. There are n =
+# 2 n_layers such layers, and a sum of n independent outputs has sqrt(n) times the standard
 # deviation of one. Dividing their weights by sqrt(n) keeps the initial x about as large in a deep
 # model as in a shallow one.
 def init_std(config):
@@ -767,9 +771,10 @@ def make_embedding(n_vectors, config):
 # Doesn't adding them blur the two? If tokens used only the first hundred numbers and positions only
 # the rest, nothing would be lost, and a linear layer could read either part. Training need not be
 # so tidy, because in 192 dimensions even random vectors are nearly at right angles to each other:
-# the cosine of a token and a position is 0.06 on average, apart from its sign. A row of a linear
-# layer that points in the direction of one token therefore gives a large output for this token and
-# next to nothing for any position. The workshop has two other kinds of position encoding.
+# the cosine of the angle between a token's vector and a position's is 0.06 in magnitude, on
+# average. A row of a linear layer that points in the direction of one token therefore gives a large
+# output for this token and next to nothing for any position. The workshop has two other kinds of
+# position encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
@@ -820,20 +825,21 @@ class GPTModel(nn.Module):
 # That is the whole model: look up, mix, process, mix, process, compare with every token of the
 # vocabulary. Is every part of it needed? For one short story, some parts are a luxury, as training
 # without them shows:
+#
 #     without ...                                  loss     recited
 #     (the model as it is)                         0.22      100%
 #     attention                                    2.15        0%    no-attention
-#     the feed-forward network                     0.65       55%     no-feed-forward
+#     the feed-forward network                     0.65       55%    no-feed-forward
 #     attention weights (a plain average instead)  0.37       98%    average
 #     scaling by sqrt(D)                           0.95       23%    no-scaling
 #     several heads (one instead)                  0.22      100%    one-head
 #     a second block                               0.23      100%    one-block
 #     positional embeddings                        0.22       99%    no-positions
 #
-# Attention itself is indispensable, and the feed-forward network nearly so. But in a story of 4,000
-# words, the words so far nearly always settle the next one, whatever their order. Even their plain
-# average beats attention without scaling: it loses no token, while attention that begins with
-# random choices hides most of them.
+# Attention is indispensable, and the feed-forward network nearly so. The rest is a luxury: in a
+# story of 4,000 words, the words so far nearly always settle the next one, whatever their order.
+# Even a plain average of their values beats unscaled attention, because the average loses no token,
+# while random favourites hide most of the others.
 #
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
@@ -878,7 +884,8 @@ def one_sentence_through_the_model():
     >>> model(ids)[0, -1].softmax(dim=-1).detach().round(decimals=2)
     tensor([0.2500, 0.1700, 0.1800, 0.0600, 0.1200, 0.2300])
 
-    One sixth each would be pure guessing. Training still has all its work to do."""
+    Pure guessing would give every token one sixth. These preferences are accidents of the initial
+    weights, and training still has all its work to do."""
 
 # Three kinds of numbers are easily confused. Parameters are learned and stored. Activations, such
 # as x and the attention weights above, are computed anew for every batch. Gradients exist only in
@@ -982,12 +989,12 @@ def mean_loss(model, token_ids, max_windows=32):
     return total.item() / count
 
 # But the loss does not tell us what we most want to know: can the model continue the story? Recall
-# does: it is the share of sentences that the model continues word for word from their first five
-# words alone, for at least 80 characters, if need be into the next sentence. (Carlini et al. 2023
-# call such a sentence extractable.) We test every sentence of the training split that has at least
-# eight words, unless another begins alike and goes on differently; in a poem or a chat, lines take
-# the place of sentences. Five words may not sound like much, yet after training, three are enough
-# for 172 of the 175 sentences.
+# does: it is the share of sentences that the model continues word for word when given only their
+# first five words. It has to keep this up for at least 80 characters, if need be into the next
+# sentence. (Carlini et al. 2023 call such a sentence extractable.) We test every sentence of the
+# training split that has at least eight words, unless another begins alike and goes on differently;
+# in a poem or a chat, lines take the place of sentences. Five words may not sound like much, yet
+# after training, three are enough for 172 of the 175 sentences.
 #
 # Do we have to let the model write, token by token? No. One pass over the prompt and its true
 # continuation gives the prediction at every position, and as long as each prediction is the token
@@ -1013,8 +1020,8 @@ def recites(model, tokenizer, prompt, continuation):
 # The parentheses give the loss in two other forms. Perplexity is e to the power of the loss: the
 # number of equally likely tokens among which the model would be just as uncertain. Like the loss,
 # it depends on how the text is split into tokens. Bits per character do not, which makes them the
-# figure to compare models by. To get it, add up the losses of all tokens, then divide by the number
-# of characters and by ln(2).
+# figure to compare models by: add up the losses of all tokens, then divide by the number of
+# characters and by ln(2).
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
 # Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
@@ -1025,7 +1032,8 @@ def recites(model, tokenizer, prompt, continuation):
 #
 #     corpus.train_ids, corpus.val_ids        the token ids of both splits, (N,) and (M,)
 #     corpus.recall_tests                     pairs (the first five words, how the text goes on)
-#     run.model, run.tokenizer, run.prompt    the prompt with which we watch it learn
+#     run.model, run.tokenizer                what learns, and what encodes for it
+#     run.prompt                              the prompt that samples start from
 #     run.optimizer, run.train_config         how it is trained
 #     run.step, run.total_steps               steps done, and steps in all
 #     run.history                             what was measured on the way
@@ -1103,10 +1111,10 @@ class AdamW:
         p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # w - lr (m/a) / size
 
 # At the very first step, the quotient is 1 or -1 for every parameter that has a gradient, however
-# small or accidental. Neither such young averages nor weights that are still random bear large
-# steps, so the learning rate begins with a warm-up, a rise from almost nothing; without it, our
-# loss ends at 0.30 instead of 0.22. Later, large steps would overshoot the minimum again and again,
-# which is why the learning rate then falls linearly towards 0.
+# small or accidental. Large steps are unsafe while the averages rest on so few gradients and the
+# weights are still random, so the learning rate begins with a warm-up, a rise from almost nothing;
+# without it, our loss ends at 0.30 instead of 0.22. Later, large steps would overshoot the minimum
+# again and again, which is why the learning rate then falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1160,8 +1168,8 @@ def evaluate(run, corpus):
 
 # Which windows make up a batch of 32? Sixteen are sliding windows, as in step 5. If they started at
 # the same places in every epoch, each token would always stand at the same position, and the model
-# would know a passage worse from any other start. So each epoch cuts the text from a new random
-# offset.
+# would recite less well from any other starting point. So each epoch cuts the text from a new
+# random offset.
 #
 # The other sixteen are prompt windows, which start where a prompt would: four in five at the
 # beginning of a sentence, the rest at a random word. A prompt begins at position 0, and its first
@@ -1189,8 +1197,8 @@ def training_batches(run, corpus):
 # What is left is a short loop. As a generator, it hands control to its caller after every step, and
 # so the `train` command can print, save, and stop when you press Ctrl-C.
 def training_steps(run, corpus):
-    """Train a run to its last step, and yield it after each one. Raises StoryError if the loss
-    becomes NaN or infinite.
+    """Train a run to its last step, and yield the run after every step. Raises StoryError if the
+    loss becomes NaN or infinite.
 
     Here a tiny model learns to count, from a text of 27 words:
 
@@ -1214,7 +1222,7 @@ def training_steps(run, corpus):
             # The gradient of all parameters is one long vector. If its length, the gradient norm,
             # exceeds grad_clip, it is shortened to that length; its direction stays. In the first
             # two steps, it is more than twice as long as later, and v would remember that for some
-            # fifty steps and make all of these too small: without clipping, the loss ends at 0.32.
+            # fifty steps and keep all fifty too small: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
@@ -1245,26 +1253,26 @@ def training_steps(run, corpus):
 # First the model learns which tokens are frequent (knowing only that would give a loss of 5.64),
 # then which tokens follow which, then whole phrases, and in the end the story. Before you read on:
 # the training loss falls all the way, while the validation loss is lowest in the fourth or fifth
-# epoch and ends higher than after the first. What is the model learning from then on?
+# epoch and ends higher than after the first. What is the model learning after that?
 #
 # What the model learns early is true of both splits: a comma, for example, is often followed by
 # "and". Then it overfits: it learns what is true of the training split alone, and grows certain of
 # it. In that split, "A ferry goes back and forth" is followed by "and", while the validation split
 # has "going back and forth with the rope". After 45 steps, the model gave this "with" a probability
 # of about 1/20; after 180, it gives 1/8,500, and the loss of this one token has risen from 3.0 to
-# 9.05. (Worst off are 62 of the 512 validation targets, whose tokens never occur in the training
-# split.) Doubt is cheap; being certain and wrong is not.
+# 9.05. Worst off are the 62 of the 512 validation targets whose tokens never occur in the training
+# split. Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
 # token, such as " the", and nothing tells it which word follows. There, the loss is 2.6 (over all
 # windows); at the fourth position it is 0.5, and from the eleventh on 0.07.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
-# When the process ends, all of this is lost, unless we save it. One file, a checkpoint, serves two
-# purposes. To generate, the file must suffice on a machine that does not have the story, so it
-# holds the model and the tokenizer. To resume training as if it had never stopped, we also need
-# whatever the next steps depend on. No random state is among that, because every random choice
-# follows from the seed and the step number.
+# When the process ends, all of this is lost unless we save it. One file, a checkpoint, serves two
+# purposes. It must let us generate on a machine that does not have the story, so it holds the model
+# and the tokenizer. It must also let us resume training as if the run had never stopped, so it
+# holds whatever else the next steps depend on, except the text. No random state needs saving,
+# because every random choice follows from the seed and the step number.
 #
 #     entry                              to generate    to resume
 #     config, tokenizer, weights             yes           yes
@@ -1319,8 +1327,8 @@ def load_checkpoint(path, device="cpu"):
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. Where
 # the validation loss turns upward, overfitting begins. If both losses stay near ln(V), the model
-# learns nothing, perhaps because the learning rate is much too low; one much too high makes them
-# jump far above it.
+# learns nothing, perhaps because the learning rate is much too low. If it is much too high, both
+# losses jump far above ln(V).
 #
 #     $ python story_llm.py plot
 #     drew loss.png
@@ -1354,7 +1362,7 @@ def plot_losses(history, vocab_size, path=None):
 # The code of step 6 allows for this in three places. If the cache holds five tokens, the next one
 # comes with a single query, T = 1, and meets six keys, S = 6:
 #
-#     keys, values = cache.append(self, keys, values)     # (B, H, 6, D) instead of (B, H, 1, D)
+#     keys, values = cache.append(self, keys, values)      # (B, H, 6, D) instead of (B, H, 1, D)
 #     mask = causal_mask(T=1, S=6)                         # the last row of the 6 x 6 mask
 #     start = cache.length                                 # position 5, counting from 0
 #
@@ -1378,15 +1386,15 @@ class KeyValueCache:
 
 # Greedy decoding suits a text known by heart. Elsewhere it soon goes round in circles: when a
 # phrase returns, the context is nearly the same as before, so the most likely token is the same,
-# and no other path is ever taken. Trained by gradient descent (step 10), our model writes ", and he
-# had been in the wall" again and again.
+# and no other path is ever taken. Our model from the gradient-descent experiment of step 10 writes
+# ", and he had been in the wall" again and again.
 #
 # Sampling breaks the circle: it draws the next token at random, each token with its probability.
 # Three settings change these probabilities. The temperature t divides the logits before softmax.
 # Because e^(l / t) is (e^l)^(1 / t), this raises every probability to the power 1 / t and rescales
 # the results: a temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k
-# keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), takes them in
-# order until their probabilities add up to p.
+# keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), keeps the most
+# likely tokens, in order, until their probabilities add up to at least p.
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
     """How the next token is chosen. Settings marked `draws` change nothing in greedy decoding."""
@@ -1437,7 +1445,7 @@ def predict_next(model, window, sampling, cache):
     return next_token_probabilities(logits.float(), sampling, window)
 
 def generate(model, token_ids, max_new_tokens, sampling=None):
-    """Continue token ids (B, T): yield a tensor (B,) of new ids, one after the other. Greedy
+    """Continue token ids (B, T): yield one tensor (B,) of new ids for each new token. Greedy
     decoding gives the ids of `generate_text_simple`, unless two logits are so close that rounding
     decides."""
     sampling = sampling or Sampling()
@@ -1468,7 +1476,7 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 #     ␣brother           5.71    0.28%    0.28%
 #     ␣shoulder          5.64    0.26%    0.26%
 #     ...
-#
+
 # ─── What you have built, and what ChatGPT adds ────────────────────────────────────────────────
 # You have built an autoregressive, decoder-only transformer with pre-norm and causal multi-head
 # self-attention, trained it by next-token prediction with cross-entropy and AdamW, and given it a
@@ -1483,10 +1491,11 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # ChatGPT adds size, and then two more kinds of training. GPT-3 (2020), from which it descends, has
 # 175 billion parameters, 100,000 times as many as our model. Its windows hold 2,048 tokens, at a
 # price: plain attention compares every token with every earlier one, so its cost grows with the
-# square of the window. Newer models keep the plan and change parts: RMSNorm replaces LayerNorm,
-# SwiGLU replaces GELU, positions are rotary, several heads share keys and values. GPT-3 read
-# hundreds of billions of tokens. So much cannot be memorized as a whole; the model has to learn the
-# patterns of language, of facts, of arguments. The result of this pre-training continues any text.
+# square of the window's length. Newer models keep the plan and change parts: RMSNorm replaces
+# LayerNorm, SwiGLU replaces GELU, positions are rotary, several heads share keys and values. GPT-3
+# read hundreds of billions of tokens. So much cannot be memorized as a whole; the model has to
+# learn the patterns of language, of facts, of arguments. The result of this pre-training continues
+# any text.
 #
 # To make it answer, people train it further on dialogues. This fine-tuning is the loop of step 10
 # with other texts. Then people compare answers, a second model learns to predict which they prefer,
