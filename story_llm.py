@@ -739,7 +739,8 @@ class TransformerBlock(nn.Module):
 # result, receive the same gradient, and stay equal forever, so the weights are random. They are
 # also small, so that no token is strongly preferred at first. GPT-2 draws most of its weights from
 # a normal distribution with a standard deviation of 0.02. With 192 numbers in a vector instead of
-# 768, our dot products have fewer terms, so our standard deviation is larger, 0.04.
+# 768, our dot products have fewer terms, so our standard deviation is larger, 0.04: sqrt(192) times
+# 0.04 is sqrt(768) times 0.02.
 #
 # The layers whose output is added to x start with smaller weights still, as in GPT-2. There are n =
 # 2 n_layers such layers, and a sum of n independent outputs has sqrt(n) times the standard
@@ -889,7 +890,7 @@ def one_sentence_through_the_model():
 
 # Three kinds of numbers are easily confused. Parameters are learned and stored. Activations, such
 # as x and the attention weights above, are computed anew for every batch. Gradients exist only in
-# training, one number for each parameter.
+# training, one number for each parameter. This command sends two windows through the model:
 #
 #     $ python story_llm.py model
 #     ...
@@ -1237,7 +1238,7 @@ def training_steps(run, corpus):
 # Here is the loop at work; some evaluations and the ends of the lines are left out. An epoch is
 # nine steps: 9 x 16 sliding windows of 32 tokens cover each of the 4,579 tokens about once, and the
 # prompt windows show about as many again. Below each line is a sample: the prompt, three dots, and
-# what the model adds (two more dots, at first), with \n for a line end:
+# what the model adds, with \n for a line end. (The first model adds two more dots.)
 #
 #     $ python story_llm.py train
 #     ...
