@@ -577,7 +577,8 @@ def causal_mask(T, S, device=None):
 #
 # (GPT-2's tokens split "Aadhan" and "renounced".) Both tokens matter: if head 3 may not attend to
 # "Aad", the probability of "kingdom" falls from 96% to 91%, and if head 4 may not attend to
-# "ounced", to 93%. In other sentences, the same heads look at other things.
+# "ounced", to 93%. In other sentences, the same heads look at other things, and in a short story,
+# the choice matters little: if all four heads averaged equally, "kingdom" would still have 92%.
 #
 #     $ python story_llm.py attention --prompt "Once Aadhan renounced his"         (after training)
 #
@@ -683,18 +684,20 @@ class FeedForward(nn.Module):
 #
 # And the norm? It keeps the input of f on one scale. LayerNorm (Ba et al. 2016) brings the C
 # numbers of each token to mean 0 and standard deviation 1, then scales and shifts them by
-# parameters of its own. Without it, x enters the first block with a standard deviation of 0.06,
-# because the initial weights are small, and all scores are almost 0. After 180 steps, the scores of
-# the first block are still almost 0, the loss is 2.23, and the model recites nothing. In a deep
-# model, where every block adds to x, the norm also keeps the input of f from growing.
+# parameters of its own. Without any norm, x enters the first block with a standard deviation of
+# 0.06, because the initial weights are small, and the scores, the inputs of the feed-forward
+# networks and the logits are all almost 0. After 180 steps, the loss is 2.23, and the model recites
+# nothing. In a deep model, where every block adds to x, the norm also keeps the input of f from
+# growing.
 #
 # The original transformer normalized the sum: norm(x + f(x)). A norm divides by the standard
 # deviation s of its input, so its derivative contains a factor 1 / s. Because f(x) is added to an x
 # that has just been normalized, s is usually above 1, and in a deep model the gradient shrinks with
-# every block on its way back, which makes such models hard to train (Xiong et al. 2020). In
-# pre-norm, x + f(norm(x)), the factor affects only the second term, and the 1 stays a 1. Our model
-# has only two blocks, yet with the original form its loss ends at 0.63, partly because the first
-# attention layer then reads an x that nothing has normalized.
+# every block on its way back: it is large in the last blocks and small in the first, and training
+# is unstable unless it starts with small steps (Xiong et al. 2020). In pre-norm, x + f(norm(x)),
+# the factor affects only the second term, and the 1 stays a 1. Our model has only two blocks, yet
+# with norm(x + f(x)) its loss ends at 0.63, partly because the first attention layer then reads an
+# x that nothing has normalized.
 #
 #     Try it: python extras/experiments.py no-norm        (or post-norm)
 #
@@ -732,7 +735,9 @@ class TransformerBlock(nn.Module):
 #     at first    after attention 1    feed-forward 1    attention 2    feed-forward 2
 #        2%              2%                 79%              75%              96%
 #
-# In our model, attention gathers, and the feed-forward network draws the conclusion.
+# In the first block, attention gathers, and the feed-forward network draws the conclusion; in the
+# second, attention adds nothing here, and the feed-forward network makes sure. (The lens shows only
+# what the output head can already read.)
 
 # ─── Initialization ────────────────────────────────────────────────────────────────────────────
 # What values do the parameters start from? If all were equal, all heads would compute the same
@@ -774,8 +779,8 @@ def make_embedding(n_vectors, config):
 # so tidy, because in 192 dimensions even random vectors are nearly at right angles to each other:
 # the cosine of the angle between a token's vector and a position's is 0.06 in magnitude, on
 # average. A row of a linear layer that points in the direction of one token therefore gives a large
-# output for this token and next to nothing for any position. The workshop has two other kinds of
-# position encoding.
+# output for this token and little for any position. The workshop has two other kinds of position
+# encoding.
 #
 # The output head is a linear layer without bias. Its weight matrix has one row of C numbers for
 # every token, and the logit of a token is the dot product of x with this row. The embedding, too,
@@ -830,16 +835,20 @@ class GPTModel(nn.Module):
 #     without ...                                  loss     recited
 #     (the model as it is)                         0.22      100%
 #     attention                                    2.15        0%    no-attention
+#     the residual connection                      4.34        0%    no-residual
+#     the norms                                    2.23        0%    no-norm
+#     scaling by sqrt(D)                           0.95       23%    no-scaling
 #     the feed-forward network                     0.65       55%    no-feed-forward
 #     attention weights (a plain average instead)  0.37       98%    average
-#     scaling by sqrt(D)                           0.95       23%    no-scaling
-#     several heads (one instead)                  0.22      100%    one-head
 #     a second block                               0.23      100%    one-block
+#     several heads (one instead)                  0.22      100%    one-head
 #     positional embeddings                        0.22       99%    no-positions
 #
-# Attention is indispensable, and the feed-forward network nearly so. The rest is a luxury: in a
-# story of 4,000 words, the words so far nearly always settle the next one, whatever their order.
-# Even a plain average of their values beats unscaled attention, because the average loses no token,
+# The first three are indispensable, and the next two nearly so. The rest is a luxury here: in a
+# story of 4,000 words, the last word and those before it nearly always settle the next one,
+# whatever their order. (Nor does a model without positional embeddings miss the order altogether:
+# the mask shows every token only those before it, and from the second block on, that gives their
+# order away.) Even a plain average beats unscaled attention, perhaps because it loses no token,
 # while random favourites hide most of the others.
 #
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
@@ -1042,7 +1051,7 @@ def recites(model, tokenizer, prompt, continuation):
 # ─── AdamW ─────────────────────────────────────────────────────────────────────────────────────
 # On the PyTorch page, gradient descent moved w by -lr times its gradient, with a learning rate lr
 # of 0.1. Our model learns too slowly that way: with the best learning rate that we found, its loss
-# was still 3.06 after 180 steps. In some matrices, gradients are up to 200 times as large as in
+# was still 3.06 after 180 steps. In some matrices, gradients are 60 to 90 times as large as in
 # others, so a learning rate that suits large gradients leaves the parameters with small ones almost
 # where they were. And since a batch is only a small part of the text, its gradient never points
 # exactly the right way.
@@ -1176,9 +1185,9 @@ def evaluate(run, corpus):
 # beginning of a sentence, the rest at a random word. A prompt begins at position 0, and its first
 # word lacks the space that it has in the middle of the text; a sliding window hardly ever begins
 # like that. We train for the test, and we mean to: without prompt windows, the model knows the
-# story just as well, but not in the form in which a prompt asks for it, and recall is 94% instead
-# of 100%. (A prompt window that begins near the end of the text is filled up with padding. Nothing
-# is scored there, and no real token can attend to it, because it comes last.)
+# story even better, but not in the form in which a prompt asks for it, and recall is 94% instead of
+# 100%. (A prompt window that begins near the end of the text is filled up with padding. Nothing is
+# scored there, and no real token can attend to it, because it comes last.)
 #
 #     Try it: python extras/experiments.py no-prompt-windows
 def training_batches(run, corpus):
@@ -1222,8 +1231,9 @@ def training_steps(run, corpus):
             loss.backward()
             # The gradient of all parameters is one long vector. If its length, the gradient norm,
             # exceeds grad_clip, it is shortened to that length; its direction stays. In the first
-            # two steps, it is more than twice as long as later, and v would remember that for some
-            # fifty steps and keep all fifty too small: without clipping, the loss ends at 0.32.
+            # two steps, it is more than twice as long as later, when it is clipped a little, and v
+            # would remember that for some fifty steps and keep all fifty too small: without
+            # clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
@@ -1265,8 +1275,8 @@ def training_steps(run, corpus):
 # split. Doubt is cheap; being certain and wrong is not.
 #
 # Why does the training loss stop short of 0? At the start of a window, the model sees a single
-# token, such as " the", and nothing tells it which word follows. There, the loss is 2.6 (over all
-# windows); at the fourth position it is 0.5, and from the eleventh on 0.07.
+# token, such as " the", and nothing tells it which word follows. There, the loss is 2.6 (in the 143
+# windows that lie end to end); at the fourth position it is 0.5, and from the eleventh on 0.07.
 
 # ═══ Step 11: save and load ════════════════════════════════════════════════════════════════════
 # When the process ends, all of this is lost unless we save it. One file, a checkpoint, serves two
@@ -1327,9 +1337,10 @@ def load_checkpoint(path, device="cpu"):
 
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
 # The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. Where
-# the validation loss turns upward, overfitting begins. If both losses stay near ln(V), the model
-# learns nothing, perhaps because the learning rate is much too low. If it is much too high, both
-# losses jump far above ln(V).
+# the validation loss turns upward, overfitting outweighs what the model still learns. If both
+# losses stay near ln(V), the model learns nothing, perhaps because the learning rate is much too
+# low. If it is too high, they fall at first and then hardly any further: with ten times ours, to
+# 4.15.
 #
 #     $ python story_llm.py plot
 #     drew loss.png
@@ -1368,8 +1379,8 @@ def plot_losses(history, vocab_size, path=None):
 #     start = cache.length                                 # position 5, counting from 0
 #
 # Once the window is full, here after 32 tokens, the cache no longer helps. The first token, to
-# which every later one attended, drops out at each step, and the rest move to other positions.
-# Whatever the cache holds is then wrong, so we empty it.
+# which every later one attended, drops out at each step, and the rest move to other (learned)
+# positions. Whatever the cache holds is then wrong, so we empty it.
 class KeyValueCache:
     """The keys and values so far, each of shape (B, H, S, D), for every attention layer."""
     def __init__(self):
@@ -1493,15 +1504,16 @@ def generate(model, token_ids, max_new_tokens, sampling=None):
 # 175 billion parameters, 100,000 times as many as our model. Its windows hold 2,048 tokens, at a
 # price: plain attention compares every token with every earlier one, so its cost grows with the
 # square of the window's length. Newer models keep the plan and change parts: RMSNorm replaces
-# LayerNorm, SwiGLU replaces GELU, positions are rotary, several heads share keys and values. GPT-3
-# read hundreds of billions of tokens. So much cannot be memorized as a whole; the model has to
-# learn the patterns of language, of facts, of arguments. The result of this pre-training continues
-# any text.
+# LayerNorm, SwiGLU replaces GELU, positions are rotary, several heads share keys and values, and of
+# many feed-forward networks only a few work on each token. GPT-3 read hundreds of billions of
+# tokens. So much cannot be memorized as a whole; the model has to learn the patterns of language,
+# of facts, of arguments. The result of this pre-training continues any text.
 #
 # To make it answer, people train it further on dialogues. This fine-tuning is the loop of step 10
 # with other texts. Then people compare answers, a second model learns to predict which they prefer,
-# and reinforcement learning makes such answers more probable. But at the bottom of all that sits
-# one question, and you have just watched a model learn to answer it: which token comes next?
+# and reinforcement learning makes such answers more probable. But it still writes one token after
+# another, and at the bottom of all that sits one question, and you have just watched a model learn
+# to answer it: which token comes next?
 
 # ═══ Workshop: settings, checks and errors ═════════════════════════════════════════════════════
 # The workshop has little more to say about language models. It makes the lesson's code robust, fast
