@@ -379,11 +379,12 @@ def pytorch_in_one_page():
 #     input     Once     Aadhan      renounced   his
 #     target    Aadhan   renounced   his         kingdom
 #
-# Each column is a training example. After "Once" comes "Aadhan", after "Once Aadhan" comes
-# "renounced", and after all four comes "kingdom". At each position the model sees the token there
-# and everything to its left, nothing to its right. One window of four tokens therefore holds four
-# examples, and the model works on all of them at once. It is always shown the true text so far, not
-# what it would have written itself, a method called teacher forcing.
+# Before you read on: how many training examples are in this window?
+#
+# Four, one in each column. After "Once" comes "Aadhan", after "Once Aadhan" comes "renounced", and
+# after all four comes "kingdom". At each position the model sees the token there and everything to
+# its left, nothing to its right, and it works on all four examples at once. It is always shown the
+# true text so far, not what it would have written itself, a method called teacher forcing.
 class SlidingWindowDataset:
     """Windows that start `stride` tokens apart, over token ids of shape (N,). Item i is a pair
     (input, target), each of shape (context_length,); if i is a tensor of indices, both have a
@@ -538,10 +539,13 @@ def attention_weights(queries, keys, mask):
 
 # One shortcut has to be forbidden. In training, the model reads a whole window at once and predicts
 # the next token at every position, but for all positions except the last, this next token is
-# already in the window. A model that could attend to that token would copy it, and predict nothing.
-# We let one try. After 60 of 180 training steps, its loss is 0.36, against 2.04 for the model that
-# follows the rules: a splendid figure, and a useless model, because when it writes, there is no
-# next token to copy. It continues "Once Aadhan renounced his kingdom" like this:
+# already in the window. Before you read on: what would a model learn that could attend to that
+# token?
+#
+# To copy it, and to predict nothing. We let one try. After 60 of 180 training steps, its loss is
+# 0.36, against 2.04 for the model that follows the rules: a splendid figure, and a useless model,
+# because when it writes, there is no next token to copy. It continues "Once Aadhan renounced his
+# kingdom" like this:
 #
 #     for his kingdom Aadhan Aadhan his kingdom for his kingdom for Aadhan Aadhanhan his kingdom
 #
@@ -1365,8 +1369,10 @@ def plot_losses(history, vocab_size, path=None):
 
 # ═══ Step 13: inference from the saved file ════════════════════════════════════════════════════
 # `generate_text_simple` is wasteful: for each new token it sends the whole window through the
-# model, although all tokens but the last have been through it already. Their vectors are still the
-# same, because the causal mask keeps every token from seeing what comes after it. In every
+# model, although all tokens but the last have been through it already. Before you read on: which of
+# their vectors have changed since?
+#
+# None, because the causal mask keeps every token from seeing what comes after it. In every
 # attention layer, the new token compares its query with the keys of the earlier tokens and averages
 # their values; nothing else of theirs is needed. So we store the keys and values in a key-value
 # cache, and send only the new token through the layers.
