@@ -1,6 +1,9 @@
 // ─── The page of the lesson ───────────────────────────────────────────────────────────────────
-// A part that shows what the model does with the prompt has a box to change the prompt.
+// A part that shows what the model does with the prompt has a box to change the prompt. The first
+// part says that all boxes hold the same.
 function addPrompts() {
+  document.querySelector(".live .quiet")?.append(
+    " All panels of this page share one prompt: what you type in one of them is in all of them.");
   for (const panel of all(".live")) {
     if (panel.querySelector(".prompt, .history")) continue;
     const box = element("textarea", {className: "prompt", rows: 1, spellcheck: false,
