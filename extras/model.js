@@ -1018,9 +1018,11 @@ function warn(message) {
 function describeRun() {
   const story = run.text_name && ` on ${run.text_name}`;
   if ($("title")) $("title").textContent = document.title = `Inside ${run.name}`;
-  const name = $("title") ? "" : `${run.name}: `;
-  $("subtitle").textContent = `${name}${count(run.parameters, "parameter")}, trained for `
-    + `${count(run.step, "step")}${story}. The model runs in this page.`;
+  const trained = `${count(run.parameters, "parameter")}, trained for ${count(run.step, "step")}`
+    + story;
+  $("subtitle").textContent = $("title") ? `${trained}. The model runs in this page.`
+    : `This page has a trained model inside, which runs in your browser: ${run.name}, with `
+    + `${trained}. What it computes is shown in the parts marked “your model”.`;
   $("beginnings-box").hidden = !run.beginnings.length;
   $("beginnings").replaceChildren(element("option", {value: ""}, "choose …"),
     ...run.beginnings.map(text => element("option", {value: text}, text)));

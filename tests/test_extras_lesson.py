@@ -27,7 +27,7 @@ PANELS = {3: ["words"], 4: ["tokens"], 5: ["windows"], 6: ["attention", "lens"],
 class Page(html.parser.HTMLParser):
     """What of a page comes from the lesson: its text, its code and its titles. The model's parts, the exercises, the
     figures and the contents do not. `ids` and `targets` are those of the whole page."""
-    FOREIGN = {"live", "exercise", "overview", "box", "model-line", "label", "number", "skip"}
+    FOREIGN = {"live", "exercise", "overview", "box", "model-line", "hint", "label", "number", "skip"}
     VOID = {"meta", "link", "input", "br", "img"}
 
     def __init__(self, page):
@@ -203,6 +203,18 @@ def test_exercises_end_their_steps(without_model):
         assert all(plain(block.text) in answer for block in exercise.answer)
 
 
+def test_figures_stand_where_the_lesson_speaks_of_them(without_model):
+    names = re.findall('<figure id="figure-([^"]+)"', without_model)
+    assert Counter(names) == Counter(figure.name for figure in lesson.figures())
+    step = without_model.split('<section class="step"')[6]
+    table = step[step.index("several heads (one instead)"):]
+    named = re.search(r'</pre></div>\n<div class="wide"><div class="figures">(.*?)</div>', table, re.DOTALL)[1]
+    assert re.findall('id="figure-experiment-([^"]+)"', named) == [
+        "no-attention", "no-feed-forward", "average", "one-head", "one-block", "no-positions"]
+    step = without_model.split('<section class="step"')[10]
+    assert step.index("Ep 20 (Step 000180)") < step.index('id="figure-prediction"')
+
+
 # In a browser
 
 @pytest.fixture(scope="module")
@@ -358,6 +370,8 @@ def test_the_page_fits_every_window(show, learned, width, scheme):
     page = show(learned[1], width=width, scheme=scheme)
     page.locator(".prompt").first.fill(TEXT)
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate("""() => [...document.querySelectorAll('.cover pre, .prose .scroll, .bar-head, .bars button')]
+        .filter(part => part.scrollWidth > part.clientWidth).map(part => part.innerText)""") == []
     beside = page.evaluate("""() => [...document.querySelectorAll('#step-6 > .row')].filter(
         row => row.children.length > 1).map(row => row.children[1].getBoundingClientRect().left > row.children[0].getBoundingClientRect().right)""")
     assert len(beside) > 8 and all(found == (width >= 1200) for found in beside)
@@ -419,7 +433,7 @@ def test_a_story_and_its_name_are_data(show):
     page = show(lesson.make_page(SOURCE, run, "<img src=x onerror=attacked=1>", " ".join(NASTY)))
     assert page.evaluate("typeof attacked") == "undefined" and page.locator("img").count() == 0
     subtitle = page.inner_text("#subtitle")
-    assert subtitle.startswith("<img src=x onerror=attacked=1>: ") and "on <b>PAGE_DATA.txt." in subtitle
+    assert "trained model inside" in subtitle and ": <img src=x onerror=attacked=1>, with " in subtitle and "on <b>PAGE_DATA.txt." in subtitle
     assert page.input_value("#prompt") == run.prompt
 
 
