@@ -413,11 +413,13 @@ DRAWING_WIDTH = 77      # characters in a line of what keeps its line breaks
 
 def is_beside(block):
     """Whether a block belongs in the column beside the prose."""
-    return not isinstance(block, list) and (isinstance(block, Figure) or block.kind in ("code", "example")
+    if isinstance(block, list):         # figures in a row of their own
+        return False
+    return (isinstance(block, Figure) or block.kind in ("code", "example")
             or block.text.startswith("Try it: "))
 
 def is_wide(block):
-    if isinstance(block, list):         # of figures
+    if isinstance(block, list):
         return True
     return (not is_beside(block) and block.kind in ("command", "drawing")
             and max(map(len, block.text.split("\n"))) > DRAWING_WIDTH)
@@ -447,11 +449,13 @@ def with_experiments(blocks, figures):
     its own."""
     shown, left = [], {experiment_of(figure): figure for figure in figures}
     for block in blocks:
-        is_table = block.kind in ("table", "drawing")
-        words = r"[\w-]+$" if is_table else r"[\w-]+" if block.kind == "command" else "$^"
-        found = [left.pop(word) for word in re.findall(words, block.text, re.MULTILINE)
-                 if word in left]
-        shown += [block, *([found] if found and is_table else found)]
+        shown.append(block)
+        if block.kind == "command":
+            shown += [left.pop(word) for word in re.findall(r"[\w-]+", block.text) if word in left]
+        elif block.kind in ("table", "drawing"):
+            last_words = re.findall(r"[\w-]+$", block.text, re.MULTILINE)
+            named = [left.pop(word) for word in last_words if word in left]
+            shown += [named] if named else []
     return shown
 
 def experiment_of(figure):
