@@ -37,6 +37,7 @@ class Figure:
     after: str          # the definition in story_llm.py that it follows; "": it opens the step
     svg: str
     caption: str        # plain text
+    ends_step: bool = False     # it stands at the end of the step instead
 
 def figures(model_run=None):
     """Return all figures as a list, in the order of the lesson. `model_run` is a Run, such as
@@ -554,6 +555,7 @@ def prediction_figure(record, n_tokens=8):
     def place(step, p, base):
         return left + (right - left) * step / steps[-1], base - full * p
 
+    summits = []
     for i, token in reversed(list(enumerate(tokens))):
         base = bottom - row * (len(tokens) - 1 - i)
         values = prediction["tokens"][token]
@@ -566,7 +568,8 @@ def prediction_figure(record, n_tokens=8):
         label = shorten(token) if len(token) > 1 else f"“{token}”"
         drawing.text(left - 8, base, label, color, "end")
         best = values.index(peaks[token])
-        x, y = points[best]
+        summits.append((token, color, *points[best]))
+    for token, color, x, y in summits:          # in front of all curves
         drawing.circle(x, y, 2.5, color)
         if token == target:
             drawing.text(x, y - 8, f"{peaks[token]:.0%}", color, "end", halo=True)
@@ -576,10 +579,11 @@ def prediction_figure(record, n_tokens=8):
         drawing.text(place(step, 0, 0)[0], bottom + 18, label, MUTED, "middle")
     drawing.text((left + right) / 2, bottom + 36, "step", MUTED, "middle")
     return Figure("prediction", 10, "training_steps", drawing.svg(),
-                  f"How a prediction grows: what the model finds probable after “{prompt}”, "
-                  f"every {steps[1]} steps of a training. First rise the tokens that are frequent "
-                  "everywhere, then words that follow the last token elsewhere in the story. All "
-                  "curves have the same scale.")
+                  f"How a prediction grows. Each hill is one token, and its height is the "
+                  f"probability that the model gave to this token after “{prompt}”, measured every "
+                  f"{steps[1]} steps of a training; all have the same scale. First rise the tokens "
+                  "that are frequent everywhere, then words that follow the last token elsewhere "
+                  f"in the story, and at last the right one, {target}.", ends_step=True)
 
 # ─── Step 13 ───────────────────────────────────────────────────────────────────────────────────
 def cache_figure(n_prompt=3, context_length=7, n_new=7):

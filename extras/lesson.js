@@ -1,6 +1,9 @@
 // ─── The page of the lesson ───────────────────────────────────────────────────────────────────
-// A part that shows what the model does with the prompt has a box to change the prompt.
+// A part that shows what the model does with the prompt has a box to change the prompt. The first
+// part says that all boxes hold the same.
 function addPrompts() {
+  document.querySelector(".live .quiet")?.append(
+    " All panels of this page share one prompt: what you type in one of them is in all of them.");
   for (const panel of all(".live")) {
     if (panel.querySelector(".prompt, .history")) continue;
     const box = element("textarea", {className: "prompt", rows: 1, spellcheck: false,
@@ -18,28 +21,24 @@ function writeRow(label) {
     element("span", {className: "readout speed", role: "status"})));
 }
 
-// The table of contents marks the step that is being read: the last one that has begun above the
-// middle of the window.
+// The table of contents marks the step that is being read: the last one that has begun in the upper
+// third of the window, or above it.
 function followReader() {
   const links = new Map(all("#contents a").map(link => [link.hash.slice(1), link]));
-  const steps = [...links.keys()].map($), begun = new Set(), menu = $("menu");
+  const steps = [...links.keys()].map($), menu = $("menu");
+  let marked = null;
   const mark = () => {
-    const current = steps.findLast(step => begun.has(step));
-    for (const [id, link] of links) {
-      if (id === current?.id) link.setAttribute("aria-current", "step");
-      else link.removeAttribute("aria-current");
-    }
+    const line = window.innerHeight / 3;
+    const current = steps.findLast(step => step.getBoundingClientRect().top < line);
     const link = links.get(current?.id);
     menu.textContent = link ? `Step ${link.textContent.trim().replace(" ", ": ")}` : "Contents";
+    if (link === marked) return;
+    marked?.removeAttribute("aria-current");
+    link?.setAttribute("aria-current", "step");
+    marked = link;
   };
-  const observer = new IntersectionObserver(entries => {
-    for (const {target, boundingClientRect, rootBounds} of entries) {
-      if (boundingClientRect.top < rootBounds.bottom) begun.add(target);
-      else begun.delete(target);
-    }
-    mark();
-  }, {rootMargin: "0px 0px -50% 0px"});
-  for (const step of steps) observer.observe(step);
+  document.addEventListener("scroll", mark, {passive: true});
+  new ResizeObserver(mark).observe(document.body);        // begins with a call
 }
 
 function listenToMenu() {

@@ -413,10 +413,14 @@ DRAWING_WIDTH = 77      # characters in a line of what keeps its line breaks
 
 def is_beside(block):
     """Whether a block belongs in the column beside the prose."""
+    if isinstance(block, list):         # figures in a row of their own
+        return False
     return (isinstance(block, Figure) or block.kind in ("code", "example")
             or block.text.startswith("Try it: "))
 
 def is_wide(block):
+    if isinstance(block, list):
+        return True
     return (not is_beside(block) and block.kind in ("command", "drawing")
             and max(map(len, block.text.split("\n"))) > DRAWING_WIDTH)
 
@@ -440,11 +444,18 @@ def grouped_figures(blocks):
     return [(is_figures, list(group)) for is_figures, group in groups]
 
 def with_experiments(blocks, figures):
-    """The blocks, with the figure of each experiment behind the command that runs it."""
-    shown = []
+    """The blocks, with the figure of each experiment behind the command that runs it, or behind the
+    table whose last column names it. The figures of a table are one list, which stands in a row of
+    its own."""
+    shown, left = [], {experiment_of(figure): figure for figure in figures}
     for block in blocks:
-        words = re.findall(r"[\w-]+", block.text) if block.kind == "command" else []
-        shown += [block, *(figure for figure in figures if experiment_of(figure) in words)]
+        shown.append(block)
+        if block.kind == "command":
+            shown += [left.pop(word) for word in re.findall(r"[\w-]+", block.text) if word in left]
+        elif block.kind in ("table", "drawing"):
+            last_words = re.findall(r"[\w-]+$", block.text, re.MULTILINE)
+            named = [left.pop(word) for word in last_words if word in left]
+            shown += [named] if named else []
     return shown
 
 def experiment_of(figure):
@@ -524,19 +535,25 @@ def section_of_panel(step, definition):
 
 def row_html(row, names):
     if row[1] is None:
-        return f'<div class="wide">{block_html(row[0][0], names)}</div>'
+        block = row[0][0]
+        shown = figures_html(block, names) if isinstance(block, list) else block_html(block, names)
+        return f'<div class="wide">{shown}</div>'
     columns = []
     for place, blocks in zip(("prose", "beside"), row):
         parts = []
         for is_figures, group in grouped_figures(blocks):
             if is_figures:
-                shown = "".join(figure_html(figure, names) for figure in group)
-                parts.append(f'<div class="figures">{shown}</div>')
+                parts.append(figures_html(group, names))
             else:
                 parts += [block_html(block, names) for block in group]
         content = "\n".join(parts)
         columns.append(f'<div class="{place}">\n{content}\n</div>' if blocks else "")
     return f'<div class="row">{"".join(columns)}</div>'
+
+def figures_html(figures, names):
+    """Figures side by side, as far as there is room."""
+    shown = "".join(figure_html(figure, names) for figure in figures)
+    return f'<div class="figures">{shown}</div>'
 
 def figure_html(figure, names):
     return (f'<figure id="figure-{figure.name}">{figure.svg}'
@@ -545,9 +562,12 @@ def figure_html(figure, names):
 def step_html(step, names, figures, panels, exercises):
     """A step as HTML. `panels` is {(step, section): [HTML]}."""
     figures = [figure for figure in figures if figure.step == step.number]
-    blocks = with_experiments(step.blocks, figures)
+    last = [figure for figure in figures if figure.ends_step]
+    blocks = [*with_experiments(step.blocks, figures), *last]
     step = Step(step.number, step.title, blocks)
-    figures = [figure for figure in figures if figure not in blocks]
+    placed = [figure for block in blocks
+              for figure in (block if isinstance(block, list) else [block])]
+    figures = [figure for figure in figures if figure not in placed]
     opening = [figure for figure in figures if not figure.after]
     parts = []
     for i, section in enumerate(sections_of(step)):

@@ -213,7 +213,8 @@ function tabulate(gelu) {
 }
 
 // What a model has computed for the tokens so far, so that it need not be computed again: for every
-// block the queries, keys and values of its attention, and the vectors before and after the blocks.
+// block the queries, keys and values of its attention, and the vectors as the embedding, each
+// attention and each feed-forward network leave them.
 class Cache {
   constructor({n_layers, context_length, emb_dim}) {
     const arrays = n => Array.from({length: n}, () => new Float32Array(context_length * emb_dim));
@@ -221,7 +222,7 @@ class Cache {
     this.queries = arrays(n_layers);
     this.keys = arrays(n_layers);
     this.values = arrays(n_layers);
-    this.vectors = arrays(n_layers + 1);
+    this.vectors = arrays(2 * n_layers + 1);
   }
 }
 
@@ -389,10 +390,11 @@ class Model {
       const contexts = this.contexts(cache, block, first, window.length);
       x = x.subarray((first - start) * C);
       add(x, this.linear(name + "att.out_proj", contexts));
+      cache.vectors[2 * block + 1].set(x, first * C);
       const hidden = this.linear(name + "ff.expand", this.norm(name + "norm2", x));
       this.activate(hidden);
       add(x, this.linear(name + "ff.project", hidden));
-      cache.vectors[block + 1].set(x, first * C);
+      cache.vectors[2 * block + 2].set(x, first * C);
     }
     return this.head(x.subarray(x.length - C));
   }
@@ -452,7 +454,8 @@ function* generate(model, ids, sampling) {
 // the lesson shows them in several steps. All texts of the run are set as text, never as HTML.
 const $ = id => document.getElementById(id);
 const all = selector => [...document.querySelectorAll(selector)];
-const MAX_NEW_TOKENS = 2000;
+const inLesson = document.body.classList.contains("lesson");
+const MAX_NEW_TOKENS = inLesson ? 30 : 2000;      // after a click on Continue
 let run, tokenizer, model, view;        // set by `start`; `view` is the cache of what is shown
 let words = null;           // the tokenizer of step 3, where the page shows it
 let ids = [];               // the tokens of the prompt
@@ -462,6 +465,7 @@ let logits = null;          // of the token after the prompt
 let selected = 0;           // the index in the window of the token that was clicked
 let pointed = null;         // the index of the token under the mouse, if any
 let streaming = null;       // not null while the model writes
+let windowLength = 4;       // in step 5; a shorter prompt has a shorter window
 let evaluation = 0;         // the index of the evaluation that the curves mark
 
 function element(tag, properties = {}, ...children) {
@@ -566,7 +570,9 @@ function showTokens() {
   const first = Math.max(0, offset() - 30);       // with some that the model does not see any more
   showChips($("chips"), first, id => tokenChip("button", id));
   if (first) $("chips")?.prepend(`… ${count(first, "token")} `);
-  showChips($("shades"), offset(), id => element("button", {}, shortened(tokenName(id))));
+  for (const box of [$("shades"), $("lens-chips")]) {
+    showChips(box, offset(), id => element("button", {}, shortened(tokenName(id))));
+  }
 }
 
 // The same text, split into words by the tokenizer of step 3
@@ -656,6 +662,7 @@ function barOf(list, id, probabilities) {
 
 function append(id, list) {
   stop();
+  clearReadouts();
   ids.push(id);
   showText();
   refresh();
@@ -668,10 +675,11 @@ function append(id, list) {
 function showWindows() {
   if (!$("windows")) return;
   const names = currentWindow().map(id => shortened(tokenName(id)));
-  const longest = Math.max(1, names.length - 1), T = Math.min(Number($("length").value), longest);
+  const longest = Math.max(1, names.length - 1), T = Math.min(windowLength, longest);
   const lastStart = Math.max(0, names.length - 1 - T);
   const start = Math.min(Number($("window-start").value), lastStart);
   $("length").max = Math.min(longest, 12);
+  $("length").value = T;
   $("window-start").max = lastStart;
   $("length-value").textContent = T;
   $("window-start-value").textContent = start;
@@ -699,6 +707,7 @@ function showLosses() {
     const p = softmax(model.head(last.subarray(t * C, (t + 1) * C)))[id];
     return {id, p, loss: -Math.log(p)};
   });
+  $("losses").closest(".scroll").hidden = !found.length;
   const uniform = Math.log(run.config.vocab_size);
   const longest = Math.max(uniform, ...found.map(({loss}) => loss));
   $("losses").replaceChildren(...found.map(({id, p, loss}) => {
@@ -793,15 +802,17 @@ function pointInMap(event) {
 // ─── The way through the model ────────────────────────────────────────────────────────────────
 function showLens() {
   const window = currentWindow(), t = current(), C = run.config.emb_dim;
-  $("lens").hidden = !window.length;
-  if (!window.length) return $("lens-token").textContent = "";
+  if (!window.length) {
+    $("lens").replaceChildren();
+    return $("lens-token").textContent = "";
+  }
   $("lens-token").textContent = `The vector of token ${t + offset() + 1}, ${quoted(window[t])}, `
     + `has ${count(C, "number")}.`;
   const vectors = view.vectors.map(all => all.subarray(t * C, (t + 1) * C));
   const largestNumber = Math.max(...vectors.map(vector => Math.max(...vector.map(Math.abs))));
   const positive = scale("--page", "--accent"), negative = scale("--page", "--warm");
-  const cells = vectors.flatMap((vector, block) => {
-    const place = block ? `after block ${block}` : "after the embedding";
+  const cells = vectors.flatMap((vector, i) => {
+    const place = !i ? "at first" : `after ${i % 2 ? "attention" : "feed-forward"} ${(i + 1) >> 1}`;
     const norm = Math.hypot(...vector), probabilities = softmax(model.head(vector));
     const canvas = element("canvas"), context = prepareCanvas(canvas, C, 1);
     canvas.setAttribute("role", "img");
@@ -910,8 +921,14 @@ function showText() {
   }
 }
 
+// How much was written belongs to the text that is shown.
+function clearReadouts() {
+  for (const box of all(".speed")) box.textContent = "";
+}
+
 function setPrompt(text) {
   stop();
+  clearReadouts();
   typed = text;
   ids = tokenizer.encode(text.replace(/ +$/, "") || text);    // a space belongs to the next word
   nTyped = ids.length;
@@ -940,17 +957,21 @@ async function continueWriting(button) {
   const row = button.closest(".write"), stopper = row.querySelector(".stop");
   const choose = row.classList.contains("greedy") ? greedy : sampling;
   const writer = generate(model, ids, choose), start = performance.now();
-  const mine = streaming = {stopper, button};     // stop() and a later call replace it
   let written = 0, shown = start, elapsed = 0, ended = false;
+  const report = () => row.querySelector(".speed").textContent = `${count(written, "token")} `
+    + `written, ${Math.round(1000 * written / Math.max(elapsed, 1))} per second`;
+  const mine = streaming = {stopper, button, report};       // stop() and a later call replace it
+  clearReadouts();
   for (const other of all(".stop")) other.disabled = false;
   for (const other of all(".continue")) other.disabled = true;
   stopper.focus();
   while (streaming === mine && written < MAX_NEW_TOKENS && !ended) {
     const pause = performance.now() + 25;
-    for (; performance.now() < pause && !ended; written++) {
+    while (performance.now() < pause && written < MAX_NEW_TOKENS && !ended) {
       const id = writer.next().value;
       ended = id === run.tokenizer.end_id;
       if (!ended) ids.push(id);
+      written++;
     }
     elapsed = performance.now() - start;
     showText();
@@ -960,15 +981,14 @@ async function continueWriting(button) {
     }
     await new Promise(resolve => setTimeout(resolve));
   }
-  row.querySelector(".speed").textContent = `${count(written, "token")} written, `
-    + `${Math.round(1000 * written / Math.max(elapsed, 1))} per second`;
   if (streaming === mine) stop();
 }
 
 function stop() {
   if (!streaming) return;
-  const {stopper, button} = streaming;
+  const {stopper, button, report} = streaming;
   streaming = null;
+  report();
   refresh();
   if (document.activeElement === stopper) button.focus();
   for (const other of all(".stop")) other.disabled = true;
@@ -998,9 +1018,11 @@ function warn(message) {
 function describeRun() {
   const story = run.text_name && ` on ${run.text_name}`;
   if ($("title")) $("title").textContent = document.title = `Inside ${run.name}`;
-  const name = $("title") ? "" : `${run.name}: `;
-  $("subtitle").textContent = `${name}${count(run.parameters, "parameter")}, trained for `
-    + `${count(run.step, "step")}${story}. The model runs in this page.`;
+  const trained = `${count(run.parameters, "parameter")}, trained for ${count(run.step, "step")}`
+    + story;
+  $("subtitle").textContent = $("title") ? `${trained}. The model runs in this page.`
+    : `This page has a trained model inside, which runs in your browser: ${run.name}, with `
+    + `${trained}. What it computes is shown in the parts marked “your model”.`;
   $("beginnings-box").hidden = !run.beginnings.length;
   $("beginnings").replaceChildren(element("option", {value: ""}, "choose …"),
     ...run.beginnings.map(text => element("option", {value: text}, text)));
@@ -1008,6 +1030,10 @@ function describeRun() {
     const options = Array.from({length: n}, (_, i) => element("option", {}, `${id} ${i + 1}`));
     $(id).replaceChildren(...options);
     $(id).selectedIndex = n - 1;
+  }
+  if (inLesson) {           // its text is about head 3 of block 1
+    $("block").selectedIndex = 0;
+    $("head").selectedIndex = Math.min(2, run.config.n_heads - 1);
   }
   $("top-k").max = Math.min(50, run.config.vocab_size);
   $("settings").replaceChildren(...run.settings.flatMap(([name, value, meaning]) => [
@@ -1042,7 +1068,13 @@ function listen() {
   for (const button of all(".stop")) button.onclick = stop;
   for (const id of ["temperature", "top-k", "top-p"]) $(id).oninput = showNext;
   for (const id of ["block", "head"]) $(id).onchange = () => (showMap(), showShades());
-  for (const id of ["length", "window-start"]) if ($(id)) $(id).oninput = showWindows;
+  if ($("windows")) {
+    $("window-start").oninput = showWindows;
+    $("length").oninput = () => {
+      windowLength = Number($("length").value);
+      showWindows();
+    };
+  }
   $("map").onpointermove = $("map").onpointerdown = pointInMap;
   $("map").onpointerleave = () => point(null);
   for (const slider of all(".evaluation")) {
@@ -1079,6 +1111,8 @@ function start() {
   }
   describeRun();
   setPrompt(run.prompt);
+  const his = currentWindow().findIndex(id => tokenName(id).replace("␣", "") === "his");
+  if (inLesson && his >= 0) select(his);        // its text follows this token
   listen();
 }
 

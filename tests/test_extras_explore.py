@@ -493,13 +493,20 @@ def test_attention_follows_the_mouse_and_the_keyboard(show, learned):
     assert abs(weight - maps[0, 1, 3, 1].item()) < 0.002
 
 
-def test_the_lens_shows_what_every_block_would_predict(show, learned):
+def test_the_lens_shows_what_every_part_of_a_block_would_predict(show, learned):
     run, html = learned
     page = show(html)
-    vectors = story_llm.module_outputs(run.model, [run.model.dropout, *run.model.trf_blocks],
-                                       torch.tensor([run.tokenizer.encode(run.prompt)]))
+    vectors = []
+    with torch.no_grad():
+        ids = torch.tensor([run.tokenizer.encode(run.prompt)])
+        vectors.append(run.model.tok_emb(ids) + run.model.pos_emb(torch.arange(ids.shape[1])))
+        for block in run.model.trf_blocks:
+            vectors.append(vectors[-1] + block.att(block.norm1(vectors[-1])))
+            vectors.append(block(vectors[-2]))
     predictions, norms = shown(page, "#lens .says"), shown(page, "#lens b")[1:]
-    assert len(predictions) == len(norms) == 3
+    assert len(predictions) == len(norms) == len(vectors) == 5
+    assert [text for text in shown(page, "#lens > span:not(.says, .head)")] == [
+        "at first", "after attention 1", "after feed-forward 1", "after attention 2", "after feed-forward 2"]
     for vector, prediction, norm in zip(vectors, predictions, norms):
         vector = vector[0, -1]
         with torch.no_grad():
@@ -509,6 +516,11 @@ def test_the_lens_shows_what_every_block_would_predict(show, learned):
         assert prediction.startswith(f"“{name}” ")
         assert float(prediction.split()[1]) == pytest.approx(probability, abs=0.06)
         assert float(norm) == pytest.approx(vector.norm().item(), abs=0.06)
+    page.click("#lens-chips button >> nth=1")
+    assert "token 2, " in page.inner_text("#lens-token")
+    assert float(shown(page, "#lens b")[-1]) == pytest.approx(vectors[-1][0, 1].norm().item(), abs=0.06)
+    page.fill("#prompt", "")
+    assert page.inner_text("#lens") == page.inner_text("#lens-token") == ""
 
 
 def test_the_history_is_shown_with_its_values(show, learned):

@@ -27,7 +27,7 @@ PANELS = {3: ["words"], 4: ["tokens"], 5: ["windows"], 6: ["attention", "lens"],
 class Page(html.parser.HTMLParser):
     """What of a page comes from the lesson: its text, its code and its titles. The model's parts, the exercises, the
     figures and the contents do not. `ids` and `targets` are those of the whole page."""
-    FOREIGN = {"live", "exercise", "overview", "box", "model-line", "label", "number", "skip"}
+    FOREIGN = {"live", "exercise", "overview", "box", "model-line", "hint", "label", "number", "skip"}
     VOID = {"meta", "link", "input", "br", "img"}
 
     def __init__(self, page):
@@ -203,6 +203,18 @@ def test_exercises_end_their_steps(without_model):
         assert all(plain(block.text) in answer for block in exercise.answer)
 
 
+def test_figures_stand_where_the_lesson_speaks_of_them(without_model):
+    names = re.findall('<figure id="figure-([^"]+)"', without_model)
+    assert Counter(names) == Counter(figure.name for figure in lesson.figures())
+    step = without_model.split('<section class="step"')[6]
+    table = step[step.index("several heads (one instead)"):]
+    named = re.search(r'</pre></div>\n<div class="wide"><div class="figures">(.*?)</div>', table, re.DOTALL)[1]
+    assert re.findall('id="figure-experiment-([^"]+)"', named) == [
+        "no-attention", "no-feed-forward", "average", "one-head", "one-block", "no-positions"]
+    step = without_model.split('<section class="step"')[10]
+    assert step.index("Ep 20 (Step 000180)") < step.index('id="figure-prediction"')
+
+
 # In a browser
 
 @pytest.fixture(scope="module")
@@ -262,7 +274,7 @@ def test_the_model_is_alive_where_it_is_explained(show, learned):
     maps = story_llm.attention_maps(run.model, torch.tensor([ids]))
     titles = [chip.get_attribute("title") for chip in page.locator("#shades button").all()]
     weights = [float(title.removeprefix("weight ")) for title in titles]
-    assert weights == pytest.approx(maps[-1, -1, -1].tolist(), abs=0.002)
+    assert weights == pytest.approx(maps[0, -1, -1].tolist(), abs=0.002)       # block 1, head 3 or the last
     # the loss of each token
     rows = [re.split(r"\s+", row.replace("\xa0", " ").strip()) for row in shown(page, "#losses tr")]
     losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
@@ -292,13 +304,38 @@ def test_step_8_is_greedy_whatever_step_13_draws(show, learned):
     page = show(content)
     page.fill("#temperature", "3")
     page.click("#step-8 .continue")
-    wait_until(page, "ids.length > 30")
-    page.keyboard.press("Escape")
-    wait_until(page, "!streaming")
-    count = page.evaluate("ids.length - nTyped")
     ids = torch.tensor([run.tokenizer.encode(run.prompt)])
-    greedy = [new.item() for new in story_llm.generate(run.model, ids, count)]
-    assert page.evaluate("ids.slice(nTyped)") == greedy
+    greedy = [new.item() for new in story_llm.generate(run.model, ids, 60)]
+    for count in (30, 60):          # it stops by itself, and a second click goes on
+        if count == 60:
+            page.click("#step-8 .continue")
+        wait_until(page, "!streaming")
+        assert page.evaluate("ids.slice(nTyped)") == greedy[:count]
+        assert page.inner_text("#step-8 .speed").startswith("30 tokens written")
+    page.locator("#step-8 .prompt").fill("At night")
+    assert shown(page, ".speed:not(:empty)") == []
+
+
+def test_the_panels_say_that_they_share_a_prompt_and_survive_an_empty_one(show, learned):
+    page = show(learned[1])
+    assert "share one prompt" in page.locator(".live").first.inner_text()
+    assert page.locator(".live", has_text="share one prompt").count() == 1
+    page.locator("#step-9 .prompt").fill(learned[0].prompt)         # chooses the last token
+    before = [page.inner_text(f"#{name}") for name in ("lens", "losses", "windows", "length-value")]
+    page.locator("#step-9 .prompt").fill("")
+    assert page.inner_text("#lens") == "" and not page.is_visible(".losses") and not page.is_visible(".bar-head")
+    assert page.inner_text("#length-value") == "1"
+    page.locator("#step-9 .prompt").fill(learned[0].prompt)
+    assert [page.inner_text(f"#{name}") for name in ("lens", "losses", "windows", "length-value")] == before
+
+
+def test_attention_opens_where_the_lesson_looks(show, learned):
+    run, content = learned
+    page = show(content)
+    ids, T = run.tokenizer.encode(run.prompt), len(run.tokenizer.encode(run.prompt))
+    his = story_llm.token_names(run.tokenizer, ids).index("␣his")
+    assert 0 < his < T - 1 and page.evaluate("[selected, chosenBlock(), chosenHead()]") == [
+        his, 0, min(3, run.config.n_heads) - 1]
 
 
 def test_the_curves_of_steps_10_and_12_are_one(show, learned):
@@ -312,9 +349,13 @@ def test_the_curves_of_steps_10_and_12_are_one(show, learned):
 
 def test_contents_follow_the_reader_and_boxes_open_in_place(show, learned):
     page = show(learned[1])
-    for step in (2, 9, 6):
-        page.evaluate("step => $(`step-${step}`).scrollIntoView()", step)
-        wait_until(page, f"document.querySelector('[aria-current=step]')?.hash === '#step-{step}'")
+    marked = "[...document.querySelectorAll('[aria-current=step]')].map(link => link.hash).join()"
+    for step in (9, 13, 2, 6):
+        page.evaluate("step => document.querySelector(`#contents [href='#step-${step}']`).click()", step)
+        wait_until(page, f"{marked} === '#step-{step}'")
+    for share in (0.9, 0.2, 0.7, 0.4, 1):           # wherever one lands: the step at the end of the upper third
+        page.evaluate("share => scrollTo(0, share * document.body.scrollHeight)", share)
+        wait_until(page, f"{marked} === '#' + document.elementFromPoint(640, 800 / 3).closest('.step')?.id")
     name = page.locator("#step-4 button[popovertarget]").first
     name.click()
     box = page.locator("#" + name.get_attribute("popovertarget"))
@@ -329,6 +370,8 @@ def test_the_page_fits_every_window(show, learned, width, scheme):
     page = show(learned[1], width=width, scheme=scheme)
     page.locator(".prompt").first.fill(TEXT)
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate("""() => [...document.querySelectorAll('.cover pre, .prose .scroll, .bar-head, .bars button')]
+        .filter(part => part.scrollWidth > part.clientWidth).map(part => part.innerText)""") == []
     beside = page.evaluate("""() => [...document.querySelectorAll('#step-6 > .row')].filter(
         row => row.children.length > 1).map(row => row.children[1].getBoundingClientRect().left > row.children[0].getBoundingClientRect().right)""")
     assert len(beside) > 8 and all(found == (width >= 1200) for found in beside)
@@ -390,7 +433,7 @@ def test_a_story_and_its_name_are_data(show):
     page = show(lesson.make_page(SOURCE, run, "<img src=x onerror=attacked=1>", " ".join(NASTY)))
     assert page.evaluate("typeof attacked") == "undefined" and page.locator("img").count() == 0
     subtitle = page.inner_text("#subtitle")
-    assert subtitle.startswith("<img src=x onerror=attacked=1>: ") and "on <b>PAGE_DATA.txt." in subtitle
+    assert "trained model inside" in subtitle and ": <img src=x onerror=attacked=1>, with " in subtitle and "on <b>PAGE_DATA.txt." in subtitle
     assert page.input_value("#prompt") == run.prompt
 
 
