@@ -210,7 +210,7 @@ def test_figures_stand_where_the_lesson_speaks_of_them(without_model):
     table = step[step.index("several heads (one instead)"):]
     named = re.search(r'</pre></div>\n<div class="wide"><div class="figures">(.*?)</div>', table, re.DOTALL)[1]
     assert re.findall('id="figure-experiment-([^"]+)"', named) == [
-        "no-attention", "no-feed-forward", "average", "one-head", "one-block", "no-positions"]
+        "no-attention", "no-feed-forward", "average", "one-block", "one-head", "no-positions"]
     step = without_model.split('<section class="step"')[10]
     assert step.index("Ep 20 (Step 000180)") < step.index('id="figure-prediction"')
 
