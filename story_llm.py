@@ -2657,16 +2657,9 @@ def generate_text(model, tokenizer, prompt, max_new_tokens, sampling=None, sente
     yield text[shown:]
 
 def prepare_inference(model, precision="fp32"):
-    """Convert a model in place so that it generates faster, and return it. It can be neither
-    trained nor saved any more. In bf16, weights and activations are rounded, so it may write
-    different tokens. On a CPU, the linear layers of a large model get the memory layout of oneDNN,
-    torch's library for CPUs, with which a small model would be slower."""
-    if use_bf16(device_of(model), precision):
-        return model.bfloat16()
-    if device_of(model).type == "cpu" and count_parameters(model) > 4_000_000:
-        from torch.utils.mkldnn import to_mkldnn
-        return to_mkldnn(model)
-    return model
+    """Round the weights to bf16, in place, if `use_bf16` says so, and return the model. It needs
+    half the memory then, and may write different tokens."""
+    return model.bfloat16() if use_bf16(device_of(model), precision) else model
 
 # ═══ The command line ══════════════════════════════════════════════════════════════════════════
 # Each command has one function, which calls the functions of its step and prints what they return:

@@ -14,8 +14,8 @@ The ceiling: every token needs all weights that it is multiplied by, so it takes
 of reading them from memory. The bandwidth of the memory is the higher one of reading and copying a
 large tensor.
 
-Below the table stands a check: does story_llm choose the same tokens with its cache and oneDNN
-layers as `generate_text_simple` does without them, even beyond the context length? It is made with
+Below the table stands a check: does story_llm choose the same tokens with its cache as
+`generate_text_simple` does without it, even beyond the context length? It is made with
 the same model, but with a context length of 64, and with --check-tokens tokens.
 """
 import argparse
