@@ -126,6 +126,9 @@ def build_vocabulary(text):
     """
     return sorted(set(split_words(text))) + [END_OF_TEXT, UNKNOWN]
 
+# So every piece has a number, and the story is a list of numbers, at least as long as it says
+# nothing new.
+
 # ═══ Step 3: a simple tokenizer ════════════════════════════════════════════════════════════════
 # A tokenizer translates in both directions: `encode` turns a text into token ids, which are places
 # in the vocabulary, and `decode` turns token ids back into a text. But what happens to a word that
@@ -510,7 +513,7 @@ class GPTConfig(Settings):
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
 # dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
-# trained without it, our model recites only 23% of the sentences instead of 100%.
+# trained without it, our model can continue only 23% of the sentences by heart instead of 100%.
 #
 #     Try it: python extras/experiments.py no-scaling      (each experiment takes a minute or two)
 def attention_weights(queries, keys, mask):
@@ -850,17 +853,18 @@ class GPTModel(nn.Module):
 #
 # The first three are indispensable, and the next two nearly so. The rest is a luxury here: in a
 # story of 4,000 words, the last word and those before it nearly always settle the next one,
-# whatever their order. (Nor does a model without positional embeddings miss the order altogether:
-# the mask shows every token only those before it, and from the second block on, that gives their
-# order away.) Even a plain average beats unscaled attention, perhaps because it loses no token,
-# while random favourites hide most of the others.
+# whatever their order. (Nor does a model without positional embeddings miss the order altogether.
+# In the first block, an early token averages few tokens and a late one many, so the vectors that
+# enter the second block already tell how much stood before them.) Even a plain average beats
+# unscaled attention, perhaps because it loses no token, while random favourites hide most of the
+# others.
 #
 #     Try it: python extras/experiments.py one-block      (or another name from the last column)
 
 # ═══ Step 7: a batch through the untrained model ═══════════════════════════════════════════════
-# Now follow one sentence of four tokens through the whole model. The weights are random, so the
-# numbers mean nothing yet; the shapes are final. The function below is all docstring, to read and
-# to try.
+# Do the parts fit together? Follow one sentence of four tokens through the whole model. The weights
+# are random, so the numbers mean nothing yet; the shapes are final. The function below is all
+# docstring, to read and to try.
 def one_sentence_through_the_model():
     """We look up the embedding of each token id, and add the vectors of the positions 0 to 3:
 
@@ -921,10 +925,11 @@ def one_sentence_through_the_model():
 # belong to the vocabulary.
 
 # ═══ Step 8: greedy generation ═════════════════════════════════════════════════════════════════
-# Give the model the beginning of a text, the prompt, and let it write. Using a model in this way,
-# without training it, is called inference. In training, the predictions at all positions count; now
-# only the last one does, because the others predict tokens that we already have. Greedy decoding
-# takes the token with the highest logit, appends it, and runs the model again.
+# What does a model write that has learned nothing? Give it the beginning of a text, the prompt, and
+# let it go on. Using a model in this way, without training it, is called inference. In training,
+# the predictions at all positions count; now only the last one does, because the others predict
+# tokens that we already have. Greedy decoding takes the token with the highest logit, appends it,
+# and runs the model again.
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append `max_new_tokens` tokens to the token ids idx (B, T), chosen greedily. The model sees
     the last `context_size` tokens.
@@ -1032,17 +1037,17 @@ def recites(model, tokenizer, prompt, continuation):
 #     Recall 0.0%: 0 of 175 sentences continued word for word from their first five words
 #
 # The parentheses give the loss in two other forms. Perplexity is e to the power of the loss: the
-# number of equally likely tokens among which the model would be just as uncertain. Like the loss,
-# it depends on how the text is split into tokens. Bits per character do not, which makes them the
-# figure to compare models by: add up the losses of all tokens, then divide by the number of
-# characters and by ln(2).
+# number of tokens among which pure guessing would cost as much. Like the loss, it depends on how
+# the text is split into tokens. Bits per character do not, which makes them the figure to compare
+# models by: add up the losses of all tokens, then divide by the number of characters and by ln(2).
+# By every one of these figures, our model knows nothing yet.
 
 # ═══ Step 10: training ═════════════════════════════════════════════════════════════════════════
-# Training is the loop of the PyTorch page: take a batch of windows, compute the loss and its
-# gradient, move all parameters a little, repeat. A pass over the training text is an epoch; the
-# part that moves the parameters is the optimizer. The functions of this step share two objects,
-# which the workshop defines. A Corpus is the text, split and encoded; a Run is a model with
-# everything that belongs to its training:
+# How do 1.7 million random numbers learn a story? By the loop of the PyTorch page: take a batch of
+# windows, compute the loss and its gradient, move all parameters a little, repeat. A pass over the
+# training text is an epoch; the part that moves the parameters is the optimizer. The functions of
+# this step share two objects, which the workshop defines. A Corpus is the text, split and encoded;
+# a Run is a model with everything that belongs to its training:
 #
 #     corpus.train_ids, corpus.val_ids        the token ids of both splits, (N,) and (M,)
 #     corpus.recall_tests                     pairs (the first five words, how the text goes on)
@@ -1078,14 +1083,14 @@ def recites(model, tokenizer, prompt, continuation):
 # out: if all were 100 times as large, w would move just as far, by about lr a step. What counts is
 # agreement: if the sign flips from step to step, w stays almost where it is.
 #
-# The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay: in each step, all matrices
+# The W in AdamW (Loshchilov & Hutter 2019) stands for weight decay: in each step, the weights
 # shrink a little, whatever their gradients say. Like dropout, weight decay is a form of
 # regularization, which limits a model so that it generalizes, that is, does well on unseen text.
 # Our model is meant to memorize, which is why its weight decay is 0, like its dropout probability.
 class AdamW:
-    """torch.optim.AdamW, written out, with a second beta that suits short runs (torch's is 0.999).
-    `parameters` are pairs (name, parameter), as they come from `model.named_parameters()`. The
-    betas say how much of m and of v remains after a step.
+    """torch.optim.AdamW, written out, but only matrices decay, as usual for GPTs, and the second
+    beta suits short runs (torch's is 0.999). `parameters` are pairs (name, parameter), as they come
+    from `model.named_parameters()`. The betas say how much of m and of v remains after a step.
 
     >>> w = nn.Parameter(torch.tensor([3.0, 3.0]))
     >>> optimizer = AdamW([("w", w)])
@@ -1124,11 +1129,12 @@ class AdamW:
             p.mul_(1 - lr * self.weight_decay)
         p.addcdiv_(m, usual_size, value=-lr / (1 - beta1 ** self.n_steps))  # w - lr (m/a) / size
 
-# At the very first step, the quotient is 1 or -1 for every parameter that has a gradient, however
-# small or accidental. Large steps are unsafe while the averages rest on so few gradients and the
-# weights are still random, so the learning rate begins with a warm-up, a rise from almost nothing;
-# without it, our loss ends at 0.30 instead of 0.22. Later, large steps would overshoot the minimum
-# again and again, which is why the learning rate then falls linearly towards 0.
+# At the very first step, m / a is g and v / b is g^2, so the quotient is 1 or -1 for every
+# parameter that has a gradient, however small or accidental. Large steps are unsafe while the
+# averages rest on so few gradients and the weights are still random, so the learning rate begins
+# with a warm-up, a rise from almost nothing; without it, our loss ends at 0.30 instead of 0.22.
+# Later, large steps would overshoot the minimum again and again, which is why the learning rate
+# then falls linearly towards 0.
 #
 #     Try it: python extras/experiments.py no-warm-up     (or high-learning-rate)
 def learning_rate(step, total_steps, config):
@@ -1234,10 +1240,10 @@ def training_steps(run, corpus):
             run.optimizer.zero_grad()   # `backward` adds to the gradients, so clear the old ones
             loss.backward()
             # The gradient of all parameters is one long vector. If its length, the gradient norm,
-            # exceeds grad_clip, it is shortened to that length; its direction stays. In the first
-            # two steps, it is more than twice as long as later, when it is clipped a little, and v
-            # would remember that for some fifty steps and keep all fifty too small: without
-            # clipping, the loss ends at 0.32.
+            # exceeds grad_clip, it is shortened to that length; its direction stays. The first two
+            # gradients are the longest. Unclipped, they would make v large, and because v divides
+            # every move and forgets only after some fifty steps, the parameters would move too
+            # little all that time: without clipping, the loss ends at 0.32.
             nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip)
             run.optimizer.step(learning_rate(run.step, run.total_steps, config))
         run.step += 1
@@ -1339,12 +1345,17 @@ def load_checkpoint(path, device="cpu"):
                last_weights=saved["last_weights"], averages=saved["averages"],
                history=saved["history"], **{name: saved[name] for name in PLAIN_FIELDS})
 
+# A training that was interrupted, by Ctrl-C for example, goes on from its file, and on a CPU it
+# ends with exactly the weights that it would have had without the interruption:
+#
+#     $ python story_llm.py train --resume
+
 # ═══ Step 12: loss curves ══════════════════════════════════════════════════════════════════════
-# The picture that `train` draws, loss.png, shows at a glance what the log says in numbers. Where
-# the validation loss turns upward, overfitting outweighs what the model still learns. If both
-# losses stay near ln(V), the model learns nothing, perhaps because the learning rate is much too
-# low. If it is too high, they fall at first and then hardly any further: with ten times ours, to
-# 4.15.
+# Is the model still learning, or only memorizing? The picture that `train` draws, loss.png, shows
+# it at a glance. Where the validation loss turns upward, overfitting outweighs what the model still
+# learns. If both losses stay near ln(V), the model learns nothing, perhaps because the learning
+# rate is much too low. If it is too high, they fall fast at first, then slowly: with ten times
+# ours, the training loss ends at 4.15.
 #
 #     $ python story_llm.py plot
 #     drew loss.png
@@ -1410,7 +1421,7 @@ class KeyValueCache:
 # Sampling breaks the circle: it draws the next token at random, each token with its probability.
 # Three settings change these probabilities. The temperature t divides the logits before softmax.
 # Because e^(l / t) is (e^l)^(1 / t), this raises every probability to the power 1 / t and rescales
-# the results: a temperature below 1 favours the likely tokens, one above 1 the unlikely. Top-k
+# the results: a temperature below 1 favours the likely tokens, one above 1 evens them out. Top-k
 # keeps the k most likely tokens. Top-p, or nucleus sampling (Holtzman et al. 2020), keeps the most
 # likely tokens, in order, until their probabilities add up to at least p.
 @dataclass(frozen=True, kw_only=True)
