@@ -509,7 +509,7 @@ class GPTConfig(Settings):
 # is sqrt(48) = 6.9 times that of one product: in our untrained model, 2.1 against 0.3. With such
 # scores, the last token in a window of 32 gives its favourite an attention weight of 0.34 on
 # average, where an equal share would be 0.03. The favourite is random, and training has to undo
-# that choice before making a good one.
+# that choice before it can make a good one.
 #
 # Dividing every score by sqrt(D) cancels the influence of D, and 0.34 becomes 0.05. This is scaled
 # dot-product attention (Vaswani et al. 2017, section 3.2.1), and the division earns its place:
@@ -585,7 +585,8 @@ def causal_mask(T, S, device=None):
 # (GPT-2's tokens split "Aadhan" and "renounced".) Both tokens matter: if head 3 may not attend to
 # "Aad", the probability of "kingdom" falls from 96% to 91%, and if head 4 may not attend to
 # "ounced", to 93%. In other sentences, the same heads look at other things, and in a short story,
-# the choice matters little: if all four heads averaged equally, "kingdom" would still have 92%.
+# the choice matters little: if all four heads of this block averaged equally, "kingdom" would still
+# have 92%.
 #
 #     $ python story_llm.py attention --prompt "Once Aadhan renounced his"         (after training)
 #

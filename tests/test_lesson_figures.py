@@ -96,7 +96,7 @@ def test_kingdom_becomes_less_probable_when_one_head_may_not_attend_to_one_token
             patch.setattr(story_llm, "attention_weights", equal)
             return kingdom()
 
-    shown = quoted(r'if all four heads averaged equally, "kingdom" would still have (\d+)%')
+    shown = quoted(r'if all four heads of this block averaged equally, "kingdom" would still have (\d+)%')
     assert shown == pytest.approx([kingdom_with_equal_attention()], abs=4)
     shown = quoted(r'falls from (\d+)% to (\d+)%, and if head 4 may not attend to "ounced", to (\d+)%')
     assert shown == pytest.approx([kingdom(), kingdom_without(2, "Aad"), kingdom_without(3, "ounced")], abs=4)
