@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from helpers import TEXT, note_questions, same, story_llm, tiny, train_to, trained, weights_equal
+from helpers import ROOT, TEXT, note_questions, same, story_llm, tiny, train_to, trained, weights_equal
 from story_llm import (IGNORE_INDEX, StoryError, TrainConfig, batch_loss, corpus_from_text, generate_text,
                        learning_rate, load_checkpoint, mean_loss, measure_recall, new_run, optimizer_averages,
                        prompt_window, save_checkpoint, shuffled, start_training, train, training_batches,
@@ -671,3 +671,9 @@ def test_a_corpus_that_was_split_otherwise_is_refused():
         with pytest.raises(StoryError, match="TrainConfig"):
             new_run(corpus, train_config=other)
     assert new_run(corpus, train_config=TrainConfig(val_fraction=0.3, seed=3)).step == 0
+
+
+@pytest.mark.parametrize("path", [ROOT / "story_llm.py", ROOT / "Short_Story.txt"], ids=lambda path: path.name)
+def test_the_path_of_a_file_is_refused_as_a_text(path):
+    with pytest.raises(StoryError, match="path"):
+        corpus_from_text(str(path), "word")
