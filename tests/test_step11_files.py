@@ -453,6 +453,19 @@ def test_a_compressed_file_is_refused(saved, tmp_path):
     assert "compressed" in refusal(path)
 
 
+def test_a_file_whose_weights_share_their_memory_is_refused(tmp_path):
+    """Otherwise a small file could claim a thousand layers, all of them the same one."""
+    run, _ = tiny(n_layers=12, emb_dim=64)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, run)
+    state, first = read(path), {}
+    state["weights"] = {name: first.setdefault(weight.shape, weight) for name, weight in state["weights"].items()}
+    state["averages"] = None
+    torch.save(state, path)
+    assert path.stat().st_size < sum(4 * weight.numel() for weight in state["weights"].values()) / 2
+    assert "too small for its weights" in refusal(path)
+
+
 def change(*path, **to):
     """A function that updates the dictionary at that path of a saved state."""
     def function(state):
