@@ -73,7 +73,8 @@ DIFFERENCES = {
     "no-scaling": (0.1, 9, -1, 0.1), "no-mask": (-9, 0.1, -1, -0.3), "one-head": (-0.35, 0.35, -0.35, 0.35),
     "no-attention": (0.4, 9, -1, -0.5), "average": (-0.35, 0.35, -0.5, 0.35),
     "no-feed-forward": (0.5, 9, -1, -0.4), "one-block": (-0.35, 0.35, -0.35, 0.35),
-    "no-clipping": (0.02, 0.6, -0.5, 0.2), "no-residual": (2, 9, -1, -0.5), "no-norm": (1.2, 9, -1, -0.5), "post-norm": (0.3, 9, -1, -0.3),
+    "no-clipping": (0.02, 0.6, -0.5, 0.2), "no-residual": (2, 9, -1, -0.5), "no-norm": (1.2, 9, -1, -0.5),
+    "post-norm": (0.3, 9, -1, -0.3),
     "no-positions": (-9, 0.2, -0.1, 1), "gradient-descent": (0.9, 9, -1, -0.5),
     "high-learning-rate": (1.5, 9, -1, -0.5), "no-warm-up": (-0.35, 0.35, -0.35, 0.35),
     "no-prompt-windows": (-0.2, 0.2, -1, -0.1)}
