@@ -2258,15 +2258,18 @@ def evaluation_due(run):
 
 def record_evaluation(run, corpus):
     """Evaluate a run, and append the result to its history. With keep_best, keep a copy of the best
-    weights, and end the training if the validation loss has not fallen for a fifth of it."""
+    weights, and end the training if the validation loss has not fallen for a fifth of it. When a
+    run is resumed to train longer, its learning rate is high again, so its loss rises before it
+    falls. Only evaluations since then decide when it ends."""
     run.history.append(evaluate(run, corpus))
     if not run.train_config.keep_best:
         return
     best = best_evaluation(run.history)
     if best is run.history[-1]:
         run.best_weights = copy_weights(run.model)
+    lowest = best_evaluation([e for e in run.history if e.step > run.first_step])
     patience = (run.total_steps - run.first_step) / 5
-    if run.step - max(best.step, run.first_step) > patience:
+    if lowest is not None and run.step - lowest.step > patience:
         run.total_steps = run.step
     if run.step >= run.total_steps:
         if best.step < run.step:

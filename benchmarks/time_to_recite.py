@@ -18,8 +18,13 @@ Recall would need the whole training, so it is not measured. If GPT-2's encoding
 (see TIKTOKEN_CACHE_DIR), the reference gets random tokens, one for every 4 characters, and its row
 says so.
 
-Seconds, memory and file sizes are medians over the seeds. --reference-steps 0 leaves the reference
-out.
+The reference's model is much larger than story_llm's. A second row therefore runs the same training
+in full with a model of story_llm's shape (width, layers, heads and context length), and all other
+settings of the chapter, among them GPT-2's whole vocabulary. Its recall is measured by the
+chapter's own `generate_text_simple`. What separates this row from the reference is the choice of
+the model, and what separates it from story_llm is the program.
+
+Seconds, memory and file sizes are medians over the seeds. --reference-steps 0 leaves both out.
 
 --two-at-once: after each training on its own, the same training is started twice at the same time,
 as on a machine that has something else to do, and the one that ends later counts. If they share the
@@ -28,6 +33,8 @@ load: two processes time its parts at the same time (with twice the memory), and
 of its training steps counts. Recall is measured only for the training on its own.
 """
 import argparse
+import contextlib
+import io
 import math
 import statistics
 import sys
@@ -46,7 +53,7 @@ OPTIMIZERS = {      # {name: options of `train`}
 
 def measure_training(name, seed, text, with_recall=True):
     """Measure the reference, or one run of the program with a tokenizer and an optimizer."""
-    if name == "reference":
+    if name in ("reference", "small"):
         return common.measure(name)
     tokenizer, optimizer = name.split()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,6 +109,54 @@ class RandomTokenizer:
     def decode(self, ids):
         return " ".join(map(str, ids))
 
+def chapter_5(text, shape):
+    """Return (model, optimizer, training batches, validation batches) of the chapter."""
+    import torch
+    from llms_from_scratch import ch02
+    model = common.make_model("reference", shape, None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
+    cut = int(0.9 * len(text))
+    loaders = [
+        ch02.create_dataloader_v1(part, batch_size=BATCH_SIZE, max_length=shape.context_length,
+                                  stride=shape.context_length, shuffle=training, drop_last=training)
+        for part, training in ((text[:cut], True), (text[cut:], False))]
+    return model, optimizer, *loaders
+
+def train_small(text):
+    """Run the chapter's whole training with a model of story_llm's shape, and measure recall."""
+    start = time.perf_counter()
+    import tiktoken
+    import torch
+    from llms_from_scratch import ch04, ch05
+    try:
+        tokenizer = tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise common.Absent("GPT-2's encoding is not available") from error
+    import story_llm
+    ours = story_llm.GPTConfig()
+    shape = common.Shape(50257, ours.context_length, ours.emb_dim, ours.n_heads, ours.n_layers, 0.1)
+    torch.manual_seed(123)
+    text = Path(text).read_text(encoding="utf-8")
+    model, optimizer, train_loader, val_loader = chapter_5(text, shape)
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as folder:
+        ch05.train_model_simple(model, train_loader, val_loader, optimizer, torch.device("cpu"),
+                                EPOCHS, EVAL_EVERY, 1, text[:20], tokenizer)
+        file = Path(folder, "model.pth")
+        torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(file, weights_only=True))
+        saved_mb = file.stat().st_size / 1e6
+    seconds = time.perf_counter() - start
+
+    model.eval()
+    train_text, _ = story_llm.split_text(text, story_llm.TrainConfig())
+    recited = []
+    for prompt, continuation in story_llm.recall_tests(train_text):
+        prompt_ids = torch.tensor([tokenizer.encode(prompt)])
+        count = len(tokenizer.encode(continuation)) + 2     # tokens may be cut in other places
+        ids = ch04.generate_text_simple(model, prompt_ids, count, ours.context_length)
+        recited.append(tokenizer.decode(ids[0].tolist()).startswith(prompt + continuation))
+    return {"seconds": seconds, "saved_mb": saved_mb, "recall": statistics.mean(recited)}
+
 def time_reference(text, steps):
     """Time the parts of the reference's training, each on its own, and add them up for all of
     it."""
@@ -116,14 +171,8 @@ def time_reference(text, steps):
         ch02.tiktoken.get_encoding = lambda name: tokenizer
     torch.manual_seed(123)
     device, shape = torch.device("cpu"), common.GPT2_SMALL._replace(drop_rate=0.1)
-    model = common.make_model("reference", shape, None)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1)
     text = Path(text).read_text(encoding="utf-8")
-    cut = int(0.9 * len(text))
-    train_loader, val_loader = [
-        ch02.create_dataloader_v1(part, batch_size=BATCH_SIZE, max_length=shape.context_length,
-                                  stride=shape.context_length, shuffle=training, drop_last=training)
-        for part, training in ((text[:cut], True), (text[cut:], False))]
+    model, optimizer, train_loader, val_loader = chapter_5(text, shape)
     if len(train_loader) == 0:
         raise common.Absent("the text is too short for a batch of the reference")
     seconds = {"start": time.perf_counter() - start}
@@ -221,6 +270,9 @@ def main():
     if options.contender == "recall":
         common.print_result(saved_recall, options.model, options.text)
         return
+    if options.contender == "small":
+        common.print_result(train_small, options.text)
+        return
     if options.contender:
         common.print_result(time_reference, options.text, options.reference_steps)
         return
@@ -231,17 +283,19 @@ def main():
               for tokenizer in options.tokenizers for optimizer in options.optimizers}
     if options.reference_steps:
         titles["reference"] = "LLMs-from-scratch, chapter 5, scaled"
+        titles["small"] = "the same with story_llm's small model, in full"
     results = {name: [] for name in titles}
-    pairs = {name: [] for name in titles}
+    pairs = {name: [] for name in titles if name != "small"}
     for seed in options.seeds:
         for name in titles:
             print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
             alone = measure_training(name, seed, options.text)
             results[name].append(alone)
-            if options.two_at_once:
+            if options.two_at_once and name in pairs:
                 pairs[name].append(measure_two_at_once(name, seed, options.text, alone))
     print_trainings(results, titles)
     if options.two_at_once:
+        titles.pop("small", None)
         if "reference" in titles:
             titles["reference"] = "LLMs-from-scratch, chapter 5, one training step"
         print_pairs(pairs, titles)
