@@ -2078,7 +2078,7 @@ def default_preset(n_bytes):
 def preset_settings(name, n_bytes):
     """Return the settings, {name: value}, in which a preset differs from the defaults. `story` is
     the lesson's model. `novel` memorizes a longer text in little time: the longer it is, the wider
-    the model. `writer` writes new text in the manner of a text of 300 KB or more; the shorter it
+    the model. `writer` writes new text in the manner of a text of 100 KB or more; the shorter it
     is, the sooner it is overfitted, so the more weight decay. The formulas are fitted to
     measurements (see benchmarks/README.md)."""
     size = max(n_bytes / 100_000, 1)
@@ -2091,8 +2091,8 @@ def preset_settings(name, n_bytes):
                   "learning_rate": round(0.02 / n_heads ** 0.5, 5)},
         "writer": {"tokenizer": "story", "vocab_size": 2048, "context_length": 128, "emb_dim": 256,
                    "n_layers": 4, "position": "rotary", "tie_weights": True, "optimizer": "muon",
-                   "learning_rate": 0.01, "weight_decay": round(5 / size ** 0.5, 2),
-                   "batch_size": 16, "epochs": 9, "prompt_windows": 0.0, "keep_best": True},
+                   "learning_rate": 0.01, "weight_decay": round(6.4 / size, 2),
+                   "batch_size": 8, "epochs": 9, "prompt_windows": 0.0, "keep_best": True},
         "gpt2-small": {"context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12,
                        "qkv_bias": True, "tie_weights": True, "gelu": "tanh",
                        "learning_rate": 6e-4}}[name]
@@ -3012,8 +3012,12 @@ def finish_training(args, run, corpus):
         return 130
     writes = run.train_config.keep_best
     if writes:
-        log(f"The weights are those of step {step_of_weights(run)}, which had the lowest "
-            "validation loss.")
+        step = step_of_weights(run)
+        log(f"The weights are those of step {step}, which had the lowest validation loss.")
+        if step == run.step:
+            epochs = f"--epochs={2 * math.ceil(run.step / run.steps_per_epoch)}"
+            log("It was still falling, so a longer training may lower it further: "
+                + command_line("train", "--resume", epochs, *given))
     log_losses(run, corpus)
     recall = log_recall(run, corpus)
     if recall is not None and recall < 0.95 and not writes:

@@ -1,6 +1,8 @@
 """The command line: what each command prints and writes, what it refuses, and that its words are true."""
 import contextlib
+import dataclasses
 import io
+import math
 import os
 import re
 import shlex
@@ -190,6 +192,24 @@ def test_untrained_generation_continues_the_prompt(folder, call, small):
 def test_an_evaluation_names_the_epoch_of_the_last_step(capsys, step, epoch):
     story_llm.log_evaluation(story_llm.Evaluation(step, step / 9, 1.0, None, None, "", ""))
     assert capsys.readouterr().out.startswith(f"Ep {epoch} (Step {step:06})")
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_training_whose_loss_was_still_falling_names_the_command_for_a_longer_one(
+        folder, call, small, monkeypatch, falls):
+    losses = iter(range(900, 0, -1) if falls else range(900))
+    real = story_llm.evaluate
+    monkeypatch.setattr(story_llm, "evaluate", lambda *args: dataclasses.replace(real(*args), val_loss=next(losses) / 9))
+    status, out, _ = call(*small("train", "--keep-best", "--val-fraction", "0.3", "--max-steps", "8", "--eval-every", "1",
+                                 "--model", "my.pt"))
+    assert status == 0 and ("still falling" in out) == falls
+    if falls:
+        run = load_checkpoint("my.pt")
+        command = shlex.split(re.search(r"longer .*: python story_llm\.py (train .*)$", out, re.MULTILINE)[1])
+        assert call(*command)[0] == 0
+        longer = load_checkpoint("my.pt")
+        twice = 2 * math.ceil(8 / run.steps_per_epoch) * run.steps_per_epoch
+        assert longer.step == longer.total_steps == twice and story_llm.step_of_weights(longer) == twice
 
 
 @pytest.mark.parametrize("options, kept, by_heart", [

@@ -427,12 +427,33 @@ def test_a_finished_training_that_kept_the_best_goes_on_from_the_last_weights_an
 
 
 def test_patience_counts_from_where_a_resumed_training_begins(best_run):
-    """If the best weights are from long before, it still takes a fifth of its steps."""
+    """If the best weights are from long before, it still takes a fifth of its steps after the lowest loss since."""
     run = train_to(tiny(**BEST)[0], best_run[1])
     run.first_step, run.total_steps = run.step, run.step + 50
     first = run.step
     train_to(run, best_run[1])
-    assert first + 10 < run.step <= first + 15
+    since = lowest([e for e in run.history if e.step > first])
+    assert since.val_loss > lowest(run.history).val_loss
+    assert since.step + 10 < run.step <= since.step + 15 < first + 50
+
+
+@pytest.mark.parametrize("losses, steps, best", [
+    ([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 2.3, 2.2, 2.1], 50, None),      # above the lowest so far, but it falls
+    ([3.0, 2.9, 2.8, 2.7, 2.6, 2.5, 2.4, 1.0, 0.4, 0.3], 50, 50),
+    ([3.0, 2.9, 2.8, 2.8, 2.8, 2.8, 2.4, 1.0, 0.4, 0.3], 30, None)], ids=str)
+def test_a_resumed_training_goes_on_while_its_loss_falls_even_from_above_the_lowest(
+        best_run, losses, steps, best, monkeypatch):
+    run = train_to(tiny(**BEST)[0], best_run[1])
+    before, first = lowest(run.history), run.step
+    run.first_step, run.total_steps = first, first + 50
+    later = iter([loss * before.val_loss for loss in losses])       # 1 is the lowest so far
+    monkeypatch.setattr(story_llm, "evaluation_due", lambda run: (run.step - first) % 5 == 0)
+    monkeypatch.setattr(story_llm, "evaluate", lambda run, corpus: story_llm.Evaluation(
+        run.step, 1.0, 1.0, next(later), None, "", ""))
+    train_to(run, best_run[1])
+    assert run.step == run.total_steps == first + steps
+    assert story_llm.step_of_weights(run) == (before.step if best is None else first + best)
+    assert best is not None or weights_equal(run.model, best_run[0].model)
 
 
 def test_if_the_validation_loss_never_falls_the_untrained_weights_are_kept_and_if_it_falls_to_the_end_the_last():

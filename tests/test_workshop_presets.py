@@ -33,7 +33,7 @@ def test_the_longer_a_text_the_wider_the_model_that_learns_it_by_heart_and_the_l
     assert widths == sorted(widths) and widths[0] == widths[2] < widths[3]
     assert all(novel["emb_dim"] == 64 * novel["n_heads"] for novel in novels)
     decays = [preset_settings("writer", n_bytes)["weight_decay"] for n_bytes in (500, 100_000, 400_000, 1_600_000)]
-    assert decays == [5, 5, 2.5, 1.25]
+    assert decays == [6.4, 6.4, 1.6, 0.4]
 
 
 def test_gpt2_small_has_gpt2s_architecture_and_a_writer_is_one_that_generalizes():
