@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --plot images/scaling.png          (about ten minutes on two cores)
     python benchmarks/scaling.py --series text --text-mb 0.01 1 1000
-    python benchmarks/scaling.py --series recite --recite-text FILE --recite-kb 5 20 100 300 1000
+    python benchmarks/scaling.py --series recite --recite-text FILE FILE --recite-kb 5 20 100 1000
 
 Each point is measured in a process of its own and is the median of its steps; for the shapes, it is
 the median of three rounds. Next to the measurements stands what the law of the series predicts,
@@ -17,8 +17,7 @@ the system may take them back. The series "processes" uses extras/scale.py, star
 compares it with `python story_llm.py train` on the story.
 
 The series "recite" runs only if it is named. It measures the whole process of `python story_llm.py
-train` on beginnings of a text, with all defaults or with the options of --recite-train. Its law
-says that at equal recall, the time is linear in the size of the text.
+train` on beginnings of texts, with one thread, and otherwise with all defaults but the precision.
 
 The laws, for a step of N tokens with L layers, embedding dimension C, context length T and
 vocabulary size V: matrix products take 6 N (12 L C^2 + V C) floating-point operations and attention
@@ -31,11 +30,12 @@ import os
 import random
 import re
 import resource
-import shlex
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import common
@@ -205,33 +205,49 @@ def measure_processes(name, rounds=3):
     print(f"\nTraining by several processes: {' '.join(train)}\n")
     common.print_table(["", "tokens/s", "range of rounds", "/ one process"], rows)
 
-def measure_recite(text, sizes, options):
-    """Run whole trainings on beginnings of a text, of so many KB, with the defaults of `train` or
-    with these options."""
-    text = Path(text).read_text(encoding="utf-8")
-    seconds, rows = [], []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "text.txt").write_text(text[:round(1000 * size)], encoding="utf-8")
-            done = common.run_process([sys.executable, common.ROOT / "story_llm.py", "train",
-                                       "--text", "text.txt", *options], cwd=folder)
-        if done.status != 0:
-            sys.exit(done.stderr)
-        steps = re.search(r"([\d,]+) steps", done.stdout)[1]
-        vocabulary, parameters = re.search(r"vocabulary ([\d,]+); ([\d,]+) parameters",
-                                           done.stdout).groups()
-        recall = re.search(r"Recall (.*) continued", done.stdout)
-        seconds.append(done.seconds)
-        rows.append([f"{size:g}", vocabulary, parameters, steps, f"{done.seconds:.1f}",
-                     f"{done.seconds / size:.2f}", f"{done.peak_mb:,.0f}",
-                     recall[1] if recall else "not measured"])
-        print(rows[-1], file=sys.stderr, flush=True)
-    rows = [[*row[:5], format_exponent(exponent), *row[5:]]
-            for row, exponent in zip(rows, growth_exponents(sizes, seconds))]
-    print("\nThe whole process of memorizing a text, by its size: "
-          f"{' '.join(options) or 'all defaults'}\n")
-    common.print_table(["KB", "vocabulary", "parameters", "steps", "s", "exponent", "s per KB",
-                        "peak MB", "recall"], rows)
+def train_beginning(path, kb, precision):
+    """Run a whole training on the first `kb` KB of a text, with one thread. Return its figures."""
+    with tempfile.TemporaryDirectory() as folder:
+        beginning = Path(path).read_bytes()[:round(1000 * kb)].decode(errors="ignore")
+        Path(folder, "text.txt").write_text(beginning, encoding="utf-8")
+        done = common.run_process([
+            "env", "OMP_NUM_THREADS=1", sys.executable, common.ROOT / "story_llm.py", "train",
+            "--text", "text.txt", "--precision", precision], cwd=folder)
+    if done.status != 0:
+        sys.exit(done.stderr)
+    found = re.search(r"preset (\w+); .* vocabulary ([\d,]+); ([\d,]+) parameters; (\d+) steps",
+                      done.stdout)
+    recall = re.search(r"Recall (.*?%): (\d+) of (\d+)", done.stdout)
+    result = {"seconds": done.seconds, "peak_mb": done.peak_mb, "shape": found.groups(),
+              "recall": f"{recall[1]} ({recall[2]} of {recall[3]})" if recall else "not measured"}
+    print(path, kb, precision, result, file=sys.stderr, flush=True)
+    return result
+
+def measure_recite(options):
+    """Run whole trainings on beginnings of the texts, with the defaults of `train`, and print a
+    table for each text."""
+    points = list(product(options.recite_text, options.recite_kb, options.recite_precisions))
+    results = {point: [] for point in points}
+    with ThreadPoolExecutor(options.recite_at_once) as pool:
+        for _ in range(options.recite_rounds):
+            due = [point for point in points if not results[point]
+                   or results[point][0]["seconds"] < options.recite_once_above]
+            for point, result in zip(due, pool.map(lambda point: train_beginning(*point), due)):
+                results[point].append(result)
+    for text in options.recite_text:
+        rows = []
+        for kb in options.recite_kb:
+            by_precision = [results[text, kb, name] for name in options.recite_precisions]
+            row = [f"{kb:g}", *by_precision[0][0]["shape"]]
+            row += [f"{common.median(rounds, 'seconds'):.1f}" for rounds in by_precision]
+            row += [f"{common.median(by_precision[0], 'peak_mb'):,.0f}"]
+            row += [rounds[0]["recall"] for rounds in by_precision]
+            rows.append(row)
+        names = options.recite_precisions
+        print(f"\n{Path(text).name}, by heart, with one thread\n")
+        common.print_table(["KB", "preset", "vocabulary", "parameters", "steps",
+                            *[f"s, {name}" for name in names], "peak MB",
+                            *[f"recall, {name}" for name in names]], rows)
 
 def draw(results, path):
     """Draw one panel for each series, on logarithmic axes; the dashed line is the law."""
@@ -256,12 +272,18 @@ def parse():
                         help="what to measure (default: all but recite)")
     parser.add_argument("--text-mb", nargs="+", type=float, default=[0.01, 0.1, 1, 10, 100],
                         metavar="MB", help="sizes of the texts of the series text")
-    parser.add_argument("--recite-text", default=str(common.ROOT / "Short_Story.txt"),
-                        metavar="FILE", help="the text of the series recite")
-    parser.add_argument("--recite-kb", nargs="+", type=float, default=[5, 10, 20], metavar="KB",
-                        help="sizes of its beginnings")
-    parser.add_argument("--recite-train", default="", metavar="OPTIONS",
-                        help='options of `train` for the series recite, as in "--emb-dim 256"')
+    recite = parser.add_argument_group("the series recite")
+    recite.add_argument("--recite-text", nargs="+", default=[str(common.ROOT / "Short_Story.txt")],
+                        metavar="FILE", help="the texts")
+    recite.add_argument("--recite-kb", nargs="+", type=float, default=[5, 10, 20], metavar="KB",
+                        help="sizes of their beginnings")
+    recite.add_argument("--recite-precisions", nargs="+", default=["bf16", "fp32"],
+                        metavar="NAME", help="bf16 or fp32 (default: both)")
+    recite.add_argument("--recite-rounds", type=int, default=3, metavar="N", help="default: 3")
+    recite.add_argument("--recite-once-above", type=float, default=600, metavar="S",
+                        help="what takes longer is measured only once (default: 600)")
+    recite.add_argument("--recite-at-once", type=int, default=1, metavar="N",
+                        help="trainings at the same time, at most one for each core (default: 1)")
     parser.add_argument("--processes", nargs="+", choices=PROCESSES_TRAIN, default=["story"],
                         metavar="MODEL", help="what the series processes trains: story or "
                         "gpt2-small (default: story)")
@@ -292,7 +314,7 @@ def main():
         elif name in SERIES:
             results[name] = measure_shapes(name)
     if "recite" in options.series:
-        measure_recite(options.recite_text, options.recite_kb, shlex.split(options.recite_train))
+        measure_recite(options)
     if "processes" in options.series:
         for name in options.processes:
             measure_processes(name)

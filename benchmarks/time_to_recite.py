@@ -3,7 +3,7 @@
     python benchmarks/time_to_recite.py
     python benchmarks/time_to_recite.py --text my_story.txt --tokenizers story word --seeds 1 2 3
     python benchmarks/time_to_recite.py --two-at-once
-    python benchmarks/time_to_recite.py --optimizers adamw muon
+    python benchmarks/time_to_recite.py --variants adamw fp32 muon
 
 For story_llm, the time is that of the whole process of `python story_llm.py train` with its
 defaults, from start to exit: it tokenizes, trains, evaluates, samples, saves, measures recall and
@@ -46,21 +46,22 @@ from pathlib import Path
 import common
 
 EPOCHS, BATCH_SIZE, EVAL_EVERY = 10, 2, 5       # of the reference
-OPTIMIZERS = {      # {name: options of `train`}
+VARIANTS = {        # {name: options of `train`}
     "adamw": [],
+    "fp32": ["--precision", "fp32"],
     "muon": ["--optimizer", "muon", "--learning-rate", "0.01", "--epochs", "10"],
 }
 
 def measure_training(name, seed, text, with_recall=True):
-    """Measure the reference, or one run of the program with a tokenizer and an optimizer."""
+    """Measure the reference, or one run of the program with a tokenizer and other options."""
     if name in ("reference", "small"):
         return common.measure(name)
-    tokenizer, optimizer = name.split()
+    tokenizer, variant = name.split()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "story_llm.pt")
         done = common.run_process([
             sys.executable, common.ROOT / "story_llm.py", "train", "--text", text, "--seed",
-            str(seed), "--tokenizer", tokenizer, *OPTIMIZERS[optimizer], "--model", model,
+            str(seed), "--tokenizer", tokenizer, *VARIANTS[variant], "--model", model,
             "--plot", Path(folder, "loss.png")])
         if done.status != 0:
             reason = (done.stderr.strip().splitlines() or [done.status])[-1]
@@ -252,9 +253,9 @@ def parse():
                         help="the story")
     parser.add_argument("--tokenizers", nargs="+", default=["gpt2", "story", "word"],
                         help="story_llm's tokenizers (default: gpt2 story word)")
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["adamw"],
-                        help="story_llm's optimizers; muon has the learning rate and the number of "
-                        "epochs that suit it (default: adamw)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["adamw"],
+                        help="adamw: the defaults; fp32: AdamW without bf16; muon: with the "
+                        "learning rate and the number of epochs that suit it (default: adamw)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44],
                         help="one round for each (default: 42 43 44)")
     parser.add_argument("--reference-steps", type=int, default=5, metavar="N",
@@ -279,8 +280,8 @@ def main():
     size = Path(options.text).stat().st_size / 1000
     print(f"{common.describe_machine()}\n{Path(options.text).name}, {size:.1f} KB; "
           f"seeds {options.seeds}\n")
-    titles = {f"{tokenizer} {optimizer}": f"story_llm, {tokenizer}, {optimizer}"
-              for tokenizer in options.tokenizers for optimizer in options.optimizers}
+    titles = {f"{tokenizer} {variant}": f"story_llm, {tokenizer}, {variant}"
+              for tokenizer in options.tokenizers for variant in options.variants}
     if options.reference_steps:
         titles["reference"] = "LLMs-from-scratch, chapter 5, scaled"
         titles["small"] = "the same with story_llm's small model, in full"
