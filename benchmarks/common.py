@@ -168,6 +168,20 @@ def bf16_instructions():
     long as in fp32."""
     return [flag for flag in ("avx512_bf16", "amx_bf16") if flag in cpu_info()]
 
+def busy_share():
+    """The share of all cores' time that this machine spends on something, over a second. (The load
+    average still counts what ended a minute ago.) 0 if the system does not tell."""
+    def times():
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        return sum(map(int, fields)), int(fields[3]) + int(fields[4])       # all; idle or waiting
+
+    if not os.path.exists("/proc/stat"):
+        return 0.0
+    all_before, idle_before = times()
+    time.sleep(1)
+    all_after, idle_after = times()
+    return 1 - (idle_after - idle_before) / max(all_after - all_before, 1)
+
 def describe_machine(device="cpu"):
     """Where and when this is measured, with a warning if the machine is busy. To be called before
     the measurements."""
@@ -180,11 +194,11 @@ def describe_machine(device="cpu"):
         parts.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
     parts += [*bf16_instructions(), f"torch {metadata.version('torch')}",
               f"Python {platform.python_version()}", time.strftime("%Y-%m-%d")]
-    load = os.getloadavg()[0]
+    busy = busy_share()
     warning = ""
-    if load > 0.5:
-        warning = (f"\n**The machine is busy with something else (load {load:.1f}): do not trust "
-                   "these figures.**")
+    if busy > 0.1:
+        warning = (f"\n**The machine is busy with something else ({busy:.0%} of its time): do not "
+                   "trust these figures.**")
     return ", ".join(parts) + warning
 
 def print_table(header, rows, absent=()):

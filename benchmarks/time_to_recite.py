@@ -225,7 +225,8 @@ def print_trainings(results, titles):
         if name != "reference":
             recall = " ".join(f"{result['recall']:.1%}" for result in rounds)
         rows.append([titles[name] + rounds[0].get("note", ""), f"{seconds:.1f}",
-                     common.format_range(rounds, "seconds", "{:.1f}"), f"{reference / seconds:.1f}",
+                     common.format_range(rounds, "seconds", "{:.1f}"),
+                     "" if math.isnan(reference) else f"{reference / seconds:.1f}",
                      f"{common.median(rounds, 'peak_mb'):,.0f}",
                      f"{common.median(rounds, 'saved_mb'):.1f}", recall])
     common.print_table(["", "seconds", "range of seeds", "reference / this", "peak MB",
