@@ -12,7 +12,7 @@ this is done with beginnings of the text.
 The contenders:
 
 - nanoGPT as its README trains a model of characters on a CPU (the quick start);
-- story_llm, `train --preset writer`, once for each of --epochs;
+- story_llm, `train --preset writer`, once for each of --max-steps and of --epochs;
 - nanoGPT with as many parameters as story_llm's model and, in each round, for as much time as
   story_llm took with the last of --epochs. Its other settings are those of its
   train_shakespeare_char.py, but without dropout, as in the quick start. It is timed in two short
@@ -116,10 +116,12 @@ def train_equal_nanogpt(nanogpt, folder, seconds):
 
     return train_for(seconds, train)
 
-def train_story_llm(folder, epochs, precision):
+def train_story_llm(folder, length, precision):
+    """Train for a length such as "epochs-2" or "max-steps-500", an option of `train`."""
+    option, _, number = length.rpartition("-")
     done = common.run_process([
         sys.executable, common.ROOT / "story_llm.py", "train", "--preset", "writer", "--text",
-        folder / "text.txt", "--epochs", str(epochs), "--precision", precision, "--model",
+        folder / "text.txt", f"--{option}", number, "--precision", precision, "--model",
         folder / "story_llm.pt", "--plot", folder / "loss.png"])
     return {"seconds": done.seconds} if done.status == 0 else failure(done)
 
@@ -184,7 +186,7 @@ def measure(name, options, n_bytes, seconds):
         elif name == "equal":
             trained = train_equal_nanogpt(options.nanogpt, folder, seconds)
         else:
-            trained = train_story_llm(folder, int(name), options.precision)
+            trained = train_story_llm(folder, name, options.precision)
         if "absent" in trained:
             return trained
         return {**common.measure(name, ["--folder", folder]), **trained}
@@ -219,8 +221,10 @@ def parse():
                         help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--peers", nargs="*", choices=("quick", "equal"),
                         default=("quick", "equal"), help="which nanoGPTs (default: both)")
-    parser.add_argument("--epochs", nargs="+", type=int, default=[2, 9], metavar="N",
+    parser.add_argument("--epochs", nargs="*", type=int, default=[2, 9], metavar="N",
                         help="one training of story_llm for each (default: 2, and the preset's 9)")
+    parser.add_argument("--max-steps", nargs="+", type=int, default=[], metavar="N",
+                        help="further trainings, of so many steps (default: none)")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"),
                         help="that of story_llm (default: auto)")
     parser.add_argument("--rounds", type=int, default=1, help="default: 1")
@@ -233,13 +237,15 @@ def parse():
 def main():
     options = parse()
     if options.contender:
-        function = measure_story_llm if options.contender.isdigit() else measure_nanogpt
+        of_nanogpt = options.contender in ("quick", "equal")
+        function = measure_nanogpt if of_nanogpt else measure_story_llm
         common.print_result(function, options.folder, options.characters)
         return
     print(common.describe_machine())
     titles = {"quick": "nanoGPT, quick start on a CPU"}
-    for epochs in options.epochs:
-        titles[str(epochs)] = f"story_llm, --preset writer --epochs {epochs}"
+    for option, number in [*(("max-steps", n) for n in options.max_steps),
+                           *(("epochs", n) for n in options.epochs)]:
+        titles[f"{option}-{number}"] = f"story_llm, --preset writer --{option} {number}"
     titles["equal"] = "nanoGPT of the same size, for the same time"
     for name in {"quick", "equal"} - set(options.peers):
         titles.pop(name)
