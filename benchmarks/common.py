@@ -118,11 +118,14 @@ def measure(name, arguments=()):
     reason} if the contender cannot run."""
     command = [sys.executable, sys.argv[0], *sys.argv[1:], *arguments, "--contender", name]
     done = run_process(command)
-    output = done.stdout if done.status == 0 else done.stderr
-    last_line = (output.strip().splitlines() or [f"exit status {done.status}"])[-1]
     if done.status != 0:
-        return {"absent": f"failed: {last_line}"}
-    return {**json.loads(last_line), "peak_mb": done.peak_mb}
+        return failure(done)
+    return {**json.loads(done.stdout.splitlines()[-1]), "peak_mb": done.peak_mb}
+
+def failure(done):
+    """What to report of a process that did not succeed."""
+    reason = (done.stderr.strip().splitlines() or [f"exit status {done.status}"])[-1]
+    return {"absent": f"failed: {reason}"}
 
 def run_rounds(names, rounds, arguments=()):
     """Measure every contender once in each round; return {name: [measurement of each round]}. An

@@ -76,11 +76,6 @@ def nats_per_character(logits_of, token_ids, context_length, n_characters):
     per_token = total / (len(token_ids) - 1)
     return per_token * len(token_ids) / n_characters
 
-def failure(done):
-    """What to report of a process that did not succeed."""
-    reason = (done.stderr.strip().splitlines() or [f"exit status {done.status}"])[-1]
-    return {"absent": f"failed: {reason}"}
-
 def train_nanogpt(nanogpt, folder, settings):
     """Train nanoGPT in a copy of its files, because its scripts write beside themselves."""
     if not nanogpt:
@@ -93,9 +88,9 @@ def train_nanogpt(nanogpt, folder, settings):
     shutil.copy(folder / "text.txt", folder / DATA / "input.txt")
     prepared = common.run_process([sys.executable, DATA / "prepare.py"], cwd=folder)
     if prepared.status != 0:
-        return failure(prepared)
+        return common.failure(prepared)
     done = common.run_process([sys.executable, "train.py", *ON_A_CPU, *settings], cwd=folder)
-    return {"seconds": done.seconds} if done.status == 0 else failure(done)
+    return {"seconds": done.seconds} if done.status == 0 else common.failure(done)
 
 def train_for(seconds, train, trial=50):
     """Train for so many seconds. `train` trains for a number of iterations and returns its
@@ -123,7 +118,7 @@ def train_story_llm(folder, length, precision):
         sys.executable, common.ROOT / "story_llm.py", "train", "--preset", "writer", "--text",
         folder / "text.txt", f"--{option}", number, "--precision", precision, "--model",
         folder / "story_llm.pt", "--plot", folder / "loss.png"])
-    return {"seconds": done.seconds} if done.status == 0 else failure(done)
+    return {"seconds": done.seconds} if done.status == 0 else common.failure(done)
 
 def measure_nanogpt(folder, n_characters):
     """Measure the checkpoint of a training in the folder, and let the model write."""

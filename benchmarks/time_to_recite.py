@@ -64,8 +64,7 @@ def measure_training(name, seed, text, with_recall=True):
             str(seed), "--tokenizer", tokenizer, *VARIANTS[variant], "--model", model,
             "--plot", Path(folder, "loss.png")])
         if done.status != 0:
-            reason = (done.stderr.strip().splitlines() or [done.status])[-1]
-            return {"absent": f"failed: {reason}"}
+            return common.failure(done)
         recall = common.measure("recall", ["--model", str(model)]) if with_recall else {}
         return {**recall, "seconds": done.seconds, "peak_mb": done.peak_mb,
                 "saved_mb": model.stat().st_size / 1e6}

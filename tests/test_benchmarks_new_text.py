@@ -1,4 +1,4 @@
-"""benchmarks/new_text.py cuts a text so that nobody sees the test part, and counts nats per character in the same way for any tokens, and as the definition says."""
+"""benchmarks/new_text.py keeps the test part apart, and counts nats per character as the definition says, for any tokens."""
 import math
 import subprocess
 import sys
@@ -93,7 +93,6 @@ def test_the_table_lists_what_is_absent_and_compares_seconds_with_the_quick_star
     row = [cell.strip() for line in printed.splitlines() if line.startswith("| short") for cell in line.split("|")]
     assert row[2] == "30" and row[4] == "0.50" and "1.500" in row
     assert "long: failed: no text" in printed and "short, at temperature 0.8:\n\nOnce." in printed
-
 
 
 def test_the_program_runs_from_training_to_the_table():
