@@ -1688,7 +1688,7 @@ def whole_words(text, start, length):
 def first_words(text, start=0):
     """Return the first five words of a text, from the character at `start` on."""
     beginning = text[start:start + 1000]
-    words = find_words(beginning)[:5]
+    words = list(islice(SPACED_WORD.finditer(beginning), 5))
     return beginning[words[0].start():words[-1].end()][:200] if words else beginning[:200]
 
 # A text is cut into units, each of which a model should be able to recite from its first words. If
@@ -2309,15 +2309,28 @@ def describe_loss(loss, token_ids, tokenizer):
 # The average gradient of a weight matrix usually has a few large singular values and many small
 # ones. Muon (Jordan et al. 2024) makes the larger ones about equal and raises the small ones, so
 # that the matrix changes in many more directions. Our story then needs half as many steps, but each
-# takes about 30% longer. Training is also stable at higher learning rates.
+# takes 10 to 15% longer. Training is also stable at higher learning rates.
 class Muon(AdamW):
-    """AdamW's sibling: it updates the weight matrices of the blocks in its own way."""
+    """AdamW's sibling: it updates the weight matrices of the blocks in its own way, all those of
+    one shape at once, which saves time."""
     def __init__(self, model, config):
         super().__init__(model.named_parameters(), config.weight_decay)
-        self.bf16 = use_bf16(device_of(model), config.precision)
+        self.dtype = torch.bfloat16 if use_bf16(device_of(model), config.precision) else None
         for name, p in self.parameters.items():
             if name.startswith("trf_blocks.") and p.dim() == 2:
                 self.averages[name] = self.averages[name][:1]       # of the gradient alone
+        self.directions = defaultdict(list)     # {shape: [(matrix, the direction of its move)]}
+
+    @torch.no_grad()
+    def step(self, lr):
+        super().step(lr)                        # `update` for each parameter
+        while self.directions:
+            shape, moves = self.directions.popitem()
+            matrices, directions = zip(*moves)
+            scale = 0.2 * math.sqrt(max(shape))                     # as in Liu et al. 2025
+            for p, direction in zip(matrices, newton_schulz(torch.stack(directions))):
+                p.mul_(1 - lr * self.weight_decay)
+                p.sub_(direction, alpha=lr * scale)
 
     def update(self, p, averages, lr):
         if len(averages) == 2:
@@ -2325,28 +2338,28 @@ class Muon(AdamW):
             return
         momentum = averages[0].lerp_(p.grad, 0.1)
         direction = p.grad.lerp(momentum, 0.9)                      # Nesterov momentum
-        direction = newton_schulz(direction.bfloat16() if self.bf16 else direction)
-        scale = 0.2 * math.sqrt(max(p.shape))                       # as in Liu et al. 2025
-        p.mul_(1 - lr * self.weight_decay)
-        p.sub_(direction, alpha=lr * scale)
+        self.directions[p.shape].append((p, direction.to(self.dtype or p.dtype)))
 
 def newton_schulz(X):
-    """Divide X by a bound on its singular values, and apply two polynomials, which turn a singular
-    value x into a x + b x^3 + c x^5. Values between 0.02 and 1 end up between 0.48 and 1.52. (The
-    coefficients are close to optimal. See Amsel et al. 2025.)
+    """Divide each matrix of X (N, R, C) by a bound on its singular values, and apply two
+    polynomials, which turn a singular value x into a x + b x^3 + c x^5. Values between 0.02 and 1
+    end up between 0.48 and 1.52. (The coefficients are close to optimal. See Amsel et al. 2025.)
 
-    >>> newton_schulz(torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]))
-    tensor([[0.5304, 0.0000, 0.0000],
-            [0.0000, 1.0832, 0.0000]])
+    >>> newton_schulz(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.15, 0.0]]]))
+    tensor([[[0.5304, 0.0000, 0.0000],
+             [0.0000, 1.0832, 0.0000]]])
     """
-    if X.shape[0] > X.shape[1]:
+    if X.shape[1] > X.shape[2]:
         return newton_schulz(X.mT).mT       # X X^T is smaller then
-    norm = (1.04 * (X @ X.mT).norm()).sqrt()
-    X = X / norm.clamp(min=1e-10)           # singular values below 1
-    for a, b, c in ((7.711, -22.114, 16.249), (3.215, -2.411, 0.501)):
-        gram = X @ X.mT
-        X = a * X + (b * gram + c * gram @ gram) @ X
-    return X
+    gram = X @ X.mT
+    bound = (1.04 * torch.linalg.matrix_norm(gram, keepdim=True)).clamp(min=1e-20)
+    X = odd_polynomial(X / bound.sqrt(), gram / bound, 7.711, -22.114, 16.249)
+    return odd_polynomial(X, X @ X.mT, 3.215, -2.411, 0.501)
+
+def odd_polynomial(X, gram, a, b, c):
+    """a X + b gram X + c gram^2 X, where gram is X X^T."""
+    polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    return torch.baddbmm(X, polynomial, X, beta=a)
 
 # ═══ Workshop: step 11, checkpoint files ═══════════════════════════════════════════════════════
 FORMAT = 7      # increase only if old files can no longer be read, not for a new setting

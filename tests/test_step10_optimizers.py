@@ -130,7 +130,7 @@ def test_singular_vectors_stay_and_singular_values_become_about_equal(values, si
     generator = torch.Generator().manual_seed(seed)
     U, V = [torch.linalg.qr(torch.randn(n, len(values), generator=generator, dtype=torch.float64))[0] for n in shape]
     X = size * U @ torch.tensor(values, dtype=torch.float64).diag() @ V.T
-    Y = newton_schulz(X)
+    Y, = newton_schulz(X[None])
     torch.testing.assert_close(Y, equalized(X), rtol=0, atol=1e-6)
     shares = torch.tensor(values) / sum(value ** 4 for value in values) ** 0.25
     for share, found in zip(shares, (U.T @ Y @ V).diagonal()):
@@ -138,8 +138,8 @@ def test_singular_vectors_stay_and_singular_values_become_about_equal(values, si
 
 
 def test_a_gradient_of_0_gives_no_step_and_bf16_about_the_same_one():
-    assert torch.equal(newton_schulz(torch.zeros(3, 5)), torch.zeros(3, 5))
-    X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(newton_schulz(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
+    X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = newton_schulz(X.bfloat16())
     assert found.dtype == torch.bfloat16 and (found.double() - newton_schulz(X)).abs().max() < 0.1
 
@@ -174,7 +174,7 @@ def test_matrix_products_are_in_bf16_only_where_the_hardware_makes_that_fast(cap
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     run, _ = tiny(optimizer="muon", precision="auto")
     used = []
-    monkeypatch.setattr(story_llm, "newton_schulz", lambda X: used.append(X.dtype) or X)
+    monkeypatch.setattr(story_llm, "newton_schulz", lambda X: used.extend(m.dtype for m in X) or X)
     give_gradients(run.model, 0)
     make_optimizer(run.model, run.train_config).step(0.01)
     assert used == [dtype] * 6 and {p.dtype for p in run.model.parameters()} == {torch.float32}
