@@ -1670,10 +1670,10 @@ STORY_SPLIT = regex.compile(SPLIT_PATTERNS["story"])
 PART = regex.compile(r"(?s).{1,200000}(?:(?<=\S)(?= \S)|\Z)|.{1,200000}")
 SPACED_WORD = regex.compile(rf"\p{{P}}*{UNSPACED}\p{{M}}*\p{{P}}*|[\S--{UNSPACED}]+", regex.V1)
 
-def find_words(text):
-    """Return matches of all words: runs of characters without white space or, in a script that puts
-    no spaces between words, single characters."""
-    return list(SPACED_WORD.finditer(text))
+def find_words(text, limit=None):
+    """Return matches of all words, or of the first ones up to a limit: runs of characters without
+    white space or, in a script that puts no spaces between words, single characters."""
+    return list(islice(SPACED_WORD.finditer(text), limit))
 
 def word_starts(text):
     return [word.start() for word in find_words(text)] or [0]
@@ -1688,7 +1688,7 @@ def whole_words(text, start, length):
 def first_words(text, start=0):
     """Return the first five words of a text, from the character at `start` on."""
     beginning = text[start:start + 1000]
-    words = list(islice(SPACED_WORD.finditer(beginning), 5))
+    words = find_words(beginning, limit=5)
     return beginning[words[0].start():words[-1].end()][:200] if words else beginning[:200]
 
 # A text is cut into units, each of which a model should be able to recite from its first words. If
