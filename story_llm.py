@@ -16,7 +16,7 @@ lesson, the workshop makes the same code robust and fast, and the command line c
 
 Every result in the lesson was measured. Yours will differ a little, as results do between machines,
 and more without a network connection, because the program then builds a different vocabulary (step
-4). """
+4)."""
 import functools
 import math
 import os
