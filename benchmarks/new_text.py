@@ -36,6 +36,7 @@ occur in the test part alone, which nanoGPT could not encode, are left out for a
 A sample of each model, at temperature 0.8, follows the table.
 """
 import argparse
+import math
 import shutil
 import statistics
 import sys
@@ -103,13 +104,18 @@ def train_for(seconds, train, trial=50):
     start = once["seconds"] - trial * each
     return train(max(round((seconds - start) / each), 1))
 
-def train_equal_nanogpt(nanogpt, folder, seconds):
-    def train(iterations):
-        length = [f"--max_iters={iterations}", f"--eval_interval={min(iterations, 250)}",
-                  f"--lr_decay_iters={max(iterations, 200)}"]       # more than its warm-up
-        return train_nanogpt(nanogpt, folder, [*EQUAL_SIZE, *length])
+def length_settings(iterations):
+    """nanoGPT's settings for so many iterations, or a few less. It saves only when it
+    evaluates, by default every 250 iterations, so the last one must be such an iteration."""
+    n_evaluations = math.ceil(iterations / 250)
+    interval = iterations // n_evaluations
+    iterations = n_evaluations * interval
+    return [f"--max_iters={iterations}", f"--eval_interval={interval}",
+            f"--lr_decay_iters={max(iterations, 200)}"]             # more than its warm-up
 
-    return train_for(seconds, train)
+def train_equal_nanogpt(nanogpt, folder, seconds):
+    return train_for(seconds, lambda iterations: train_nanogpt(
+        nanogpt, folder, [*EQUAL_SIZE, *length_settings(iterations)]))
 
 def train_story_llm(folder, length, precision):
     """Train for a length such as "epochs-2" or "max-steps-500", an option of `train`."""

@@ -76,6 +76,14 @@ def test_a_missing_peer_is_absent_with_a_reason(tmp_path):
     assert "give --nanogpt PATH" in new_text.train_equal_nanogpt("", tmp_path, 9.0)["absent"]
 
 
+@given(st.integers(1, 5000))
+def test_the_last_iteration_of_nanogpt_is_saved(wanted):
+    values = dict(setting.removeprefix("--").split("=") for setting in new_text.length_settings(wanted))
+    iterations, interval = int(values["max_iters"]), int(values["eval_interval"])
+    assert iterations % interval == 0 and 1 <= interval <= 250
+    assert wanted - wanted / 250 - 1 < iterations <= wanted and int(values["lr_decay_iters"]) == max(iterations, 200)
+
+
 @given(start=st.floats(0, 9), each=st.floats(0.01, 2), seconds=st.floats(50, 999))
 def test_a_training_for_a_time_takes_that_time(start, each, seconds):
     """If iterations take equally long, however long the start takes."""
